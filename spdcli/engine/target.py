@@ -1,0 +1,98 @@
+"""What the engine needs to know about a target: its blocks, its matrices, its two ends.
+
+The targets package builds a `Target`; the engine only walks it. Shape letters: B sequences,
+T positions, I d_in, O d_out, N vocabulary, D width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One weight that can be decomposed: a module's weight, or some of its output columns.
+
+    `transposed` is True where the module stores `[O, I]` (nn.Linear) and False for `[I, O]`
+    (GPT-2's Conv1D). `columns` are the output columns `[start, stop)` this matrix covers: all of
+    them, or a third of a fused `c_attn`.
+    """
+
+    name: str
+    module: nn.Module
+    block: int
+    columns: tuple[int, int]
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """`W` as `[I, O]`, a view of the module's own weight."""
+        weight = self.module.weight.t() if self.transposed else self.module.weight  # type: ignore[union-attr, operator]
+        return weight[:, self.columns[0] : self.columns[1]]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the covered columns, `[O]`, or None."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias[self.columns[0] : self.columns[1]]
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.columns[1] - self.columns[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to run: `tokens` `[B, T]`, which of them are real, and which the losses look at.
+
+    `valid` is False at padding (always at the end). `looked` is True at positions whose next-token
+    distribution counts. A toy batch also names its position classes: `classes["m"]` is `[B, T]` bool.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    looked: Tensor
+    answers: Tensor | None = None
+    classes: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        return Batch(
+            move(self.tokens),  # type: ignore[arg-type]
+            move(self.valid),  # type: ignore[arg-type]
+            move(self.looked),  # type: ignore[arg-type]
+            move(self.answers),
+            {name: mask.to(device) for name, mask in self.classes.items()},
+        )
+
+
+@dataclass(eq=False)
+class Target:
+    """A frozen model, seen as: `run` (tokens through all blocks), the blocks, `finish`, unembedding.
+
+    `run(tokens, valid)` calls the blocks in order; the engine listens in with hooks, so what it
+    returns does not matter. `finish` is the final norm (identity where there is none).
+    `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts
+    of one module are neighbours and together cover all its columns.
+    """
+
+    model: nn.Module
+    blocks: list[nn.Module]
+    run: Callable[[Tensor, Tensor], object]
+    finish: Callable[[Tensor], Tensor]
+    unembedding: Tensor  # [N, D]
+    unembedding_bias: Tensor | None
+    embedding: Tensor  # [N, D]
+    matrices: dict[str, Matrix]
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.device
