@@ -1,0 +1,151 @@
+"""The training loop of a decomposition (Algorithm 3)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.forward import Clean, Noise, clean_pass
+from spdcli.engine.optimise import OptimiserSettings, make_optimiser
+from spdcli.engine.step import LossSettings, Step, backward_step, exact_faithfulness
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import Batch, Target
+from spdcli.errors import SpdError
+
+
+@dataclass
+class Record:
+    """One logged step: every loss term before its coefficient, mean active slices a position and matrix (L0),
+    gradient norms before clipping, learning rate, seconds since the start."""
+
+    step: int
+    losses: dict[str, float]
+    total: float
+    active: dict[str, float]
+    gradients: dict[str, float]
+    rate: float
+    p: float
+    seconds: float
+
+
+@dataclass
+class FitState:
+    """Everything a run needs to go on exactly where it stopped."""
+
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    generators: dict[str, torch.Generator]
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """`steps`, what to clip (None: nothing), how often to record, the memory of a plan's chunk in bytes."""
+
+    steps: int
+    clip_slices: float | None = None
+    clip_gates: float | None = None
+    log_every: int = 50
+    plan_bytes: float = 4 * 2**30
+    faithfulness_warmup: int = 0
+    losses: LossSettings = field(default_factory=lambda: LossSettings({}))
+
+
+def start_fit(decomposition: Decomposition, settings: OptimiserSettings, seed: int, device: torch.device) -> FitState:
+    """Optimizer, schedule and generators at step 0. Generators: `data` and `plan` on the CPU, `noise` on the device."""
+    groups = [
+        {"params": list(decomposition.slices.parameters())},
+        {"params": [p for p in decomposition.importances.parameters() if p.requires_grad]},
+    ]
+    optimiser, scheduler = make_optimiser(groups, settings)
+    generators = {
+        "data": torch.Generator().manual_seed(seed + 1),
+        "plan": torch.Generator().manual_seed(seed + 2),
+        "noise": torch.Generator(device).manual_seed(seed + 3),
+    }
+    return FitState(optimiser, scheduler, generators)
+
+
+def warm_up_faithfulness(target: Target, decomposition: Decomposition, steps: int, rate: float = 1e-3) -> float:
+    """Adam on faithfulness alone, before the run; returns the faithfulness reached."""
+    optimiser = torch.optim.Adam(decomposition.slices.parameters(), lr=rate)
+    for _ in range(steps):
+        optimiser.zero_grad(set_to_none=True)
+        exact_faithfulness(target, decomposition).backward()
+        optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        return exact_faithfulness(target, decomposition).item()
+
+
+def fit(
+    target: Target,
+    decomposition: Decomposition,
+    batches: Callable[[torch.Generator], Batch],
+    state: FitState,
+    settings: FitSettings,
+) -> Iterator[Record | None]:
+    """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
+
+    `batches(generator)` gives the next minibatch; when it gives the same object again the clean pass is not
+    repeated. Raises SpdError, naming step and term, as soon as a recorded loss or a gradient is not finite; the
+    parameters are then those of the step before.
+    """
+    noise = Noise(state.generators["noise"])
+    groups = {name: group["params"] for name, group in zip(("slices", "gates"), state.optimiser.param_groups, strict=True)}
+    limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
+    begun = time.monotonic() - state.seconds
+    clean: Clean | None = None
+    while state.step < settings.steps:
+        batch = batches(state.generators["data"])
+        if clean is None or clean.batch is not batch:
+            clean = clean_pass(target, batch, decomposition.names)
+        p = settings.losses.p(state.step, settings.steps)
+        state.optimiser.zero_grad(set_to_none=True)
+        done = backward_step(
+            target, decomposition, clean, settings.losses, p, state.generators["plan"], noise, settings.plan_bytes
+        )
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True) for name in groups
+        }
+        _refuse_non_finite(state.step + 1, done, norms)
+        rate = state.scheduler.get_last_lr()[0]
+        state.optimiser.step()
+        state.scheduler.step()
+        state.step += 1
+        state.seconds = time.monotonic() - begun
+        due = state.step % settings.log_every == 0 or state.step in (1, settings.steps)
+        yield _record(state, done, norms, settings.losses, rate, p) if due else None
+
+
+def _refuse_non_finite(step: int, done: Step, norms: dict[str, Tensor]) -> None:
+    if all(bool(norm.isfinite()) for norm in norms.values()):
+        return
+    bad = [name for name, loss in done.losses.items() if not bool(loss.isfinite())]
+    what = f"loss {bad[0]} is {done.losses[bad[0]].item()}" if bad else "the gradient is not finite"
+    raise SpdError(
+        f"step {step}: {what}; stopped before the parameters changed",
+        "lower decompose.learning_rate, or set decompose.clip_slices and decompose.clip_gates",
+    )
+
+
+def _record(
+    state: FitState, done: Step, norms: dict[str, Tensor], losses: LossSettings, rate: float, p: float
+) -> Record:
+    terms = {name: loss.item() for name, loss in done.losses.items()}
+    return Record(
+        step=state.step,
+        losses=terms,
+        total=sum(losses.coefficients[name] * value for name, value in terms.items()),
+        active={name: value.item() for name, value in done.active.items()},
+        gradients={name: norm.item() for name, norm in norms.items()},
+        rate=rate,
+        p=p,
+        seconds=state.seconds,
+    )

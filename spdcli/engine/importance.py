@@ -1,0 +1,220 @@
+"""Causal importance functions: what each matrix's slices are worth at each position (section 4.1).
+
+    scalar     one MLP a slice on its inner activation x . U_c
+    vector     one MLP a slice on the whole input x
+    shared     one MLP for all slices of a matrix
+    attention  Algorithm 1: attention over the sequence, then one MLP a slice (Eq. 4)
+
+All return values before the sigmoid, `[B, T, C]` a matrix; `lower_leaky` and `upper_leaky` make
+importances of them. Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spdcli.engine.attention import importance_attention
+from spdcli.engine.gates import scalar_gates, vector_gates
+
+LEAK = 0.01
+LOCAL_SLOPE = 0.5
+
+
+class _LowerLeaky(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        # Descent raises x where the gradient is negative: only that leaks through, below 0.
+        leak = torch.where(x < 0, LEAK * grad.clamp(max=0), 0)
+        return torch.where((x >= 0) & (x <= 1), grad, leak)
+
+
+def lower_leaky(x: Tensor) -> Tensor:
+    """Importances for masks: clamp to [0, 1]; below 0 a gradient that would raise g passes, times 0.01."""
+    return _LowerLeaky.apply(x)
+
+
+def upper_leaky(x: Tensor) -> Tensor:
+    """Importances for minimality: clamp below at 0, slope 0.01 above 1 so that large values come back."""
+    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0))
+
+
+@dataclass(frozen=True)
+class ImportanceSettings:
+    """`kind` scalar | vector | shared | attention; `length` is the longest sequence the tables cover.
+
+    `relative` scalar | query, `relative_start` zero | local, `causal` and `backend` are for attention.
+    """
+
+    kind: str
+    gate_width: int
+    activation: str = "gelu"
+    gate_bias: float = 0.5
+    normalise: str = "none"
+    relative: str = "query"
+    relative_start: str = "zero"
+    causal: bool = False
+    backend: str = "auto"
+    length: int = 0
+
+
+class VectorGates(nn.Module):
+    """C independent MLPs, I -> G -> 1, on one shared input."""
+
+    def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
+        super().__init__()
+        width = settings.gate_width
+        self.w1 = nn.Parameter(torch.randn(d_in, slices * width) / math.sqrt(d_in))
+        self.b1 = nn.Parameter(torch.zeros(slices * width))
+        self.w2 = nn.Parameter(torch.randn(slices, width) / math.sqrt(width))
+        self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
+        self.activation = settings.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, I]` to `[B, T, C]`."""
+        flat = vector_gates(x.flatten(0, -2), self.w1, self.b1, self.w2, self.b2, self.activation)
+        return flat.unflatten(0, x.shape[:-1])
+
+
+class ScalarGates(nn.Module):
+    """C independent MLPs, 1 -> G -> 1, each on its own inner activation."""
+
+    def __init__(self, slices: int, settings: ImportanceSettings) -> None:
+        super().__init__()
+        width = settings.gate_width
+        self.w1 = nn.Parameter(torch.randn(slices, width))
+        self.b1 = nn.Parameter(torch.zeros(slices, width))
+        self.w2 = nn.Parameter(torch.randn(slices, width) / math.sqrt(width))
+        self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
+        self.activation = settings.activation
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """inner activations `[B, T, C]` to `[B, T, C]`."""
+        flat = scalar_gates(inner.flatten(0, -2), self.w1, self.b1, self.w2, self.b2, self.activation)
+        return flat.unflatten(0, inner.shape[:-1])
+
+
+class SharedGates(nn.Module):
+    """One MLP, I -> G -> C."""
+
+    def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
+        super().__init__()
+        width = settings.gate_width
+        self.w1 = nn.Parameter(torch.randn(d_in, width) / math.sqrt(d_in))
+        self.b1 = nn.Parameter(torch.zeros(width))
+        self.w2 = nn.Parameter(torch.randn(width, slices) / math.sqrt(width))
+        self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
+        self.act = {"relu": F.relu, "gelu": F.gelu}[settings.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x @ self.w1 + self.b1) @ self.w2 + self.b2
+
+
+class AttentionMixer(nn.Module):
+    """Lines 1 to 5 of Algorithm 1 for M matrices of one input width at once: `[M, B, T, I]` to `[M, B, T, 2 I]`."""
+
+    def __init__(self, matrices: int, d_in: int, settings: ImportanceSettings) -> None:
+        super().__init__()
+        offsets = 2 * settings.length - 1
+        weight = lambda: nn.Parameter(torch.randn(matrices, 1, d_in, d_in) / math.sqrt(d_in))  # noqa: E731
+        self.q, self.k, self.v = weight(), weight(), weight()
+        self.absolute = nn.Parameter(0.02 * torch.randn(matrices, 1, settings.length, d_in))
+        if settings.relative == "query":
+            self.relative = nn.Parameter(0.02 * torch.randn(matrices, offsets, d_in))
+        else:
+            distance = (torch.arange(offsets) - (settings.length - 1)).abs()
+            slope = LOCAL_SLOPE * math.sqrt(d_in) if settings.relative_start == "local" else 0.0
+            self.relative = nn.Parameter((-slope * distance).repeat(matrices, 1))
+        self.causal, self.backend = settings.causal, settings.backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        placed = x + self.absolute[:, :, : x.shape[2]]
+        mixed = importance_attention(x @ self.q, x @ self.k, placed @ self.v, self.relative, self.causal, self.backend)
+        return torch.cat([mixed, placed], dim=-1)
+
+
+class Importances(nn.Module):
+    """The importance functions of every decomposed matrix.
+
+    `widths` maps a matrix to its d_in, `slices` to its C. With `bases` (vector gates alone) matrix m's gate
+    reads coordinates `x @ bases[m].T` `[B, T, r]`, scaled to mean square 1 over the data: on data inside the
+    span of the basis this is the same class of functions with d_in / r times fewer parameters.
+    """
+
+    def __init__(
+        self,
+        widths: dict[str, int],
+        slices: dict[str, int],
+        settings: ImportanceSettings,
+        bases: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.names = list(widths)
+        self.bases = nn.ParameterDict()
+        if bases is not None:
+            self.bases = nn.ParameterDict({_key(n): nn.Parameter(b, requires_grad=False) for n, b in bases.items()})
+            widths = {name: bases[name].shape[0] for name in widths}
+        self.groups: dict[int, list[str]] = {}
+        if settings.kind == "attention":
+            for name, width in widths.items():
+                self.groups.setdefault(width, []).append(name)
+        self.mixers = nn.ModuleDict(
+            {str(width): AttentionMixer(len(group), width, settings) for width, group in self.groups.items()}
+        )
+        build = GATES[settings.kind]
+        self.gates = nn.ModuleDict({_key(name): build(widths[name], slices[name], settings) for name in widths})
+
+    def forward(self, inputs: dict[str, Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values before the sigmoid, `[B, T, C]` a matrix.
+
+        `inputs[m]` is the matrix's input `[B, T, I]` in the target; `read[m]` is `U` `[I, C]`, which scalar gates use.
+        """
+        x = {name: self._prepared(name, inputs[name]) for name in self.names}
+        if self.settings.kind == "scalar":
+            x = {name: x[name] @ read[name] for name in self.names}
+        for width, group in self.groups.items():
+            mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]))
+            x.update(zip(group, mixed.unbind(0), strict=True))
+        return {name: self.gates[_key(name)](x[name]) for name in self.names}
+
+    def _prepared(self, name: str, x: Tensor) -> Tensor:
+        if self.bases:
+            x = x @ self.bases[_key(name)].t()
+        if self.settings.normalise == "rms":
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return x
+
+
+def _key(name: str) -> str:
+    """A matrix's name as a module's: torch allows no dots there."""
+    return name.replace(".", "/")
+
+
+def span_basis(x: Tensor, tolerance: float = 1e-5) -> Tensor:
+    """An orthogonal basis `[r, I]` of the span of the rows of x `[n, I]`, r the numerical rank.
+
+    Scaled so that the coordinates `x @ basis.T` have mean square 1.
+    """
+    _, values, directions = torch.linalg.svd(x, full_matrices=False)
+    rank = int((values > tolerance * values[0]).sum())
+    basis = directions[:rank]
+    return basis / (x @ basis.t()).square().mean().sqrt()
+
+
+GATES = {
+    "scalar": lambda d_in, slices, settings: ScalarGates(slices, settings),
+    "vector": VectorGates,
+    "shared": SharedGates,
+    "attention": lambda d_in, slices, settings: VectorGates(2 * d_in, slices, settings),
+}

@@ -1,0 +1,96 @@
+"""The losses: pure functions, and the table of reconstruction losses.
+
+Every reconstruction loss is one cell of a grid, mask source x scope; `plan.py` turns the wanted cells
+into the variants one step evaluates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# name -> (where its masks come from, which matrices are replaced together): Eq. 2, 3, 5, 6.
+RECONSTRUCTION = {
+    "recon": ("importance", "all"),
+    "recon_layerwise": ("importance", "each"),
+    "recon_partial": ("importance", "subset"),
+    "stochastic_recon": ("stochastic", "all"),
+    "stochastic_recon_layerwise": ("stochastic", "each"),
+    "stochastic_recon_partial": ("stochastic", "subset"),
+}
+
+
+def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Eq. 1, left: sum over matrices of ‖W - U V‖² over the number of their weights.
+
+    `pairs[m]` is `(W [I, O], U [I, C], V [C, O])`. Exact.
+    """
+    errors = [(weight - U @ V).square().sum() for weight, U, V in pairs.values()]
+    return torch.stack(errors).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
+
+
+def minimality(importances: Mapping[str, Tensor], valid: Tensor, p: float, epsilon: float) -> Tensor:
+    """Eq. 1, right: mean over real positions of the sum over matrices and slices of `(g + epsilon) ** p`.
+
+    `importances[m]` is g_upper `[B, T, C]`; `valid` `[B, T]` is False at padding.
+    """
+    per_position = [((g + epsilon) ** p).sum(-1) for g in importances.values()]
+    return torch.stack(per_position).sum(0)[valid].mean()
+
+
+def annealed_p(step: int, steps: int, start: float, final: float) -> float:
+    """p at `step` (from 0) of `steps`, linear from `start` to `final`."""
+    return start + (final - start) * step / max(1, steps - 1)
+
+
+class _UnembedKl(torch.autograd.Function):
+    """The KL of every row and its gradient in one visit: logits exist for one chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, unembedding, bias, target, index, reverse: bool, chunk: int) -> Tensor:
+        divergence = hidden.new_empty(hidden.shape[0])
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = hidden[rows] @ unembedding.t()
+            log_q = (logits if bias is None else logits + bias).log_softmax(-1)
+            log_p = target[index[rows]]
+            gap = log_p - log_q
+            q = log_q.exp()
+            if reverse:  # KL(q ‖ p) = sum q (log q - log p)
+                divergence[rows] = -(q * gap).sum(-1)
+                logit_slope = -q * (gap + divergence[rows, None])
+            else:  # KL(p ‖ q) = sum p (log p - log q)
+                p = log_p.exp()
+                divergence[rows] = (p * gap).sum(-1)
+                logit_slope = q - p
+            if slope is not None:
+                slope[rows] = logit_slope @ unembedding
+        ctx.save_for_backward(slope)
+        return divergence
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (slope,) = ctx.saved_tensors
+        return slope * grad[:, None], None, None, None, None, None, None
+
+
+def unembed_kl(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    index: Tensor,
+    reverse: bool = False,
+    chunk_elements: int = 1 << 23,
+) -> Tensor:
+    """KL between the target and what `hidden` unembeds to, `[n]` in nats, without keeping any logits.
+
+    hidden `[n, D]` after the final norm, unembedding `[N, D]`, target `[m, N]` log-probabilities, `index` `[n]`
+    says which of them each row answers to. KL(target ‖ variant), or KL(variant ‖ target) with `reverse`.
+    Only `hidden` gets a gradient: the target is frozen.
+    """
+    chunk = max(1, chunk_elements // unembedding.shape[0])
+    return _UnembedKl.apply(hidden, unembedding, bias, target, index, reverse, chunk)

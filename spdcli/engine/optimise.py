@@ -1,0 +1,49 @@
+"""Optimizers and learning-rate schedules, shared by the toy's training and the decomposition's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """`optimizer` adam | adamw; `schedule` constant | cosine | linear (both end at 0).
+
+    `warmup` is a number of steps; the rate climbs linearly through them to `learning_rate`.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    warmup: int
+    steps: int
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """A recipe's warm-up as a number of steps: below 1 it is a fraction of `steps`."""
+    return round(warmup * steps) if warmup < 1 else round(warmup)
+
+
+def rate_factor(step: int, settings: OptimiserSettings) -> float:
+    """What multiplies the learning rate at `step` (from 0)."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup))
+    return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_optimiser(
+    groups: list[dict], settings: OptimiserSettings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The optimizer over parameter `groups` and its schedule, one scheduler step a training step."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    fused = all(p.is_floating_point() for group in groups for p in group["params"])
+    optimiser = kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, settings))
+    return optimiser, scheduler

@@ -1,0 +1,142 @@
+"""The losses of one step and their gradients: one pass over the plan (Algorithm 3, lines 2 to 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.forward import Clean, Noise, ask, plan_pass, row_divergences
+from spdcli.engine.losses import RECONSTRUCTION, annealed_p, faithfulness, minimality
+from spdcli.engine.plan import Variant, chunks, draw_variants
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import Target
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses]."""
+
+    coefficients: Mapping[str, float]
+    samples: int = 1
+    p_start: float = 0.9
+    p_final: float = 0.1
+    anneal_p: bool = True
+    epsilon: float = 1e-12
+    subset: str = "forward"
+    reverse_kl: bool = False
+
+    @property
+    def reconstruction(self) -> list[str]:
+        return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
+
+    def p(self, step: int, steps: int) -> float:
+        """The power of minimality at `step` (from 0)."""
+        return annealed_p(step, steps, self.p_start, self.p_final) if self.anneal_p else self.p_start
+
+
+def row_costs(target: Target, decomposition: Decomposition, positions: int) -> list[float]:
+    """Bytes that a row entering at block b keeps for backward: an estimate from the sizes of its matrices."""
+    size = target.unembedding.element_size()
+    width = target.unembedding.shape[1]
+    per_block = [16.0 * width + 2 * positions for _ in target.blocks]
+    for name, matrix in target.matrices.items():
+        per_block[matrix.block] += 2 * matrix.d_in + 3 * matrix.d_out
+        if name in decomposition.names:
+            per_block[matrix.block] += 4 * decomposition.of(name).U.shape[1]
+    return [size * positions * sum(per_block[block:]) for block in range(len(per_block))]
+
+
+def reconstruction(
+    target: Target,
+    decomposition: Decomposition,
+    clean: Clean,
+    variants: list[Variant],
+    g: Mapping[str, Tensor],
+    noise: Noise,
+    budget: float,
+    consume: Callable[[Variant, slice, Tensor], Tensor | None],
+    reverse: bool = False,
+) -> None:
+    """One pass over a plan, chunk by chunk.
+
+    `g[m]` `[B, T, C]` are the importances masks are made of. For every piece of the plan, `consume` gets the
+    variant, the sequences and their KLs (`[k]`, looked-at positions in order); what it returns is summed over the
+    chunk and, unless None, sent backward before the next chunk is built.
+    """
+    sequences, positions = clean.place.shape
+    for chunk in chunks(variants, sequences, row_costs(target, decomposition, positions), budget):
+        asked = {n: a for n in decomposition.names if (a := ask(chunk, n, g[n], decomposition.delta, noise)) is not None}
+        hidden = plan_pass(target, decomposition, clean, chunk, asked)
+        terms = [
+            consume(piece.variant, slice(piece.start, piece.stop), divergence)
+            for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)
+        ]
+        if terms[0] is not None:
+            torch.stack(terms).sum().backward()  # type: ignore[arg-type]
+
+
+def exact_faithfulness(target: Target, decomposition: Decomposition) -> Tensor:
+    """Faithfulness of all decomposed matrices (Eq. 1)."""
+    pairs = {}
+    for name in decomposition.names:
+        slices = decomposition.of(name)
+        pairs[name] = (target.matrices[name].weight, slices.U, slices.V)
+    return faithfulness(pairs)
+
+
+@dataclass(eq=False)
+class Step:
+    """The gradients of one step are in the parameters; `losses` are its terms, still on the device."""
+
+    losses: dict[str, Tensor]
+    active: dict[str, Tensor]
+
+
+def backward_step(
+    target: Target,
+    decomposition: Decomposition,
+    clean: Clean,
+    settings: LossSettings,
+    p: float,
+    generator: torch.Generator,
+    noise: Noise,
+    budget: float,
+) -> Step:
+    """All losses of one step and their gradients: one pass over the plan, cut where memory asks for it.
+
+    Backward runs chunk by chunk against detached importances; their summed gradient then goes through the importance
+    functions once, together with faithfulness and minimality.
+    """
+    lower, upper = decomposition.importance(clean.inputs)
+    leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
+    looked = clean.log_probs.shape[0]
+    sums = {name: torch.zeros((), device=target.device) for name in settings.reconstruction}
+
+    def consume(variant: Variant, sequences: slice, divergence: Tensor) -> Tensor:
+        share = divergence.sum() * (variant.weight / looked)
+        sums[variant.loss] += share.detach()
+        return share * settings.coefficients[variant.loss]
+
+    blocks = {name: target.matrices[name].block for name in decomposition.names}
+    shape = (clean.place.shape[0], clean.place.shape[1])
+    variants = draw_variants(settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator)
+    reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl)
+
+    terms: dict[str, Tensor] = dict(sums)
+    direct: list[Tensor] = []
+    if settings.coefficients.get("faithfulness", 0) > 0:
+        terms["faithfulness"] = exact_faithfulness(target, decomposition)
+        direct.append(settings.coefficients["faithfulness"] * terms["faithfulness"])
+    if settings.coefficients.get("minimality", 0) > 0:
+        terms["minimality"] = minimality(upper, clean.batch.valid, p, settings.epsilon)
+        direct.append(settings.coefficients["minimality"] * terms["minimality"])
+    carried = [name for name in leaves if leaves[name].grad is not None]
+    roots = [*direct, *(lower[name] for name in carried)]
+    if roots:
+        torch.autograd.backward(roots, [*(torch.ones_like(d) for d in direct), *(leaves[name].grad for name in carried)])
+    valid = clean.batch.valid
+    active = {name: (g.detach() > 0)[valid].sum(-1).float().mean() for name, g in lower.items()}
+    return Step({name: term.detach() for name, term in terms.items()}, active)

@@ -1,0 +1,179 @@
+"""The induction toy of section 5.1: a small transformer with attention alone, trained on the spot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spdcli.data import induction_batch
+from spdcli.engine.optimise import OptimiserSettings, make_optimiser
+from spdcli.engine.target import Matrix, Target
+from spdcli.errors import SpdError
+
+
+@dataclass(frozen=True)
+class ToyShape:
+    """The hyperparameters of Table 3 that shape the toy. The s token comes on top of `vocabulary`."""
+
+    layers: int = 2
+    heads: int = 1
+    d_model: int = 16
+    vocabulary: int = 128
+    length: int = 64
+    positions: str = "shortformer"
+    layer_norm: bool = False
+    feed_forward: bool = False
+    output_projection: bool = False
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """The fixed position encodings of Vaswani et al., `[length, width]`: sines in even columns."""
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angles = torch.arange(length)[:, None] * frequencies
+    encodings = torch.zeros(length, width)
+    encodings[:, 0::2] = angles.sin()
+    encodings[:, 1::2] = angles.cos()[:, : width // 2]
+    return encodings
+
+
+class ToyBlock(nn.Module):
+    """Causal attention, and a feed-forward part where the shape asks for one.
+
+    With shortformer positions the encodings are added to what Q and K read and to nothing else, so
+    the residual stream and V never carry a position.
+    """
+
+    def __init__(self, shape: ToyShape) -> None:
+        super().__init__()
+        width = shape.d_model
+        self.heads = shape.heads
+        self.norm = nn.LayerNorm(width) if shape.layer_norm else nn.Identity()
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.o = nn.Linear(width, width, bias=False) if shape.output_projection else nn.Identity()
+        if shape.feed_forward:
+            self.ff_norm = nn.LayerNorm(width) if shape.layer_norm else nn.Identity()
+            self.up = nn.Linear(width, 4 * width, bias=False)
+            self.down = nn.Linear(4 * width, width, bias=False)
+        self.feed_forward = shape.feed_forward
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """`hidden` `[B, T, D]`; `positions` `[T, D]`, zeros where positions were added at the embedding."""
+        normed = self.norm(hidden)
+        placed = normed + positions
+        mixed = self.attend(self.pattern(self.q(placed), self.k(placed)), self.v(normed))
+        hidden = hidden + self.o(mixed)
+        if self.feed_forward:
+            hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
+        return hidden
+
+    def split(self, flat: Tensor) -> Tensor:
+        return flat.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [B, H, T, K]
+
+    def pattern(self, q: Tensor, k: Tensor) -> Tensor:
+        """Causal attention probabilities `[B, H, T, T]` from `q`, `k` `[B, T, D]`."""
+        query, key = self.split(q), self.split(k)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(future, float("-inf")).softmax(-1)
+
+    def attend(self, pattern: Tensor, v: Tensor) -> Tensor:
+        return (pattern @ self.split(v)).transpose(-2, -3).flatten(-2)
+
+
+class InductionToy(nn.Module):
+    """The whole toy. `forward` returns the last block's output `[B, T, D]`; `logits` unembeds it."""
+
+    def __init__(self, shape: ToyShape) -> None:
+        super().__init__()
+        self.shape = shape
+        tokens = shape.vocabulary + 1
+        self.embed = nn.Embedding(tokens, shape.d_model)
+        self.blocks = nn.ModuleList(ToyBlock(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.d_model) if shape.layer_norm else nn.Identity()
+        self.unembed = nn.Linear(shape.d_model, tokens, bias=False)
+        self.register_buffer("positions", sinusoids(shape.length, shape.d_model), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = self.positions[: tokens.shape[1]]
+        hidden = self.embed(tokens)
+        if self.shape.positions == "added":
+            hidden, places = hidden + places, torch.zeros_like(places)
+        for block in self.blocks:
+            hidden = block(hidden, places)
+        return hidden
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Next-token logits at the last position, `[B, N]`."""
+        return self.unembed(self.norm(self(tokens)[:, -1]))
+
+
+def toy_target(toy: InductionToy) -> Target:
+    """The toy as the engine sees it. Matrices are named as in Table 1: Q0, K0, V0, Q1, ..."""
+    toy.requires_grad_(False)
+    matrices = {}
+    letters = {"Q": "q", "K": "k", "V": "v"}
+    if toy.shape.output_projection:
+        letters["O"] = "o"
+    if toy.shape.feed_forward:
+        letters |= {"Up": "up", "Down": "down"}
+    for index, block in enumerate(toy.blocks):
+        for letter, attribute in letters.items():
+            module = getattr(block, attribute)
+            name = f"{letter}{index}"
+            matrices[name] = Matrix(name, module, index, (0, module.out_features), transposed=True)
+    return Target(
+        model=toy,
+        blocks=list(toy.blocks),
+        run=lambda tokens, valid: toy(tokens),
+        finish=toy.norm,
+        unembedding=toy.unembed.weight,
+        unembedding_bias=None,
+        embedding=toy.embed.weight,
+        matrices=matrices,
+    )
+
+
+def train_toy(
+    shape: ToyShape, settings: OptimiserSettings, batch: int, steps: int, seed: int, log_every: int, device: str = "cpu"
+) -> Iterator[tuple[InductionToy, dict[str, float]]]:
+    """Train a toy on fresh sequences, with the loss on the last token alone (section 5.1, Table 3).
+
+    Yields `(toy, {step, loss, accuracy, rate})` every `log_every` steps and after the last one; loss is
+    cross-entropy in nats. Raises SpdError when the loss stops being finite.
+    """
+    torch.manual_seed(seed)
+    toy = InductionToy(shape).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    optimiser, scheduler = make_optimiser([{"params": list(toy.parameters())}], settings)
+    for step in range(1, steps + 1):
+        data = induction_batch(batch, shape.length, shape.vocabulary, generator).to(device)
+        logits = toy.logits(data.tokens)
+        loss = F.cross_entropy(logits, data.answers)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        rate = scheduler.get_last_lr()[0]
+        optimiser.step()
+        scheduler.step()
+        if step % log_every == 0 or step in (1, steps):
+            if not loss.isfinite():
+                raise SpdError(
+                    f"training the toy: the loss is {loss.item()} at step {step}",
+                    "lower train.learning_rate or lengthen train.warmup",
+                )
+            accuracy = (logits.argmax(-1) == data.answers).float().mean()
+            yield toy, {"step": step, "loss": loss.item(), "accuracy": accuracy.item(), "rate": rate}
+
+
+@torch.no_grad()
+def toy_accuracy(toy: InductionToy, sequences: int, generator: torch.Generator) -> float:
+    """Share of `sequences` fresh sequences on which the toy's best guess is m."""
+    data = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator)
+    device = next(toy.parameters()).device
+    return (toy.logits(data.tokens.to(device)).argmax(-1).cpu() == data.answers).float().mean().item()
