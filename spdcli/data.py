@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from spdcli.engine.target import Batch
+from spdcli.errors import UsageError
 
 POSITION_CLASSES = ("s1", "m", "s2", "random")
 
@@ -45,6 +45,23 @@ def token_name(token: int, vocabulary: int) -> str:
     return "s" if token == vocabulary else str(token)
 
 
-def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Cross-entropy of `logits` `[B, N]` at the last position against `answers` `[B]`, in nats."""
-    return torch.nn.functional.cross_entropy(logits, answers)
+def toy_tokens(text: str, vocabulary: int) -> list[int]:
+    """The toy's tokens as written: numbers below `vocabulary`, and `s`. UsageError names the one that is neither."""
+    tokens = []
+    for word in text.split():
+        if word != "s" and not (word.isdigit() and int(word) < vocabulary):
+            raise UsageError(f"the toy has no token {word!r}", f"its tokens are 0 to {vocabulary - 1} and s")
+        tokens.append(vocabulary if word == "s" else int(word))
+    if not tokens:
+        raise UsageError("the prompt is empty", "write the toy's tokens, as in '3 s 17 4 s'")
+    return tokens
+
+
+def find_toy_token(pieces: list[list[str]], query: str, vocabulary: int) -> list[tuple[int, int]]:
+    """Every `(sequence, position)` of a toy token; UsageError, listing tokens that are there, when it is nowhere."""
+    wanted = token_name(toy_tokens(query, vocabulary)[-1], vocabulary)
+    places = [(row, at) for row, tokens in enumerate(pieces) for at, token in enumerate(tokens) if token == wanted]
+    if not places:
+        there = sorted({token for tokens in pieces for token in tokens}, key=lambda t: (t != "s", len(t), t))
+        raise UsageError(f"no sequence has the token {query!r}", f"the tokens are {', '.join(there[:60])}")
+    return places

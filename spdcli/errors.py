@@ -6,10 +6,11 @@ from __future__ import annotations
 class SpdError(Exception):
     """An expected failure. `message` is one line; `hint` says what to do next.
 
-    Exit codes: 1 when the command ran and the answer is no, 2 for usage and recipes.
+    Exit codes: 1 when the command ran and the answer is no, 2 for usage and recipes, 130 when interrupted.
     """
 
     exit_code = 1
+    label = "error"
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -23,18 +24,29 @@ class UsageError(SpdError):
     exit_code = 2
 
 
-class RecipeProblem:
-    """One mistake in a recipe: where it is, what is wrong, what would be right."""
+class Interrupted(SpdError):
+    """Ctrl-C, after the work was saved: `message` says how far it came, `hint` how to go on."""
 
-    def __init__(self, source: str, line: int | None, key: str, message: str) -> None:
+    exit_code = 130
+    label = "interrupted"
+
+
+class RecipeProblem:
+    """One mistake in a recipe: where it is, what is wrong, what would be right.
+
+    `source` is a file, or the option that set the value; `key` is dotted, as in `losses.recon`.
+    """
+
+    def __init__(self, source: str, line: int | None, key: str, message: str, column: int | None = None) -> None:
         self.source = source
         self.line = line
         self.key = key
         self.message = message
+        self.column = column
 
     def __str__(self) -> str:
-        place = self.source if self.line is None else f"{self.source}:{self.line}"
-        return f"{place}: {self.message}"
+        place = [self.source, *(str(number) for number in (self.line, self.column) if number is not None)]
+        return f"{':'.join(place)}: {self.message}"
 
 
 class RecipeError(SpdError):

@@ -6,24 +6,29 @@ Knows neither torch nor transformers, so that a recipe's mistake is told at once
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(pattern=r"\S")]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """A table of a recipe: no key but its own, no value that has to be bent into its type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class InductionTarget(Section):
     """The toy transformer of section 5.1, trained by `spd train`."""
 
     kind: Literal["induction"]
-    path: str | None = None  # a run of `spd train` (or a run that holds a toy); trained first when absent
+    path: Text | None = None  # a run of `spd train` (or a run that holds a toy); trained first when absent
     layers: Positive = 2
     heads: Positive = 1
     d_model: Positive = 16
@@ -34,18 +39,12 @@ class InductionTarget(Section):
     feed_forward: bool = False
     output_projection: bool = False  # open in the paper: its Table 1 lists Q, K and V alone
 
-    @model_validator(mode="after")
-    def heads_divide_width(self) -> InductionTarget:
-        if self.d_model % self.heads:
-            raise ValueError(f"heads = {self.heads} does not divide d_model = {self.d_model}")
-        return self
-
 
 class HuggingFaceTarget(Section):
     """A causal language model of the GPT-2 or Llama family."""
 
     kind: Literal["huggingface"]
-    model: str  # a hub id, a local directory, a .gguf file, or package:NAME/FILE.gguf
+    model: Text  # a hub id, a local directory, a .gguf file, or package:NAME/FILE.gguf
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     split_attention: bool = False  # GPT-2: decompose c_attn as its q, k and v parts
 
@@ -53,7 +52,7 @@ class HuggingFaceTarget(Section):
 class Data(Section):
     """Prompts of a language-model target; the toy makes its own sequences."""
 
-    prompts: Annotated[list[str], Field(min_length=1)]
+    prompts: Annotated[list[Text], Field(min_length=1)]
     answers: Literal["held_out", "fed"] = "held_out"  # is a prompt's last token fed, or only predicted?
     begin_token: bool = False  # put the tokenizer's begin-of-sequence token before every prompt
 
@@ -79,7 +78,7 @@ class Slices(Section):
     """The rank-1 subcomponents of every chosen matrix."""
 
     C: Positive
-    matrices: Annotated[list[str], Field(min_length=1)] = ["*"]  # names or * patterns
+    matrices: Annotated[list[Text], Field(min_length=1)] = ["*"]  # names or * patterns
     init: Literal["random", "svd", "svd_span"] = "random"  # open in the paper
     delta: bool = False  # W - UV as one more component with a mask of its own
     faithfulness_warmup: Annotated[int, Field(ge=0)] = 0  # steps on faithfulness alone before the run
@@ -98,14 +97,6 @@ class Importance(Section):
     relative_start: Literal["zero", "local"] = "zero"  # local: scalar biases start at -0.5 |offset|
     causal: bool = False  # Algorithm 1's 2s offsets look both ways
     backend: Literal["auto", "dense", "blocked", "flex"] = "auto"
-
-    @model_validator(mode="after")
-    def basis_fits_kind(self) -> Importance:
-        if self.basis == "span" and self.kind != "vector":
-            raise ValueError(f"basis = 'span' is for kind = 'vector', not '{self.kind}'")
-        if self.relative_start == "local" and self.relative != "scalar":
-            raise ValueError("relative_start = 'local' needs relative = 'scalar'")
-        return self
 
 
 class Losses(Section):
@@ -128,12 +119,6 @@ class Losses(Section):
     subset: Literal["forward", "position"] = "forward"  # partial losses: one subset a forward, or a position
     kl: Literal["target_to_variant", "variant_to_target"] = "target_to_variant"
 
-    @model_validator(mode="after")
-    def p_falls(self) -> Losses:
-        if self.anneal_p and self.p_final > self.p_start:
-            raise ValueError(f"p_final = {self.p_final} is above p_start = {self.p_start}; p is annealed downwards")
-        return self
-
 
 class Decompose(Optimisation):
     """The training of a decomposition (Algorithm 3)."""
@@ -147,8 +132,8 @@ class Decompose(Optimisation):
 class Recipe(Section):
     """A whole recipe: what to take apart, into what, and how long."""
 
-    name: str
-    seed: int = 0
+    name: Text
+    seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     target: Annotated[InductionTarget | HuggingFaceTarget, Field(discriminator="kind")]
     data: Data | None = None
@@ -159,15 +144,118 @@ class Recipe(Section):
     decompose: Decompose
 
     @model_validator(mode="after")
-    def sections_fit_target(self) -> Recipe:
-        if self.target.kind == "huggingface" and self.data is None:
-            raise ValueError("a huggingface target needs [data] with prompts")
-        if self.target.kind == "huggingface" and self.train is not None:
-            raise ValueError("[train] is for the induction toy; a huggingface target comes trained")
-        if self.target.kind == "induction" and self.data is not None:
-            raise ValueError("[data] is for language models; the induction toy makes its own sequences")
-        if self.target.kind == "induction" and self.train is None and self.target.path is None:
-            raise ValueError("an induction target needs [train], or target.path naming a trained toy")
-        if self.importance.basis == "span" and self.data is None:
-            raise ValueError("basis = 'span' needs a fixed set of prompts in [data]")
+    def settings_agree(self) -> Recipe:
+        if found := contradictions(self.model_dump()):
+            raise ValueError("; ".join(contradiction.message for contradiction in found))
         return self
+
+
+class Contradiction(NamedTuple):
+    """Settings that are fine one by one and cannot be together."""
+
+    keys: tuple[str, ...]  # dotted; the first is the one that the message starts with
+    message: str
+
+
+Sections = Mapping[str, Any]
+
+
+def contradictions(recipe: Sections) -> list[Contradiction]:
+    """Every contradiction in `recipe`, a dict of sections with their defaults filled in.
+
+    A section or a key may be absent, as the malformed ones of a recipe with other mistakes are:
+    a rule that needs it is silent then, so that all mistakes can be told at once.
+    """
+    found: list[Contradiction] = []
+    for rule in RULES:
+        with suppress(KeyError):
+            found.extend(rule(recipe))
+    return found
+
+
+def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
+    kind, data, train = recipe["target"]["kind"], recipe["data"], recipe["train"]
+    if kind == "huggingface":
+        if data is None:
+            yield Contradiction(("data", "target.kind"), "missing section [data]: a huggingface target needs prompts")
+        if train is not None:
+            yield Contradiction(("train",), "[train] is for the induction toy; a huggingface target comes trained")
+    if kind == "induction":
+        if data is not None:
+            yield Contradiction(("data",), "[data] is for language models; the induction toy makes its own sequences")
+        if train is None and recipe["target"]["path"] is None:
+            yield Contradiction(
+                ("train", "target.kind"),
+                "missing section [train]: an induction target is trained first, unless target.path names a trained one",
+            )
+
+
+def _heads_divide_width(recipe: Sections) -> Iterator[Contradiction]:
+    heads, width = recipe["target"]["heads"], recipe["target"]["d_model"]
+    if width % heads:
+        yield Contradiction(
+            ("target.heads", "target.d_model"), f"[target] heads = {heads} does not divide d_model = {width}"
+        )
+
+
+def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
+    importance = recipe["importance"]
+    if importance["basis"] != "span":
+        return
+    if importance["kind"] != "vector":
+        yield Contradiction(
+            ("importance.basis", "importance.kind"),
+            f"[importance] basis = 'span' is for kind = 'vector', not '{importance['kind']}'",
+        )
+    if recipe["target"]["kind"] == "induction":
+        yield Contradiction(
+            ("importance.basis", "target.kind"),
+            "[importance] basis = 'span' needs a fixed set of prompts; the induction toy draws new sequences",
+        )
+
+
+def _local_start_fits(recipe: Sections) -> Iterator[Contradiction]:
+    importance = recipe["importance"]
+    if importance["relative_start"] == "local" and importance["relative"] != "scalar":
+        yield Contradiction(
+            ("importance.relative_start", "importance.relative"),
+            f"[importance] relative_start = 'local' needs relative = 'scalar', not '{importance['relative']}'",
+        )
+
+
+def _backend_fits_device(recipe: Sections) -> Iterator[Contradiction]:
+    if recipe["importance"]["backend"] == "flex" and recipe["device"] == "cpu":
+        yield Contradiction(
+            ("importance.backend", "device"), "[importance] backend = 'flex' needs a GPU, and device = 'cpu'"
+        )
+
+
+def _p_falls(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    start, final = losses["p_start"], losses["p_final"]
+    if losses["anneal_p"] and final > start:
+        yield Contradiction(
+            ("losses.p_final", "losses.p_start"),
+            f"[losses] p_final = {final} is above p_start = {start}; p is annealed downwards",
+        )
+
+
+def _something_to_train(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    terms = [name for name in Losses.model_fields if name == "faithfulness" or "recon" in name]
+    if not any(losses[name] for name in terms):
+        yield Contradiction(
+            ("losses",),
+            "[losses] faithfulness and every recon coefficient are 0: nothing holds the slices to the target",
+        )
+
+
+RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
+    _sections_fit_target,
+    _heads_divide_width,
+    _span_fits,
+    _local_start_fits,
+    _backend_fits_device,
+    _p_falls,
+    _something_to_train,
+)

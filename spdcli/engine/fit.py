@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spdcli.engine.forward import Clean, Noise, clean_pass
-from spdcli.engine.optimise import OptimiserSettings, make_optimiser
+from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.step import LossSettings, Step, backward_step, exact_faithfulness
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
@@ -38,7 +38,7 @@ class FitState:
     """Everything a run needs to go on exactly where it stopped."""
 
     optimiser: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
+    schedule: OptimiserSettings
     generators: dict[str, torch.Generator]
     step: int = 0
     seconds: float = 0.0
@@ -63,13 +63,13 @@ def start_fit(decomposition: Decomposition, settings: OptimiserSettings, seed: i
         {"params": list(decomposition.slices.parameters())},
         {"params": [p for p in decomposition.importances.parameters() if p.requires_grad]},
     ]
-    optimiser, scheduler = make_optimiser(groups, settings)
+    optimiser = make_optimiser(groups, settings)
     generators = {
         "data": torch.Generator().manual_seed(seed + 1),
         "plan": torch.Generator().manual_seed(seed + 2),
         "noise": torch.Generator(device).manual_seed(seed + 3),
     }
-    return FitState(optimiser, scheduler, generators)
+    return FitState(optimiser, settings, generators)
 
 
 def warm_up_faithfulness(target: Target, decomposition: Decomposition, steps: int, rate: float = 1e-3) -> float:
@@ -98,7 +98,9 @@ def fit(
     parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
-    groups = {name: group["params"] for name, group in zip(("slices", "gates"), state.optimiser.param_groups, strict=True)}
+    groups = {
+        name: group["params"] for name, group in zip(("slices", "gates"), state.optimiser.param_groups, strict=True)
+    }
     limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
     begun = time.monotonic() - state.seconds
     clean: Clean | None = None
@@ -112,12 +114,12 @@ def fit(
             target, decomposition, clean, settings.losses, p, state.generators["plan"], noise, settings.plan_bytes
         )
         norms = {
-            name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True) for name in groups
+            name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True)
+            for name in groups
         }
         _refuse_non_finite(state.step + 1, done, norms)
-        rate = state.scheduler.get_last_lr()[0]
+        rate = set_rate(state.optimiser, state.schedule, state.step)
         state.optimiser.step()
-        state.scheduler.step()
         state.step += 1
         state.seconds = time.monotonic() - begun
         due = state.step % settings.log_every == 0 or state.step in (1, settings.steps)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spdcli.engine.losses import unembed_kl
-from spdcli.engine.plan import Piece
+from spdcli.engine.plan import Piece, Variant
 from spdcli.engine.subcomponents import Decomposition, masked_product
 from spdcli.engine.target import Batch, Matrix, Target
 
@@ -127,7 +127,9 @@ def ask(chunk: Sequence[Piece], name: str, g: Tensor, delta: bool, noise: Noise)
         return None
     whole = None
     if any(keep is not None for keep in deltas):
-        whole = torch.cat([m.new_zeros(*m.shape[:-1], 1) if d is None else d for m, d in zip(masks, deltas, strict=True)])
+        whole = torch.cat(
+            [m.new_zeros(*m.shape[:-1], 1) if d is None else d for m, d in zip(masks, deltas, strict=True)]
+        )
     return Asked(torch.cat(rows), torch.cat(masks), whole)
 
 
@@ -210,7 +212,9 @@ def plan_pass(
     return hidden
 
 
-def row_divergences(target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool) -> list[Tensor]:
+def row_divergences(
+    target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool
+) -> list[Tensor]:
     """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order."""
     looked, place = clean.batch.looked, clean.place
     selected = torch.cat([looked[piece.start : piece.stop] for piece in chunk])
@@ -219,3 +223,22 @@ def row_divergences(target: Target, clean: Clean, chunk: Sequence[Piece], hidden
     finished = target.finish(flat)
     divergence = unembed_kl(finished, target.unembedding, target.unembedding_bias, clean.log_probs, index, reverse)
     return list(divergence.split([int(looked[p.start : p.stop].sum()) for p in chunk]))
+
+
+@torch.no_grad()
+def masked_logits(target: Target, decomposition: Decomposition, clean: Clean, masks: Mapping[str, Asked]) -> Tensor:
+    """Logits `[n, N]` at the looked-at positions of the target with the matrices in `masks` replaced.
+
+    Every `Asked` covers all B sequences of the batch.
+    """
+    entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
+    whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.place))
+    hidden = plan_pass(target, decomposition, clean, [whole], masks)
+    return F.linear(target.finish(hidden[clean.batch.looked]), target.unembedding, target.unembedding_bias)
+
+
+def importance_masks(g: Mapping[str, Tensor], delta: bool) -> dict[str, Asked]:
+    """The masks of the model made of active slices alone: `g[m]` `[B, T, C]` in every row, the delta off."""
+    whole = {name: torch.arange(len(mask), device=mask.device) for name, mask in g.items()}
+    off = {name: mask.new_zeros(*mask.shape[:-1], 1) if delta else None for name, mask in g.items()}
+    return {name: Asked(whole[name], mask, off[name]) for name, mask in g.items()}

@@ -38,12 +38,15 @@ def rate_factor(step: int, settings: OptimiserSettings) -> float:
     return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_optimiser(
-    groups: list[dict], settings: OptimiserSettings
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The optimizer over parameter `groups` and its schedule, one scheduler step a training step."""
+def make_optimiser(groups: list[dict], settings: OptimiserSettings) -> torch.optim.Optimizer:
+    """The optimizer over parameter `groups`; `set_rate` moves its learning rate along the schedule."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-    fused = all(p.is_floating_point() for group in groups for p in group["params"])
-    optimiser = kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, settings))
-    return optimiser, scheduler
+    return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, settings: OptimiserSettings, step: int) -> float:
+    """Set the learning rate of `step` (from 0) in every group, and return it."""
+    rate = settings.learning_rate * rate_factor(step, settings)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    return rate

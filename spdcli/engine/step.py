@@ -68,7 +68,9 @@ def reconstruction(
     """
     sequences, positions = clean.place.shape
     for chunk in chunks(variants, sequences, row_costs(target, decomposition, positions), budget):
-        asked = {n: a for n in decomposition.names if (a := ask(chunk, n, g[n], decomposition.delta, noise)) is not None}
+        asked = {
+            n: a for n in decomposition.names if (a := ask(chunk, n, g[n], decomposition.delta, noise)) is not None
+        }
         hidden = plan_pass(target, decomposition, clean, chunk, asked)
         terms = [
             consume(piece.variant, slice(piece.start, piece.stop), divergence)
@@ -136,7 +138,9 @@ def backward_step(
     carried = [name for name in leaves if leaves[name].grad is not None]
     roots = [*direct, *(lower[name] for name in carried)]
     if roots:
-        torch.autograd.backward(roots, [*(torch.ones_like(d) for d in direct), *(leaves[name].grad for name in carried)])
+        torch.autograd.backward(
+            roots, [*(torch.ones_like(d) for d in direct), *(leaves[name].grad for name in carried)]
+        )
     valid = clean.batch.valid
     active = {name: (g.detach() > 0)[valid].sum(-1).float().mean() for name, g in lower.items()}
     return Step({name: term.detach() for name, term in terms.items()}, active)

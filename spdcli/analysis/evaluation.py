@@ -1,0 +1,250 @@
+"""What a decomposition is worth: active slices, reconstruction, attention (Table 1)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spdcli.data import POSITION_CLASSES, induction_batch
+from spdcli.engine.forward import Clean, Noise, clean_pass, importance_masks, masked_logits
+from spdcli.engine.plan import Variant, draw_variants
+from spdcli.engine.step import exact_faithfulness, reconstruction
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import Batch, Target
+from spdcli.subject import Subject
+
+LOSSES = ("recon", "recon_layerwise", "stochastic_recon", "stochastic_recon_layerwise")
+EVALUATION_SEED = 20_000_003  # its own stream: never the sequences of training
+SEQUENCES_AT_ONCE = 512
+PLAN_BYTES = 2 * 2**30
+
+
+@dataclass
+class Mean:
+    """A mean over sequences and its standard error, fed in batches."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """One value a sequence."""
+        wide = values.double()
+        self.count += values.numel()
+        self.total += wide.sum().item()
+        self.squares += wide.square().sum().item()
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; NaN for fewer than two sequences."""
+        if self.count < 2:
+            return math.nan
+        spread = max(0.0, self.squares / self.count - self.value**2)
+        return math.sqrt(spread / (self.count - 1))
+
+
+@dataclass
+class Tally:
+    """What `evaluate` gathers over batches."""
+
+    reconstruction: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    by_matrix: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    attention: dict[int, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    seen: dict[str, Tensor] = field(default_factory=dict)  # matrix -> [C] bool: active somewhere
+    class_active: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    class_positions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    right: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+@torch.no_grad()
+def evaluate(
+    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int
+) -> dict[str, Any]:
+    """Everything `spd eval` reports, as in the contract of `spd.eval/1` but for the run's name.
+
+    The toy is measured on `sequences` fresh sequences, a language model on its prompts. A slice is active where
+    its importance is above `threshold`. Losses are in nats; every number of `metrics` has its standard error over
+    sequences.
+    """
+    tally = Tally()
+    noise = Noise(torch.Generator(subject.target.device).manual_seed(seed))
+    found: dict[str, Any] = {}
+    for batch in _batches(subject, sequences, seed):
+        clean = clean_pass(subject.target, batch, decomposition.names)
+        g, _ = decomposition.importance(clean.inputs)
+        _count_active(tally, g, batch, threshold)
+        _reconstruct(tally, subject.target, decomposition, clean, g, noise)
+        logits = masked_logits(subject.target, decomposition, clean, importance_masks(g, decomposition.delta))
+        if subject.toy is not None:
+            _compare_attention(tally, subject, decomposition, clean, g)
+            assert batch.answers is not None
+            last = clean.place[batch.classes["s2"]]
+            tally.right["target"] += int((clean.log_probs[last].argmax(-1) == batch.answers).sum())
+            tally.right["masked"] += int((logits[last].argmax(-1) == batch.answers).sum())
+        else:
+            found = _language_results(subject, clean, g, logits.log_softmax(-1), threshold)
+    return _summary(tally, subject, decomposition) | found
+
+
+def _batches(subject: Subject, sequences: int, seed: int) -> Iterator[Batch]:
+    if subject.toy is None:
+        assert subject.prompts is not None
+        yield subject.prompts.batch
+        return
+    shape = subject.toy.shape
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
+    for start in range(0, sequences, SEQUENCES_AT_ONCE):
+        count = min(SEQUENCES_AT_ONCE, sequences - start)
+        yield induction_batch(count, shape.length, shape.vocabulary, generator).to(subject.target.device)
+
+
+def _count_active(tally: Tally, g: Mapping[str, Tensor], batch: Batch, threshold: float) -> None:
+    for name, values in g.items():
+        active = (values > threshold) & batch.valid[..., None]
+        somewhere = active.flatten(0, 1).any(0)
+        tally.seen[name] = somewhere | tally.seen.get(name, torch.zeros_like(somewhere))
+        for kind, mask in batch.classes.items():
+            tally.class_active[name, kind] += int(active[mask].sum())
+    for kind, mask in batch.classes.items():
+        tally.class_positions[kind] += int(mask.sum())
+
+
+def _reconstruct(
+    tally: Tally, target: Target, decomposition: Decomposition, clean: Clean, g: Mapping[str, Tensor], noise: Noise
+) -> None:
+    """The four reconstruction losses of Table 1, a mean over looked-at positions for every sequence."""
+    blocks = {name: target.matrices[name].block for name in decomposition.names}
+    count = len(clean.place)
+    looked = clean.batch.looked
+    owner = looked.nonzero()[:, 0]
+    per_sequence = {loss: torch.zeros(count, device=target.device) for loss in LOSSES}
+
+    def consume(variant: Variant, part: slice, divergence: Tensor) -> None:
+        rows = owner[(owner >= part.start) & (owner < part.stop)]
+        means = torch.zeros(count, device=target.device).index_add_(0, rows, divergence.float())
+        means = (means / looked.sum(1).clamp(min=1))[part]
+        per_sequence[variant.loss][part] += variant.weight * means
+        if variant.loss == "recon_layerwise":
+            tally.by_matrix[next(iter(variant.matrices))].add(means)
+
+    shape = (count, clean.place.shape[1])
+    variants = draw_variants(LOSSES, blocks, 1, "forward", shape, torch.Generator())
+    reconstruction(target, decomposition, clean, variants, g, noise, PLAN_BYTES, consume)
+    for loss, values in per_sequence.items():
+        tally.reconstruction[loss].add(values)
+
+
+@contextmanager
+def recorded_patterns(subject: Subject) -> Iterator[list[Tensor]]:
+    """While open, every run of the toy appends each block's attention log-probabilities `[B, H, T, T]`."""
+    assert subject.toy is not None
+    patterns: list[Tensor] = []
+    handles = []
+    for block in subject.toy.blocks:
+        queries: list[Tensor] = []
+        handles.append(block.q.register_forward_hook(lambda module, args, out, kept=queries: kept.append(out)))
+
+        def keep_pattern(module, args, out, block=block, kept=queries):
+            patterns.append(block.log_pattern(kept.pop(), out))
+
+        handles.append(block.k.register_forward_hook(keep_pattern))
+    try:
+        yield patterns
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`."""
+    gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
+    return (log_p.exp() * gap).sum(-1)
+
+
+def _compare_attention(
+    tally: Tally, subject: Subject, decomposition: Decomposition, clean: Clean, g: Mapping[str, Tensor]
+) -> None:
+    """KL of each layer's attention, target against masked model, mean over heads and queries."""
+    with recorded_patterns(subject) as patterns:
+        subject.target.run(clean.batch.tokens, clean.batch.valid)
+        original = patterns.copy()
+        patterns.clear()
+        masked_logits(subject.target, decomposition, clean, importance_masks(g, decomposition.delta))
+    # Blocks before the first decomposed one are not run again: their attention is the target's.
+    first = len(original) - len(patterns)
+    for layer, log_p in enumerate(original):
+        log_q = patterns[layer - first] if layer >= first else log_p
+        tally.attention[layer].add(attention_divergence(log_p, log_q).mean((1, 2)))
+
+
+def _language_results(
+    subject: Subject, clean: Clean, g: Mapping[str, Tensor], masked: Tensor, threshold: float
+) -> dict[str, Any]:
+    """Active slices a prompt's position, and how well target and masked model predict the text."""
+    prompts = subject.prompts
+    assert prompts is not None
+    batch = prompts.batch
+    following = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], dim=1)
+    rows = torch.arange(len(batch.tokens), device=batch.tokens.device)
+    answer_at = prompts.answer_at.to(rows.device)
+    assert batch.answers is not None
+    following[rows, answer_at] = batch.answers
+    # An answer that is fed ends its prompt: nothing follows it.
+    known = batch.looked & (torch.arange(batch.tokens.shape[1], device=rows.device) <= answer_at[:, None])
+    place, wanted = clean.place[known], following[known]
+    at_answer = clean.place[rows, answer_at]
+    log_probs = {"target": clean.log_probs, "masked": masked}
+    active = {
+        name: {
+            f"{prompt}:{position}": int((values[prompt, position] > threshold).sum())
+            for prompt, position in batch.valid.nonzero().tolist()
+        }
+        for name, values in g.items()
+    }
+    return {
+        "active": active,
+        "cross_entropy": {k: -v[place, wanted].mean().item() for k, v in log_probs.items()},
+        "answers": [
+            {
+                "prompt": prompts.texts[row],
+                "answer": prompts.answer_texts[row],
+                **{k: v[at_answer[row], batch.answers[row]].exp().item() for k, v in log_probs.items()},
+            }
+            for row in range(len(rows))
+        ],
+    }
+
+
+def _summary(tally: Tally, subject: Subject, decomposition: Decomposition) -> dict[str, Any]:
+    unique = {name: int(seen.sum()) for name, seen in tally.seen.items()}
+    means = {loss: tally.reconstruction[loss] for loss in LOSSES}
+    result: dict[str, Any] = {
+        "sequences": tally.reconstruction["recon"].count,
+        "unique": unique,
+        "total_active": sum(unique.values()),
+        "total_slices": sum(seen.numel() for seen in tally.seen.values()),
+        "metrics": {"faithfulness": exact_faithfulness(subject.target, decomposition).item()}
+        | {loss: mean.value for loss, mean in means.items()},
+        "standard_error": {"faithfulness": 0.0} | {loss: mean.error for loss, mean in means.items()},
+        "recon_layerwise_by_matrix": {name: mean.value for name, mean in tally.by_matrix.items()},
+    }
+    if subject.toy is not None:
+        count = result["sequences"]
+        result["active"] = {
+            name: {kind: tally.class_active[name, kind] / tally.class_positions[kind] for kind in POSITION_CLASSES}
+            for name in decomposition.names
+        }
+        result["attention_kl"] = [mean.value for _, mean in sorted(tally.attention.items())]
+        result["accuracy"] = {kind: right / count for kind, right in tally.right.items()}
+    return result

@@ -1,0 +1,119 @@
+"""The `spd` command: registers the subcommands, and turns every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from spdcli import __version__
+from spdcli.commands import recipe
+from spdcli.commands.decompose import decompose
+from spdcli.commands.evaluate import evaluate
+from spdcli.commands.inspect import inspect
+from spdcli.commands.train import train
+from spdcli.console import Console
+from spdcli.errors import Interrupted, SpdError
+
+BUILD, LOOK, RECIPES = "Build", "Look", "Recipes"
+
+app = typer.Typer(
+    name="spd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="spd recipe ls\nspd decompose induction-quick --out run\nspd eval run",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spd {__version__}")
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)]
+
+
+@app.callback()
+def spd(version: Version = False) -> None:
+    """Take a transformer's weights apart into rank-1 slices, and see which of them matter where.
+
+    A recipe names the target and how to decompose it; a run directory
+    holds the result, and the other commands read it.
+    """
+
+
+COMMANDS = (
+    ("train", train, BUILD, "spd train induction-quick --out toy\nspd train recipes/induction.toml --seed 1"),
+    (
+        "decompose",
+        decompose,
+        BUILD,
+        "spd decompose induction-quick --out run\nspd decompose recipes/gpt2.toml --set target.model=./gpt2"
+        "\nspd decompose recipes/gpt2.toml --out run --resume",
+    ),
+    ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
+    (
+        "inspect",
+        inspect,
+        LOOK,
+        "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'",
+    ),
+)
+for name, function, panel, examples in COMMANDS:
+    app.command(name, rich_help_panel=panel, epilog=examples)(function)
+app.add_typer(recipe.app, name="recipe", rich_help_panel=RECIPES)
+
+
+def main() -> NoReturn:
+    """Runs `spd` with the command line's arguments and exits.
+
+    Exit codes: 0 done, 1 the answer is no, 2 usage or recipe, 130 interrupted.
+    """
+    try:
+        app(prog_name="spd")
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except KeyboardInterrupt:
+        code = Interrupted.exit_code
+    except BrokenPipeError:
+        code = 1
+    except Exception as error:
+        code = _report(error)
+    sys.exit(_after_flush(code))
+
+
+def _report(error: Exception) -> int:
+    """One line for the user, and the exit code; the traceback only for who asks with SPD_DEBUG=1."""
+    if os.environ.get("SPD_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    expected = _as_expected(error)
+    Console().error(expected)
+    return expected.exit_code
+
+
+def _as_expected(error: Exception) -> SpdError:
+    if isinstance(error, SpdError):
+        return error
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return SpdError(f"{error.filename}: {error.strerror}")
+    detail = " ".join(f"{type(error).__name__}: {error}".split())
+    hint = "this is a bug in spd: run again with SPD_DEBUG=1 for the traceback, and report it"
+    return SpdError(f"internal error: {detail}", hint)
+
+
+def _after_flush(code: int) -> int:
+    """A reader that went away (`| head`) is no error to talk about: drop what it does not want."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code

@@ -1,0 +1,111 @@
+"""`spd inspect`: the slices that are active at a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Token = Annotated[
+    str | None,
+    typer.Option("--token", "-t", help="A token's text or #id; every position if not given.", show_default=False),
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="Look at this text instead of the run's.", show_default=False)
+]
+MatrixPattern = Annotated[
+    list[str] | None,
+    typer.Option("--matrix", "-m", help="Only matrices like this; * and ? are wild.", show_default=False),
+]
+Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show at each place.")]
+Labels = Annotated[int, typer.Option("--labels", min=0, help="Tokens to label a slice with.")]
+SHADES = "▁▂▃▄▅▆▇█"
+
+
+def inspect(
+    run: RunPath,
+    token: Token = None,
+    prompt: Prompt = None,
+    matrix: MatrixPattern = None,
+    top: Top = 20,
+    labels: Labels = 5,
+    threshold: Threshold = 0.0,
+    device: Device = None,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show the slices that are active at a token: importance, activation, what they read and promote.
+
+    A slice marked * is unique: active in this prompt and in no other.
+    """
+    console = make_console(json, quiet, verbose)
+    from spdcli.analysis.inspection import Query, given_texts, inspect_slices, own_texts
+    from spdcli.loading import load
+
+    loaded = load(run, device)
+    own = own_texts(loaded.subject, loaded.recipe.seed if seed is None else seed)
+    shown = own
+    if prompt:
+        begin = loaded.recipe.data is not None and loaded.recipe.data.begin_token
+        shown = given_texts(loaded.subject, prompt, begin)
+        if loaded.recipe.importance.basis == "span":
+            console.warn("this run's gates see only the span of its own prompts; on other text they are a projection")
+    query = Query(token, tuple(matrix or ["*"]), top, labels, threshold)
+    found = inspect_slices(loaded.subject, loaded.decomposition, own, shown, query)
+    console.show({"schema": "spd.inspect/1", "run": run, **found}, *render(found))
+    if quiet:
+        for address in dict.fromkeys(s["slice"] for o in found["occurrences"] for s in o["slices"]):
+            console.result(address)
+
+
+def render(found: dict[str, Any]) -> list[RenderableType]:
+    """A heat strip a prompt, and a table an occurrence."""
+    parts: list[RenderableType] = [heat_strip(heat) for heat in found["heat"]]
+    return parts + [occurrence_table(occurrence) for occurrence in found["occurrences"]]
+
+
+def heat_strip(heat: dict[str, Any]) -> RenderableType:
+    """The tokens of a prompt, each with a bar and a shade as high as its sum of importances."""
+    from rich.text import Text
+
+    most = max(heat["importance"]) or 1.0
+    strip = Text(f"importance over prompt {heat['prompt'] + 1}: ")
+    for token, value in zip(heat["tokens"], heat["importance"], strict=True):
+        share = value / most
+        shade = round(40 + 200 * share)
+        style = f"{'black' if share > 0.5 else 'white'} on rgb({shade},{shade // 2 + 20},40)"
+        strip.append(f"{token} {SHADES[min(7, int(share * 8))]} {value:.1f} ", style=style)
+    return strip
+
+
+def occurrence_table(occurrence: dict[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    title = f"{occurrence['token']!r} at position {occurrence['position']} of prompt {occurrence['prompt'] + 1}"
+    table = Table(title=title)
+    for heading, justify in (
+        ("slice", "left"),
+        ("importance", "right"),
+        ("activation", "right"),
+        ("promotes", "left"),
+        ("reads", "left"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for entry in occurrence["slices"]:
+        table.add_row(
+            entry["slice"] + (" *" if entry["unique"] else ""),
+            f"{entry['importance']:.3f}",
+            f"{entry['activation']:.2f}",
+            " ".join(repr(token) for token in entry["promotes"]),
+            " ".join(repr(token) for token in entry["reads"]),
+        )
+    if not occurrence["slices"]:
+        table.add_row("no slice is active here")
+    return table

@@ -1,0 +1,43 @@
+"""The options that commands share, and the console that they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from spdcli.console import Console
+from spdcli.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result's line and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what is going on.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.", show_default=False),
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random choice.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting of the recipe, as in losses.minimality=0.1; may be given again.",
+        show_default=False,
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The run directory to write.")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory, as spd decompose writes it.", metavar="RUN")]
+Threshold = Annotated[
+    float, typer.Option("--threshold", min=0.0, max=1.0, help="A slice is active where its importance is above this.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
+
+
+def make_console(json: bool = False, quiet: bool = False, verbose: bool = False) -> Console:
+    """The console that `--json`, `-q` and `-v` ask for; UsageError when they contradict each other."""
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose contradict each other", "give one of the two")
+    return Console(json=json, quiet=quiet, verbose=verbose)

@@ -1,0 +1,149 @@
+"""`spd recipe`: find, read, copy and check recipes. Knows neither torch nor transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spdcli.commands.options import Force, Json, Quiet, Set, Verbose, make_console
+from spdcli.errors import RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from spdcli.recipe import Recipe
+
+app = typer.Typer(help="Find, read, copy and check recipes.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="A shipped recipe's name, or a file.", metavar="NAME", show_default=False)]
+Files = Annotated[
+    list[str], typer.Argument(help="Recipe files, or names of shipped ones.", metavar="FILE", show_default=False)
+]
+Destination = Annotated[
+    Path | None, typer.Argument(help="A file or a directory; ./NAME.toml if not given.", show_default=False)
+]
+
+
+@app.command("ls", epilog="spd recipe ls\nspd recipe ls --json | jq -r '.recipes[].name'")
+def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """List the recipes that come with spd."""
+    from spdcli.recipe_file import shipped
+
+    console = make_console(json, quiet, verbose)
+    recipes = [{"name": name, "about": _about(path), "path": path} for name, path in shipped().items()]
+    width = max((len(str(recipe["name"])) for recipe in recipes), default=0)
+    lines = [f"{recipe['name']:<{width}}  {recipe['about']}" for recipe in recipes]
+    console.show({"schema": "spd.recipe.ls/1", "recipes": recipes}, *lines)
+    if quiet:
+        for recipe in recipes:
+            console.result(recipe["name"])
+
+
+@app.command("show", epilog="spd recipe show gpt2\nspd recipe show induction-quick > mine.toml")
+def show_recipe(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Print a recipe as it is written, comments and all."""
+    from spdcli.recipe_file import find_recipe, load_recipe
+
+    console = make_console(json, quiet, verbose)
+    path = find_recipe(name)
+    if json:
+        recipe = load_recipe(path).recipe
+        console.show({"schema": "spd.recipe.show/1", "path": path, "recipe": recipe.model_dump()})
+    console.result(_text(path).rstrip("\n"))
+
+
+@app.command("cp", epilog="spd recipe cp gpt2\nspd recipe cp induction-quick mine.toml")
+def copy_recipe(
+    name: Name,
+    destination: Destination = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    from spdcli.recipe_file import find_recipe
+
+    console = make_console(json, quiet, verbose)
+    source = find_recipe(name)
+    target = destination or Path(source.name)
+    if target.is_dir():
+        target /= source.name
+    if target.exists() and not force:
+        raise UsageError(f"{target}: is already there", "give another destination, or --force to replace it")
+    try:
+        target.write_text(_text(source), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written: {error.strerror}") from None
+    console.show({"schema": "spd.recipe.cp/1", "source": source, "path": target})
+    console.result(target)
+
+
+@app.command("check", epilog="spd recipe check mine.toml\nspd recipe check gpt2 --set target.model=./gpt2")
+def check_recipes(
+    files: Files, set_: Set = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False
+) -> None:
+    """Check recipes and tell every mistake, with its line."""
+    from spdcli.recipe_file import load_recipe
+
+    console = make_console(json, quiet, verbose)
+    reports: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for file in files:
+        try:
+            recipe = load_recipe(file, set_ or ()).recipe
+        except RecipeError as error:
+            reports.append({"file": file, "ok": False, "problems": [vars(problem) for problem in error.problems]})
+            if not json:
+                console.error(error)
+        else:
+            reports.append({"file": file, "ok": True, "problems": [], "recipe": recipe.model_dump()})
+            lines += [f"{file}: ok", *(f"  {line}" for line in summary(recipe))]
+    console.show({"schema": "spd.recipe.check/1", "files": reports}, *lines)
+    if not all(report["ok"] for report in reports):
+        raise typer.Exit(2)
+
+
+def summary(recipe: Recipe) -> list[str]:
+    """What a recipe comes to, one line a section."""
+    losses = recipe.losses.model_dump()
+    terms = [f"{name} {losses[name]:g}" for name in losses if name.endswith(LOSS_WORDS) and losses[name]]
+    annealed = f" to {recipe.losses.p_final:g}" if recipe.losses.anneal_p else ""
+    rows = {
+        "target": _target(recipe),
+        "data": f"{len(recipe.data.prompts)} prompts" if recipe.data else "",
+        "train": _steps(recipe.train) if recipe.train else "",
+        "slices": f"{recipe.slices.C} a matrix, of {', '.join(recipe.slices.matrices)}; start {recipe.slices.init}",
+        "importance": f"{recipe.importance.kind}, gate width {recipe.importance.gate_width}, "
+        f"basis {recipe.importance.basis}",
+        "losses": f"{', '.join(terms)}; p {recipe.losses.p_start:g}{annealed}",
+        "decompose": _steps(recipe.decompose),
+    }
+    return [f"{name:<11} {text}" for name, text in rows.items() if text]
+
+
+LOSS_WORDS = ("faithfulness", "minimality", "recon", "recon_layerwise", "recon_partial")
+
+
+def _target(recipe: Recipe) -> str:
+    target = recipe.target
+    if target.kind == "huggingface":
+        return f"{target.model}, {target.dtype}"
+    return f"{target.path or 'induction toy'}: {target.layers} layers, {target.heads} heads, width {target.d_model}"
+
+
+def _steps(work: Any) -> str:
+    return f"{work.steps} steps of {work.batch}, {work.optimizer}, learning rate {work.learning_rate:g} {work.schedule}"
+
+
+def _about(path: Path) -> str:
+    """A recipe's first comment."""
+    first = _text(path).partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None

@@ -1,0 +1,90 @@
+"""`spd train`: train the induction toy of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spdcli.commands.options import Device, Force, Json, Out, Quiet, Seed, Set, Verbose, make_console
+from spdcli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from spdcli.console import Console
+    from spdcli.recipe import Recipe
+    from spdcli.recipe_file import LoadedRecipe
+    from spdcli.runs import RunDirectory
+    from spdcli.targets.induction import InductionToy
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
+FRESH_SEQUENCES = 20_000  # what the accuracy is measured on
+
+
+def train(
+    recipe: RecipeName,
+    out: Out = Path("toy"),
+    set_: Set = None,
+    device: Device = None,
+    seed: Seed = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train the induction toy of a recipe (section 5.1, Table 3) into a run directory.
+
+    Writes the toy's weights, a record a logged step, and the loss curve (Figure 5).
+    """
+    from spdcli.recipe_file import load_recipe
+
+    console = make_console(json, quiet, verbose)
+    loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
+    require_toy(loaded)
+    from spdcli.runs import RunDirectory
+
+    run = RunDirectory.create(out, loaded.recipe, force)
+    toy, accuracy = train_into(run, loaded.recipe, console)
+    last = run.metrics()[-1]
+    console.show(
+        {"schema": "spd.train/1", "run": out, "loss": last["loss"], "accuracy": accuracy, "steps": last["step"]},
+        f"loss {last['loss']:.2e} after {last['step']} steps, "
+        f"right on {accuracy:.2%} of {FRESH_SEQUENCES} fresh sequences",
+    )
+    console.result(out)
+
+
+def require_toy(loaded: LoadedRecipe) -> None:
+    """RecipeError unless the recipe describes a toy and its training."""
+    if loaded.recipe.target.kind != "induction":
+        raise loaded.error(
+            "target.kind", "[target] kind = 'huggingface' comes trained; only the induction toy is trained"
+        )
+    if loaded.recipe.train is None:
+        raise RecipeError([loaded.source.problem([("train",)], "[train] is missing; it says how the toy is trained")])
+
+
+def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> tuple[InductionToy, float]:
+    """Train a toy, leaving weights, metrics and loss curve in `run`; returns it with its accuracy on fresh sequences."""
+    import torch
+
+    from spdcli.figures import save_training_curve
+    from spdcli.runs import FIGURES, TOY_WEIGHTS, save_tensors
+    from spdcli.subject import choose_device, toy_training
+    from spdcli.targets.induction import toy_accuracy
+
+    assert recipe.train is not None
+    toy = None
+    run.start_metrics()
+    with console.live() as live:
+        for toy, record in toy_training(recipe, choose_device(recipe.device)):
+            run.add_metrics(record)
+            text = f"training the toy  loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}"
+            live.update(text, int(record["step"]), recipe.train.steps)
+    assert toy is not None
+    save_tensors(run / TOY_WEIGHTS, toy.state_dict())
+    save_training_curve(run.metrics(), run / FIGURES)
+    accuracy = toy_accuracy(toy, FRESH_SEQUENCES, torch.Generator().manual_seed(recipe.seed + 1_000_003))
+    if accuracy < 0.999:
+        console.warn(f"the toy is right on only {accuracy:.2%} of fresh sequences; train it longer (train.steps)")
+    return toy, accuracy

@@ -1,0 +1,176 @@
+"""The only printer of spd: results on stdout, everything else on stderr.
+
+| mode | stdout | stderr |
+|---|---|---|
+| human | tables, then the result's line | notes, warnings, errors; a live line on a terminal |
+| `--json` | one JSON object | the same |
+| `-q` | the result's line alone | warnings and errors |
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spdcli.errors import SpdError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
+    from rich.progress import Progress, TaskID
+
+PIPE_WIDTH = 120  # columns of a table that is written to a file or a pipe
+
+
+class Console:
+    """Prints for one command, in the mode that its options ask for.
+
+    `json` prints one object and nothing else on stdout; `quiet` drops all but the result's line and
+    what went wrong; `verbose` adds `debug` lines.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+        self.verbose = verbose
+        self._shown = False
+
+    def show(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
+        """The answer of a command, once: `data` for programs, `renderables` (text or rich tables) for people.
+
+        In `data`, numbers that are not finite become null; arrays and tensors become lists. Text is
+        printed as it is, in the cells of a table too: rich markup such as `[bold]` has no meaning.
+        """
+        if self.json:
+            assert not self._shown, "a command shows one JSON object"
+            self._shown = True
+            self._line(jsonlib.dumps(plain(data), allow_nan=False))
+        elif not self.quiet:
+            for renderable in renderables:
+                self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+
+    def result(self, text: object) -> None:
+        """The one line that a script wants, last on stdout: the path of a run, as a rule. Not in JSON mode."""
+        if not self.json:
+            self._line(str(text))
+
+    def note(self, text: str) -> None:
+        """What is going on, for people."""
+        if not self.quiet:
+            self._say(text)
+
+    def debug(self, text: str) -> None:
+        """Detail that only `-v` shows."""
+        if self.verbose:
+            self._say(text, style="dim")
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know although the command goes on; also with `-q`."""
+        self._say(text, label="warning", style="bold yellow")
+
+    def error(self, error: SpdError) -> None:
+        """An expected failure: one line for each mistake, then the hint."""
+        for line in error.message.splitlines() or [""]:
+            self._say(line, label=error.label, style="bold red")
+        if error.hint:
+            self._say(error.hint, label="hint", style="bold cyan")
+
+    @contextmanager
+    def live(self) -> Iterator[LiveLine]:
+        """A line that follows long work and then goes away; nothing off a terminal, and nothing with `-q`."""
+        if self.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+            yield LiveLine(None)
+            return
+        with _progress(self._err) as progress:
+            yield LiveLine(progress)
+
+    @cached_property
+    def _out(self) -> RichConsole:
+        from rich.console import Console as RichConsole
+
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+        return RichConsole(width=width, markup=False, emoji=False, highlight=False)
+
+    @cached_property
+    def _err(self) -> RichConsole:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(stderr=True, markup=False, emoji=False, highlight=False)
+
+    def _line(self, text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    def _say(self, text: str, label: str | None = None, style: str = "") -> None:
+        from rich.text import Text
+
+        parts = [(f"{label}: ", style), text] if label else [(text, style)]
+        self._err.print(Text.assemble(*parts), soft_wrap=True)
+
+
+class LiveLine:
+    """What `Console.live` gives: `update` it as often as the work steps on."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+        self._done = 0
+
+    def update(self, text: str, done: int, total: int) -> None:
+        """`text` beside `done` of `total` steps, their rate and the time left; a `done` that falls starts anew."""
+        if self._progress is None:
+            return
+        if self._task is None:
+            self._task = self._progress.add_task(text, total=total)
+        elif done < self._done:
+            self._progress.reset(self._task, total=total)
+        self._done = done
+        self._progress.update(self._task, description=text, completed=done, total=total)
+
+
+def plain(value: Any) -> Any:
+    """`value` in the types of JSON: null for what is not finite, lists for arrays and sets, text for paths."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return [plain(item) for item in sorted(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _progress(console: RichConsole) -> Progress:
+    from rich.progress import Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Steps a second, or seconds a step when that is the larger number."""
+
+        def render(self, task: Any) -> Text:
+            if not task.speed:
+                return Text("")
+            return Text(f"{task.speed:.1f} steps/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s/step")
+
+    return Progress(
+        TextColumn("{task.completed}/{task.total}", markup=False),
+        TextColumn("{task.description}", markup=False),
+        Rate(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )

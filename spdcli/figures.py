@@ -1,0 +1,38 @@
+"""One function a figure: PNG and SVG, readable in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from spdcli.runs import write_atomically
+
+
+def save(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """Write `figure` as NAME.png and NAME.svg into `directory`."""
+    paths = []
+    for kind in ("png", "svg"):
+        path = directory / f"{name}.{kind}"
+        write_atomically(
+            path, lambda beside, kind=kind: figure.savefig(beside, format=kind, dpi=150, bbox_inches="tight")
+        )
+        paths.append(path)
+    return paths
+
+
+def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """The toy's loss and accuracy against the step (Figure 5): a plateau, then the phase change."""
+    figure = Figure(figsize=(6, 3.2))
+    loss_axes = figure.subplots()
+    steps = [record["step"] for record in records]
+    loss_axes.plot(steps, [record["loss"] for record in records], color="black", label="loss (last token)")
+    loss_axes.set(xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
+    accuracy_axes = loss_axes.twinx()
+    accuracy_axes.plot(steps, [record["accuracy"] for record in records], color="0.5", linestyle="--", label="accuracy")
+    accuracy_axes.set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    lines = [*loss_axes.get_lines(), *accuracy_axes.get_lines()]
+    loss_axes.legend(lines, [line.get_label() for line in lines], loc="center right", frameon=False)
+    return save(figure, directory, "training")

@@ -1,0 +1,33 @@
+"""`spdcli.load`: a finished run with everything the commands use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.recipe import Recipe
+from spdcli.runs import DECOMPOSITION, TOY, RunDirectory, load_tensors
+from spdcli.subject import Subject, choose_device, load_decomposition, open_subject
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedRun:
+    """A run: its directory, recipe, subject (target, data, names of tokens) and decomposition."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    subject: Subject
+    decomposition: Decomposition
+
+
+def load(path: str | Path, device: str | None = None) -> LoadedRun:
+    """Open the run at `path`; SpdError when there is none or it has no decomposition yet.
+
+    `device` is auto, cpu or cuda; the recipe's own when left out.
+    """
+    directory = RunDirectory.open(Path(path))
+    recipe = directory.recipe
+    tensors, _ = load_tensors(directory / DECOMPOSITION)
+    subject = open_subject(recipe, choose_device(device or recipe.device), directory / TOY)
+    return LoadedRun(directory, recipe, subject, load_decomposition(recipe, subject, tensors))

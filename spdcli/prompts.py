@@ -1,0 +1,169 @@
+"""Prompts of a language model: from text to a batch, and from a token's text to its places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.target import Batch
+from spdcli.errors import SpdError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LISTED_TOKENS = 60  # of an error that lists the tokens there are
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Tokenised prompts. Letters: B prompts, T positions of the longest.
+
+    `batch` holds what is fed, padded at the end; all real positions are looked at, and
+    `batch.answers [B]` is each prompt's last token. `answer_at [B]` is the position whose next-token
+    distribution predicts it: the last fed one when the answer is held out, the one before when it
+    is fed too. `texts`, `pieces` (the fed tokens as text, one list a prompt) and `answer_texts` are
+    for people.
+    """
+
+    batch: Batch
+    answer_at: Tensor
+    texts: list[str]
+    pieces: list[list[str]]
+    answer_texts: list[str]
+    tokenizer: PreTrainedTokenizerBase
+
+    def fed(self, prompt: int) -> list[int]:
+        """The token ids of one prompt that are fed, without padding."""
+        return self.batch.tokens[prompt][self.batch.valid[prompt]].tolist()
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    answers: Literal["held_out", "fed"] = "held_out",
+    begin_token: bool = False,
+) -> Prompts:
+    """Tokenises `prompts` into one batch.
+
+    `answers` says whether a prompt's last token is fed or only predicted; `begin_token` puts the
+    tokenizer's begin-of-sequence token first (none is put otherwise). Raises SpdError naming a
+    prompt that has fewer than two tokens or more than the model takes.
+    """
+    if not prompts:
+        raise ValueError("no prompts")
+    sequences = [token_ids(tokenizer, text, begin_token) for text in prompts]
+    fed = [sequence[:-1] if answers == "held_out" else sequence for sequence in sequences]
+    lengths = torch.tensor([len(sequence) for sequence in fed])
+    valid = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    tokens = torch.zeros(valid.shape, dtype=torch.long)
+    tokens[valid] = torch.tensor([token for sequence in fed for token in sequence])
+    last = [sequence[-1] for sequence in sequences]
+    return Prompts(
+        batch=Batch(tokens, valid, looked=valid.clone(), answers=torch.tensor(last)),
+        answer_at=lengths - (1 if answers == "held_out" else 2),
+        texts=list(prompts),
+        pieces=[[token_text(tokenizer, token) for token in sequence] for sequence in fed],
+        answer_texts=[token_text(tokenizer, token) for token in last],
+        tokenizer=tokenizer,
+    )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool) -> list[int]:
+    """The tokens of one prompt, its length checked."""
+    # `verbose=False`: a prompt that is too long gets the error below, not a warning as well.
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if begin_token:
+        if tokenizer.bos_token_id is None:
+            raise SpdError("data.begin_token = true, but this model's tokenizer has no begin-of-sequence token")
+        tokens = [tokenizer.bos_token_id, *tokens]
+    if len(tokens) < 2:
+        raise SpdError(
+            f"the prompt {text!r} has {len(tokens)} token{'' if len(tokens) == 1 else 's'}; at least 2 are needed",
+            "the last token is the answer, and at least one before it is fed",
+        )
+    if len(tokens) > tokenizer.model_max_length:
+        start = text if len(text) <= 40 else f"{text[:40]}…"
+        raise SpdError(f"the prompt {start!r} has {len(tokens)} tokens; the model takes {tokenizer.model_max_length}")
+    return tokens
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token as a reader would recognise it, its leading space included.
+
+    A token that is only part of a character is shown in the tokenizer's own spelling; an id that
+    the tokenizer does not know (models pad their vocabulary) as `#id`.
+    """
+    raw = raw_token(tokenizer, token)
+    if not raw:
+        return f"#{token}"
+    text = span_text(tokenizer, [token])
+    return raw if not text or "\ufffd" in text else text
+
+
+def raw_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token in the tokenizer's own spelling; empty where it does not know the id."""
+    raw = tokenizer.convert_ids_to_tokens(token)
+    return raw if isinstance(raw, str) else ""
+
+
+def span_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Neighbouring tokens as text, exactly as they stood in the prompt."""
+    text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    # SentencePiece tokenizers drop the space of a text's first token, which "▁" stands for.
+    space_first = raw_token(tokenizer, tokens[0]).startswith("▁")
+    return f" {text}" if space_first and not text.startswith(" ") else text
+
+
+def find_token(prompts: Prompts, query: str) -> list[tuple[int, int]]:
+    """Where a token is: `(prompt, position)` of every occurrence among the fed tokens, in order.
+
+    `query` is text, with or without the leading space, or a token id (`#39812`, or digits that are
+    no token's text). Text that is several tokens is found at the last of them. Raises UsageError,
+    listing the tokens there are, where nothing is found.
+    """
+    places = find_id(prompts, query[1:]) if query.startswith("#") else []
+    places = places or find_text(prompts, query) or find_id(prompts, query)
+    if places:
+        return places
+    if query.strip() and query.strip() in [text.strip() for text in prompts.answer_texts]:
+        raise UsageError(
+            f"the token {query!r} is only an answer, which is predicted and not fed",
+            "set data.answers = 'fed' to feed it too; " + listing(prompts),
+        )
+    raise UsageError(f"no prompt has the token {query!r}", listing(prompts))
+
+
+def find_id(prompts: Prompts, digits: str) -> list[tuple[int, int]]:
+    if not (digits.isascii() and digits.isdigit()):
+        return []
+    hits = (prompts.batch.tokens == min(int(digits), 2**62)) & prompts.batch.valid
+    return [(prompt, position) for prompt, position in hits.nonzero().tolist()]
+
+
+def find_text(prompts: Prompts, query: str) -> list[tuple[int, int]]:
+    """The last positions of every run of tokens whose text is `query`."""
+    places: set[tuple[int, int]] = set()
+    for prompt in range(len(prompts.texts)):
+        fed = prompts.fed(prompt)
+        for start in range(len(fed)):
+            for stop in range(start + 1, len(fed) + 1):
+                text = span_text(prompts.tokenizer, fed[start:stop])
+                if text == query or text == f" {query}":
+                    places.add((prompt, stop - 1))
+                    break
+                # Half a character may show as up to three marks that one character replaces later.
+                if len(text) > len(query) + 4:
+                    break
+    return sorted(places)
+
+
+def listing(prompts: Prompts) -> str:
+    """The distinct fed tokens with their ids, for an error."""
+    ids = {token: None for prompt in range(len(prompts.texts)) for token in prompts.fed(prompt)}
+    named = [f"{token_text(prompts.tokenizer, token)!r} (#{token})" for token in list(ids)[:LISTED_TOKENS]]
+    more = f" and {len(ids) - LISTED_TOKENS} more" if len(ids) > LISTED_TOKENS else ""
+    return f"the tokens are {', '.join(named)}{more}"

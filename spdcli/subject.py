@@ -1,0 +1,273 @@
+"""From a recipe to the things a command works on: the target, its data, a decomposition to train.
+
+A *subject* is a target together with what is specific to its kind: how its batches are drawn, how its tokens
+are written, how its matrices hang on the residual stream.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spdcli.data import induction_batch, token_name
+from spdcli.engine.fit import FitSettings
+from spdcli.engine.forward import clean_pass
+from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
+from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.engine.optimise import OptimiserSettings, warmup_steps
+from spdcli.engine.step import LossSettings
+from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
+from spdcli.engine.target import Batch, Target
+from spdcli.errors import SpdError
+from spdcli.recipe import HuggingFaceTarget, InductionTarget, Optimisation, Recipe
+from spdcli.runs import TOY_WEIGHTS, load_tensors
+from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
+from spdcli.targets.routes import Route
+
+if TYPE_CHECKING:
+    from spdcli.prompts import Prompts
+
+START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
+
+
+@dataclass(eq=False)
+class Subject:
+    """A target in its setting.
+
+    `batches(generator)` draws a training minibatch (the same object every time for a fixed set of prompts);
+    `length` is the longest sequence. `prompts` is set for a language model, `toy` for the toy.
+    """
+
+    target: Target
+    batches: Callable[[torch.Generator], Batch]
+    length: int
+    token_text: Callable[[int], str]
+    routes: dict[str, Route]
+    toy: InductionToy | None = None
+    prompts: Prompts | None = None
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU when there is one; asking for one that is not there is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpdError("device = 'cuda', but torch sees no GPU here", "--device cpu, or install a CUDA build of torch")
+    return torch.device(name)
+
+
+def optimiser_settings(section: Optimisation) -> OptimiserSettings:
+    return OptimiserSettings(
+        optimizer=section.optimizer,
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        schedule=section.schedule,
+        warmup=warmup_steps(section.warmup, section.steps),
+        steps=section.steps,
+    )
+
+
+def toy_shape(target: InductionTarget) -> ToyShape:
+    return ToyShape(**target.model_dump(exclude={"kind", "path"}))
+
+
+def toy_training(recipe: Recipe, device: torch.device) -> Iterator[tuple[InductionToy, dict[str, float]]]:
+    """Trains the toy of a recipe; yields the toy and a record at every logged step (see `train_toy`)."""
+    assert isinstance(recipe.target, InductionTarget) and recipe.train is not None
+    return train_toy(
+        toy_shape(recipe.target),
+        optimiser_settings(recipe.train),
+        recipe.train.batch,
+        recipe.train.steps,
+        recipe.seed,
+        recipe.train.log_every,
+        device,
+    )
+
+
+def load_toy(directory: Path, target: InductionTarget, device: torch.device) -> InductionToy:
+    """The toy that a run of `spd train` left in `directory`, checked against the recipe's shape."""
+    tensors, _ = load_tensors(directory / TOY_WEIGHTS)
+    toy = InductionToy(toy_shape(target))
+    wanted = {name: tensor.shape for name, tensor in toy.state_dict().items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+        raise SpdError(
+            f"{directory / TOY_WEIGHTS}: not the toy that [target] describes", "give the recipe it was trained by"
+        )
+    toy.load_state_dict(tensors)
+    return toy.to(device).eval()
+
+
+def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
+    shape = toy.shape
+
+    def batches(generator: torch.Generator) -> Batch:
+        drawn = induction_batch(recipe.decompose.batch, shape.length, shape.vocabulary, generator)
+        if not recipe.losses.last_token_only:
+            drawn = replace(drawn, looked=drawn.valid)
+        return drawn.to(next(toy.parameters()).device)
+
+    return Subject(
+        target=toy_target(toy),
+        batches=batches,
+        length=shape.length,
+        token_text=lambda token: token_name(token, shape.vocabulary),
+        routes=toy_routes(toy),
+        toy=toy,
+    )
+
+
+def language_subject(recipe: Recipe, device: torch.device) -> Subject:
+    """A language model and its prompts, ready to decompose."""
+    from spdcli.prompts import encode
+    from spdcli.targets.huggingface import build_routes, build_target, load_model
+
+    assert isinstance(recipe.target, HuggingFaceTarget) and recipe.data is not None
+    language_model = load_model(recipe.target.model, recipe.target.dtype)
+    language_model.model.to(device)
+    prompts = encode(language_model.tokenizer, recipe.data.prompts, recipe.data.answers, recipe.data.begin_token)
+    fixed = prompts.batch.to(device)
+    if recipe.losses.last_token_only:
+        rows = torch.arange(len(prompts.answer_at))
+        last = torch.zeros_like(prompts.batch.looked)
+        last[rows, prompts.answer_at] = True
+        fixed = replace(fixed, looked=last.to(device))
+    size = recipe.decompose.batch
+
+    def batches(generator: torch.Generator) -> Batch:
+        if size >= len(fixed.tokens):
+            return fixed
+        return fixed.select(torch.randperm(len(fixed.tokens), generator=generator)[:size].to(device))
+
+    split = recipe.target.split_attention
+    return Subject(
+        target=build_target(language_model, split),
+        batches=batches,
+        length=fixed.tokens.shape[1],
+        token_text=language_model.token_text,
+        routes=build_routes(language_model, split),
+        prompts=replace(prompts, batch=fixed),
+    )
+
+
+def open_subject(recipe: Recipe, device: torch.device, toy_directory: Path | None = None) -> Subject:
+    """The subject of a recipe. A toy is read from `toy_directory` (a run of `spd train`)."""
+    if isinstance(recipe.target, InductionTarget):
+        assert toy_directory is not None
+        return toy_subject(recipe, load_toy(toy_directory, recipe.target, device))
+    return language_subject(recipe, device)
+
+
+def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[str, Tensor]:
+    """The matrices' inputs at real positions, `[n, I]`: all prompts, or a draw of toy sequences."""
+    if subject.prompts is not None:
+        batch = subject.prompts.batch
+    else:
+        assert subject.toy is not None
+        generator = torch.Generator().manual_seed(recipe.seed)
+        shape = subject.toy.shape
+        batch = induction_batch(START_SEQUENCES, shape.length, shape.vocabulary, generator).to(subject.target.device)
+    clean = clean_pass(subject.target, batch, names)
+    return {name: clean.inputs[name][batch.valid] for name in names}
+
+
+def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> Decomposition:
+    """A decomposition of the matrices `names` as a recipe wants it, at step 0."""
+    matrices = {name: subject.target.matrices[name] for name in names}
+    spanned = recipe.importance.basis == "span"
+    inputs = None
+    if spanned or recipe.slices.init == "svd_span":
+        inputs = _start_inputs(recipe, subject, names)
+    slices = start_slices(matrices, recipe.slices.C, recipe.slices.init, inputs, recipe.seed)
+    bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
+    return _assemble(recipe, subject, slices, bases)
+
+
+def _importances(recipe: Recipe, subject: Subject, names: list[str], bases: dict[str, Tensor] | None) -> Importances:
+    widths = {name: subject.target.matrices[name].d_in for name in names}
+    settings = ImportanceSettings(**recipe.importance.model_dump(exclude={"basis"}), length=subject.length)
+    return Importances(widths, dict.fromkeys(names, recipe.slices.C), settings, bases)
+
+
+def _assemble(
+    recipe: Recipe, subject: Subject, slices: dict[str, Slices], bases: dict[str, Tensor] | None
+) -> Decomposition:
+    torch.manual_seed(recipe.seed)
+    made = Decomposition(slices, _importances(recipe, subject, list(slices), bases), recipe.slices.delta)
+    return made.to(subject.target.device, subject.target.unembedding.dtype)
+
+
+def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:
+    """How many parameters the slices and the importance functions of `names` will have."""
+    matrices = [subject.target.matrices[name] for name in names]
+    slices = sum(recipe.slices.C * (matrix.d_in + matrix.d_out) for matrix in matrices)
+    bases = None
+    with torch.device("meta"):  # shapes alone
+        if recipe.importance.basis == "span" and subject.prompts is not None:
+            rows = int(subject.prompts.batch.valid.sum())
+            bases = {name: torch.empty(min(m.d_in, rows), m.d_in) for name, m in zip(names, matrices, strict=True)}
+        importances = _importances(recipe, subject, names, bases)
+    return slices, sum(p.numel() for p in importances.parameters() if p.requires_grad)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tensor]) -> Decomposition:
+    """The decomposition that a run saved as `tensors`."""
+    slices = {}
+    for key in tensors:
+        if key.startswith("slices.") and key.endswith(".U"):
+            stem = key[: -len(".U")]
+            slices[stem[len("slices.") :].replace("/", ".")] = Slices(tensors[f"{stem}.U"], tensors[f"{stem}.V"])
+    unknown = [name for name in slices if name not in subject.target.matrices]
+    if unknown or not slices:
+        raise SpdError(f"the saved decomposition is of another target: it has {unknown[:1] or 'no slices'}")
+    ordered = {name: slices[name] for name in subject.target.matrices if name in slices}
+    bases = None
+    if recipe.importance.basis == "span":
+        bases = {name: tensors[f"importances.bases.{name.replace('.', '/')}"] for name in ordered}
+    made = _assemble(recipe, subject, ordered, bases)
+    made.load_state_dict(tensors)
+    return made.requires_grad_(False).eval()
+
+
+def loss_settings(recipe: Recipe) -> LossSettings:
+    section = recipe.losses
+    names = ["faithfulness", "minimality", *RECONSTRUCTION]
+    return LossSettings(
+        coefficients={name: getattr(section, name) for name in names},
+        samples=section.samples,
+        p_start=section.p_start,
+        p_final=section.p_final,
+        anneal_p=section.anneal_p,
+        epsilon=section.epsilon,
+        subset=section.subset,
+        reverse_kl=section.kl == "variant_to_target",
+    )
+
+
+def fit_settings(recipe: Recipe) -> FitSettings:
+    section = recipe.decompose
+    return FitSettings(
+        steps=section.steps,
+        clip_slices=section.clip_slices,
+        clip_gates=section.clip_gates,
+        log_every=section.log_every,
+        plan_bytes=section.plan_memory * 2**30,
+        losses=loss_settings(recipe),
+    )

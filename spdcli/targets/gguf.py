@@ -1,0 +1,88 @@
+"""GGUF files: converted once into a plain checkpoint directory in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from spdcli.errors import SpdError
+
+
+def converted(path: Path) -> Path:
+    """The checkpoint directory (float32) made of a `.gguf` file, converted now if it never was.
+
+    It lies in the user's cache under the file's name, size and content hash. The directory appears
+    whole or not at all; of two processes that convert at once, the first to finish wins.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SpdError(f"'{path}' is not a GGUF file")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    place = cache_folder() / f"{path.stem}-{path.stat().st_size}-{digest[:16]}"
+    if place.is_dir():
+        return place
+    require_libraries(path)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=place.parent))
+    except OSError as error:
+        raise SpdError(f"the cache cannot be written: {error}", "set XDG_CACHE_HOME to a directory you own") from error
+    try:
+        convert(path, beside)
+        publish(beside, place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return place
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spd" / "gguf"
+
+
+def publish(folder: Path, place: Path) -> None:
+    """Renames `folder` to `place`, unless another process put the same thing there first."""
+    try:
+        folder.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+
+
+def require_libraries(path: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SpdError(f"reading '{path.name}' needs {' and '.join(missing)}", "pip install 'spd-cli[gguf]'")
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Writes the model and tokenizer of a `.gguf` file into `folder`, as float32 safetensors."""
+    # Here, not above: only a first conversion pays for these imports.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spdcli.targets.quiet import quiet
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            )
+            # A model read from GGUF refuses to be saved; a clean one of the same config and weights does not.
+            config = loaded.config
+            del config.quantization_config
+            with torch.device("meta"):
+                clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            clean.load_state_dict(loaded.state_dict(), assign=True)
+            clean.tie_weights()
+            clean.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # a damaged file fails in as many ways as there are places to damage
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise SpdError(f"'{path}' cannot be converted: {reason}", "give a safetensors directory instead") from error

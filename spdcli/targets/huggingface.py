@@ -1,0 +1,213 @@
+"""Causal language models of Hugging Face transformers as decomposition targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spdcli.engine.target import Matrix, Target
+from spdcli.errors import SpdError, UsageError
+from spdcli.prompts import token_text
+from spdcli.targets.architectures import RESIDUAL, Architecture, MatrixEntry, architecture_of
+from spdcli.targets.quiet import quiet
+from spdcli.targets.routes import Map, Route, back_through, columns_only, detached, final_scale, through, unchanged
+from spdcli.targets.sources import resolve
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A frozen causal language model with its tokenizer; `source` is the directory it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: Path
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_submodule(self.architecture.base)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order."""
+        return list(self.base.get_submodule(self.architecture.blocks).children())
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.base.get_submodule(self.architecture.final_norm)
+
+    @property
+    def head_width(self) -> int:
+        """The width K of one attention head."""
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def token_text(self, token: int) -> str:
+        """A token as a reader would recognise it, its leading space included."""
+        return token_text(self.tokenizer, token)
+
+
+def load_model(model: str, dtype: str) -> LanguageModel:
+    """Loads `model` (see `sources.resolve` for its four spellings), frozen and in evaluation mode.
+
+    `dtype` names a torch floating type. Only safetensors are read and no code that came with the
+    model runs. Attention is torch's own kernel ("sdpa"): transformers' eager attention rounds to
+    float32 inside, so that float64 would not be exact. (The norms of the Llama family do so still.)
+    Raises SpdError for a model that is absent, unsupported, quantised or incomplete.
+    """
+    folder = resolve(model)
+    config = read_config(folder)
+    architecture = architecture_of(config.get("model_type", "without a model_type"))
+    if "quantization_config" in config:
+        raise SpdError(f"'{model}' is quantised; a decomposition needs plain weights", "give its full-precision model")
+    try:
+        with quiet():
+            answer: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            loaded, report = answer
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file fails in as many ways as there are places to damage
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise SpdError(f"'{model}' cannot be loaded: {reason}") from error
+    if report["missing_keys"]:
+        raise SpdError(f"'{model}' lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
+    # So that whoever holds only the tokenizer can tell which prompts are too long.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, loaded.config.max_position_embeddings)
+    return LanguageModel(loaded.eval().requires_grad_(False), tokenizer, architecture, folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `config.json` as it is, before transformers makes anything of it."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except ValueError as error:
+        raise SpdError(f"'{folder / 'config.json'}' is not a JSON object: {error}") from error
+
+
+def build_target(language_model: LanguageModel, split_attention: bool) -> Target:
+    """The engine's view of a language model, with every matrix of every block.
+
+    A matrix is named by its path below the base model. `split_attention` makes three matrices of a
+    fused `c_attn`, named `.q`, `.k` and `.v`; UsageError where there is none to split.
+    """
+    model, base = language_model.model, language_model.base
+    if split_attention and not any(entry.parts for entry in language_model.architecture.matrices):
+        raise UsageError(
+            f"target.split_attention = true, but '{model.config.model_type}' keeps q, k and v apart already",
+            "leave split_attention out",
+        )
+    head = model.get_submodule(language_model.architecture.head)
+
+    def run(tokens: Tensor, valid: Tensor) -> object:
+        # No mask: padding comes last, and causal attention shows no real position what comes later.
+        assert bool((valid[:, :-1] >= valid[:, 1:]).all()), "padding must be at the end"
+        return base(input_ids=tokens, use_cache=False)
+
+    return Target(
+        model=model,
+        blocks=language_model.blocks,
+        run=run,
+        finish=language_model.final_norm,
+        unembedding=head.get_parameter("weight"),
+        unembedding_bias=None if head.bias is None else head.get_parameter("bias"),
+        embedding=base.get_submodule(language_model.architecture.embedding).get_parameter("weight"),
+        matrices={matrix.name: matrix for matrix, _, _ in walk_matrices(language_model, split_attention)},
+    )
+
+
+def walk_matrices(
+    language_model: LanguageModel, split_attention: bool
+) -> Iterator[tuple[Matrix, MatrixEntry, str | None]]:
+    """Every matrix in the order of execution, with its table entry and, where it is one, its part."""
+    architecture = language_model.architecture
+    for index, block in enumerate(language_model.blocks):
+        for entry in architecture.matrices:
+            module = block.get_submodule(entry.module)
+            name = f"{architecture.blocks}.{index}.{entry.module}"
+            if not (split_attention and entry.parts):
+                columns = (0, width_out(module, architecture.transposed))
+                yield Matrix(name, module, index, columns, architecture.transposed), entry, None
+                continue
+            for part, columns in part_columns(entry, width_out(module, architecture.transposed)).items():
+                yield Matrix(f"{name}.{part}", module, index, columns, architecture.transposed), entry, part
+
+
+def width_out(module: nn.Module, transposed: bool) -> int:
+    return module.get_parameter("weight").shape[0 if transposed else 1]
+
+
+def part_columns(entry: MatrixEntry, d_out: int) -> dict[str, tuple[int, int]]:
+    """The output columns `[start, stop)` of each part of a fused matrix."""
+    width = d_out // len(entry.parts)
+    return {part: (i * width, (i + 1) * width) for i, (part, _) in enumerate(entry.parts)}
+
+
+def build_routes(language_model: LanguageModel, split_attention: bool) -> dict[str, Route]:
+    """The route of every matrix that `build_target` names, for the labels of its slices."""
+    end = final_scale(language_model.final_norm)
+    routes = {}
+    for matrix, entry, part in walk_matrices(language_model, split_attention):
+        block = language_model.blocks[matrix.block]
+        weights = block_weights(block, language_model.architecture)
+        norm = block_norm(block, entry, language_model.architecture)
+        into = unchanged if entry.reads is None else back_through(weights[entry.reads], language_model.head_width)
+        writes = dict(entry.parts)[part] if part is not None else entry.writes
+        out = outward(writes, weights, end, language_model.head_width)
+        if part is None and entry.parts:
+            out = fused_outward(entry, matrix.d_out, weights, end, language_model.head_width)
+        routes[matrix.name] = Route(norm, into, out)
+    return routes
+
+
+def block_weights(block: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """Every weight of a block as `[I, O]`, parts of fused ones included, by path inside the block."""
+    weights = {}
+    for entry in architecture.matrices:
+        weight = block.get_submodule(entry.module).get_parameter("weight").detach()
+        weights[entry.module] = weight.t() if architecture.transposed else weight
+        if entry.parts:
+            for part, (start, stop) in part_columns(entry, weights[entry.module].shape[1]).items():
+                weights[f"{entry.module}.{part}"] = weights[entry.module][:, start:stop]
+    return weights
+
+
+def block_norm(block: nn.Module, entry: MatrixEntry, architecture: Architecture) -> Map:
+    """The norm between the residual stream and a matrix, or and the matrix that it reads."""
+    if entry.norm is not None:
+        return detached(block.get_submodule(entry.norm))
+    assert entry.reads is not None, f"{entry.module} names neither a norm nor a matrix that it reads"
+    source = next(other for other in architecture.matrices if entry.reads.startswith(other.module))
+    return block_norm(block, source, architecture)
+
+
+def outward(writes: str | None, weights: dict[str, Tensor], end: Map, head_width: int) -> Map | None:
+    """The way of a matrix's output to the final residual stream; None where there is none."""
+    if writes is None:
+        return None
+    if writes == RESIDUAL:
+        return end
+    return through(weights[writes], end, head_width)
+
+
+def fused_outward(entry: MatrixEntry, d_out: int, weights: dict[str, Tensor], end: Map, head_width: int) -> Map | None:
+    """The way out of a fused matrix: that of its one part which has a way out."""
+    for part, writes in entry.parts:
+        out = outward(writes, weights, end, head_width)
+        if out is not None:
+            return columns_only(out, part_columns(entry, d_out)[part])
+    return None
