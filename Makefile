@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup demo test check format clean
 

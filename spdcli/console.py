@@ -128,7 +128,7 @@ class LiveLine:
         if self._progress is None:
             return
         if self._task is None:
-            self._task = self._progress.add_task(text, total=total)
+            self._task = self._progress.add_task(text, completed=done, total=total)
         elif done < self._done:
             self._progress.reset(self._task, total=total)
         self._done = done
@@ -155,8 +155,14 @@ def plain(value: Any) -> Any:
 
 
 def _progress(console: RichConsole) -> Progress:
+    """Steps, text, rate and time left on one line: a text that is too long is cut, the rest never."""
     from rich.progress import Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
+
+    class Description(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(task.description, no_wrap=True, overflow="ellipsis")
 
     class Rate(ProgressColumn):
         """Steps a second, or seconds a step when that is the larger number."""
@@ -168,9 +174,9 @@ def _progress(console: RichConsole) -> Progress:
 
     return Progress(
         TextColumn("{task.completed}/{task.total}", markup=False),
-        TextColumn("{task.description}", markup=False),
-        Rate(),
-        TimeRemainingColumn(compact=True),
+        Description(),
+        Rate(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         console=console,
         transient=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     paths = []
     for kind in ("png", "svg"):
         path = directory / f"{name}.{kind}"
-        write_atomically(
-            path, lambda beside, kind=kind: figure.savefig(beside, format=kind, dpi=150, bbox_inches="tight")
-        )
+        write_atomically(path, partial(figure.savefig, format=kind, dpi=150, bbox_inches="tight"))
         paths.append(path)
     return paths
 
@@ -34,5 +33,5 @@ def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -
     accuracy_axes.plot(steps, [record["accuracy"] for record in records], color="0.5", linestyle="--", label="accuracy")
     accuracy_axes.set(ylabel="accuracy", ylim=(-0.02, 1.02))
     lines = [*loss_axes.get_lines(), *accuracy_axes.get_lines()]
-    loss_axes.legend(lines, [line.get_label() for line in lines], loc="center right", frameon=False)
+    loss_axes.legend(handles=lines, loc="center right", frameon=False)
     return save(figure, directory, "training")

@@ -79,7 +79,8 @@ def toy_shape(target: InductionTarget) -> ToyShape:
 
 def toy_training(recipe: Recipe, device: torch.device) -> Iterator[tuple[InductionToy, dict[str, float]]]:
     """Trains the toy of a recipe; yields the toy and a record at every logged step (see `train_toy`)."""
-    assert isinstance(recipe.target, InductionTarget) and recipe.train is not None
+    assert isinstance(recipe.target, InductionTarget)
+    assert recipe.train is not None
     return train_toy(
         toy_shape(recipe.target),
         optimiser_settings(recipe.train),
@@ -128,7 +129,8 @@ def language_subject(recipe: Recipe, device: torch.device) -> Subject:
     from spdcli.prompts import encode
     from spdcli.targets.huggingface import build_routes, build_target, load_model
 
-    assert isinstance(recipe.target, HuggingFaceTarget) and recipe.data is not None
+    assert isinstance(recipe.target, HuggingFaceTarget)
+    assert recipe.data is not None
     language_model = load_model(recipe.target.model, recipe.target.dtype)
     language_model.model.to(device)
     prompts = encode(language_model.tokenizer, recipe.data.prompts, recipe.data.answers, recipe.data.begin_token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -161,7 +162,13 @@ def test_the_live_line_shows_the_work_and_goes_away(
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    work(Console())
-    assert "1/5 second part" in terminal.getvalue()
+    monkeypatch.setenv("COLUMNS", "60")
+    with Console().live() as live:
+        live.update("first part", 10, 100)
+        live.update("second part [x] " + "term 1.0 " * 20, 1, 5)
+    lines = terminal.getvalue().replace("\r", "\n").split("\n")
+    assert any(re.search(r"1/5 second part \[x\] term 1.0.*…", line) for line in lines)
+    assert any("10/100 first part" in line for line in lines)
+    assert terminal.getvalue().count("\n") == 1, "one line, written over and over, and left at the end to be erased"
     assert terminal.getvalue().endswith("\x1b[2K")  # the line is erased
     assert capsys.readouterr().out == ""

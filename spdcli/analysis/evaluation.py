@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from spdcli.engine.step import exact_faithfulness, reconstruction
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.subject import Subject
+from spdcli.targets.induction import recorded_patterns
 
 LOSSES = ("recon", "recon_layerwise", "stochastic_recon", "stochastic_recon_layerwise")
 EVALUATION_SEED = 20_000_003  # its own stream: never the sequences of training
@@ -145,27 +145,6 @@ def _reconstruct(
         tally.reconstruction[loss].add(values)
 
 
-@contextmanager
-def recorded_patterns(subject: Subject) -> Iterator[list[Tensor]]:
-    """While open, every run of the toy appends each block's attention log-probabilities `[B, H, T, T]`."""
-    assert subject.toy is not None
-    patterns: list[Tensor] = []
-    handles = []
-    for block in subject.toy.blocks:
-        queries: list[Tensor] = []
-        handles.append(block.q.register_forward_hook(lambda module, args, out, kept=queries: kept.append(out)))
-
-        def keep_pattern(module, args, out, block=block, kept=queries):
-            patterns.append(block.log_pattern(kept.pop(), out))
-
-        handles.append(block.k.register_forward_hook(keep_pattern))
-    try:
-        yield patterns
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`."""
     gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
@@ -176,7 +155,8 @@ def _compare_attention(
     tally: Tally, subject: Subject, decomposition: Decomposition, clean: Clean, g: Mapping[str, Tensor]
 ) -> None:
     """KL of each layer's attention, target against masked model, mean over heads and queries."""
-    with recorded_patterns(subject) as patterns:
+    assert subject.toy is not None
+    with recorded_patterns(subject.toy) as patterns:
         subject.target.run(clean.batch.tokens, clean.batch.valid)
         original = patterns.copy()
         patterns.clear()

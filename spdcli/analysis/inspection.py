@@ -99,7 +99,7 @@ def active_in(g: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Query:
-    """What `spd inspect` asks: a token (None: every position), matrix patterns, how many slices and labels, threshold."""
+    """What `spd inspect` asks: a token (None: every position), matrices, how many slices and labels, a threshold."""
 
     token: str | None
     matrices: tuple[str, ...] = ("*",)

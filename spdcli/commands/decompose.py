@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spdcli.commands.options import Device, Force, Json, Out, Quiet, Resume, Seed, Set, Verbose, make_console
 from spdcli.commands.train import RecipeName
@@ -88,7 +88,7 @@ def continue_run(path: Path, recipe: Recipe, console: Console) -> RunDirectory:
 
 def flat(settings: dict, prefix: str = "") -> dict:
     """Nested settings as dotted keys."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
@@ -115,7 +115,7 @@ def prepare_subject(run: RunDirectory, loaded: LoadedRecipe, console: Console) -
             write_atomically(run / TOY / TOY_WEIGHTS, lambda beside: shutil.copyfile(source / TOY_WEIGHTS, beside))
         else:
             toy_run = RunDirectory.create(run / TOY, recipe, force=True)
-            _, accuracy = train_into(toy_run, recipe, console)
+            accuracy = train_into(toy_run, recipe, console)
             console.note(f"toy trained into {toy_run.path}: right on {accuracy:.2%} of fresh sequences")
     return open_subject(recipe, device, run / TOY)
 
@@ -188,8 +188,8 @@ def show_progress(live: LiveLine, record: Record, steps: int) -> None:
         group = name.rsplit(".", 1)[-1] if "." in name else name
         groups[group] = groups.get(group, 0.0) + active
     terms = " ".join(f"{name} {value:.1e}" for name, value in record.losses.items())
-    active = " ".join(f"{group} {value:.2f}" for group, value in groups.items())
-    live.update(f"loss {record.total:.2e} ({terms})  L0 {active}", record.step, steps)
+    counts = " ".join(f"{group} {value:.2f}" for group, value in groups.items())
+    live.update(f"loss {record.total:.2e} ({terms})  L0 {counts}", record.step, steps)
 
 
 def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:

@@ -51,7 +51,8 @@ def evaluate(
     )
     data: dict[str, Any] = {"schema": "spd.eval/1", "run": str(run), "target": loaded.recipe.target.kind, **found}
     write_json(run / EVAL, data)
-    parts = toy_tables(data) if loaded.subject.toy is not None else language_tables(data, loaded.subject.prompts.pieces)
+    prompts = loaded.subject.prompts
+    parts = toy_tables(data) if prompts is None else language_tables(data, prompts.pieces)
     console.show(data, *parts)
     console.result(run / EVAL)
 
@@ -117,5 +118,6 @@ def language_tables(data: dict[str, Any], pieces: list[list[str]]) -> list[Table
         *tables,
         answers,
         f"{data['total_active']} of {data['total_slices']} slices are active somewhere. {metrics}.",
-        f"Cross-entropy of the text: target {entropy['target']:.3f}, active slices alone {entropy['masked']:.3f} nats a token.",
+        f"Cross-entropy of the text, nats a token: target {entropy['target']:.3f}, "
+        f"active slices alone {entropy['masked']:.3f}.",
     ]

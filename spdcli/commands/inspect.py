@@ -72,16 +72,19 @@ def render(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def heat_strip(heat: dict[str, Any]) -> RenderableType:
-    """The tokens of a prompt, each with a bar and a shade as high as its sum of importances."""
+    """The tokens of a prompt, each with a bar and a shade as high as its sum of importances, and that sum."""
     from rich.text import Text
 
     most = max(heat["importance"]) or 1.0
-    strip = Text(f"importance over prompt {heat['prompt'] + 1}: ")
+    strip = Text(f"importance over prompt {heat['prompt'] + 1}:")
     for token, value in zip(heat["tokens"], heat["importance"], strict=True):
         share = value / most
-        shade = round(40 + 200 * share)
-        style = f"{'black' if share > 0.5 else 'white'} on rgb({shade},{shade // 2 + 20},40)"
-        strip.append(f"{token} {SHADES[min(7, int(share * 8))]} {value:.1f} ", style=style)
+        red = round(40 + 200 * share)
+        ink = "black" if share > 0.5 else "white"
+        bar = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))] if value else "·"
+        strip.append(" ")
+        strip.append(f"{token.strip() or token!r}{bar}", style=f"{ink} on rgb({red},{red // 2 + 20},40)")
+        strip.append(f"{value:.1f}" if value else "", style="dim")
     return strip
 
 

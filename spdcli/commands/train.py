@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from spdcli.recipe import Recipe
     from spdcli.recipe_file import LoadedRecipe
     from spdcli.runs import RunDirectory
-    from spdcli.targets.induction import InductionToy
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
 FRESH_SEQUENCES = 20_000  # what the accuracy is measured on
@@ -44,7 +43,7 @@ def train(
     from spdcli.runs import RunDirectory
 
     run = RunDirectory.create(out, loaded.recipe, force)
-    toy, accuracy = train_into(run, loaded.recipe, console)
+    accuracy = train_into(run, loaded.recipe, console)
     last = run.metrics()[-1]
     console.show(
         {"schema": "spd.train/1", "run": out, "loss": last["loss"], "accuracy": accuracy, "steps": last["step"]},
@@ -64,8 +63,8 @@ def require_toy(loaded: LoadedRecipe) -> None:
         raise RecipeError([loaded.source.problem([("train",)], "[train] is missing; it says how the toy is trained")])
 
 
-def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> tuple[InductionToy, float]:
-    """Train a toy, leaving weights, metrics and loss curve in `run`; returns it with its accuracy on fresh sequences."""
+def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> float:
+    """Train a toy, leaving weights, metrics and loss curve in `run`; returns its accuracy on fresh sequences."""
     import torch
 
     from spdcli.figures import save_training_curve
@@ -74,17 +73,17 @@ def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> tuple[Ind
     from spdcli.targets.induction import toy_accuracy
 
     assert recipe.train is not None
-    toy = None
+    trained = None
     run.start_metrics()
     with console.live() as live:
-        for toy, record in toy_training(recipe, choose_device(recipe.device)):
+        for trained, record in toy_training(recipe, choose_device(recipe.device)):  # noqa: B007
             run.add_metrics(record)
             text = f"training the toy  loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}"
             live.update(text, int(record["step"]), recipe.train.steps)
-    assert toy is not None
-    save_tensors(run / TOY_WEIGHTS, toy.state_dict())
+    assert trained is not None
+    save_tensors(run / TOY_WEIGHTS, trained.state_dict())
     save_training_curve(run.metrics(), run / FIGURES)
-    accuracy = toy_accuracy(toy, FRESH_SEQUENCES, torch.Generator().manual_seed(recipe.seed + 1_000_003))
+    accuracy = toy_accuracy(trained, FRESH_SEQUENCES, torch.Generator().manual_seed(recipe.seed + 1_000_003))
     if accuracy < 0.999:
         console.warn(f"the toy is right on only {accuracy:.2%} of fresh sequences; train it longer (train.steps)")
-    return toy, accuracy
+    return accuracy

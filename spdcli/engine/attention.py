@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class _Blocked(torch.autograd.Function):
     are kept and no `[T, T]` ever exists."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool, rows: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool, rows: int) -> Tensor:
         ctx.save_for_backward(q, k, v, relative)
         ctx.causal, ctx.rows = causal, rows
         out = v.new_empty(v.shape)
@@ -88,7 +89,7 @@ class _Blocked(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, relative = ctx.saved_tensors
         grads = [torch.zeros_like(t) for t in (q, k, v, relative)]
         whole = [t.detach().requires_grad_() for t in (k, v, relative)]
@@ -96,7 +97,7 @@ class _Blocked(torch.autograd.Function):
             stop = start + ctx.rows
             strip = q[:, :, start:stop].detach().requires_grad_()
             with torch.enable_grad():
-                out = strip_attention(strip, *whole, start, ctx.causal)
+                out = strip_attention(strip, whole[0], whole[1], whole[2], start, ctx.causal)
             pieces = torch.autograd.grad(out, [strip, *whole], grad_out[:, :, start:stop])
             grads[0][:, :, start:stop] = pieces[0]
             for total, piece in zip(grads[1:], pieces[1:], strict=True):
@@ -111,7 +112,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal:
 
 
 @cache
-def _compiled_flex():
+def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

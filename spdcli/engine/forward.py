@@ -9,7 +9,7 @@ Blocks are replayed as they were called: tensors with the sequences as first dim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +155,7 @@ def replaced(target: Target, decomposition: Decomposition, asked: Mapping[str, A
         parts.setdefault(matrix.module, []).append(matrix)
     touched = [module for module, matrices in parts.items() if any(m.name in asked for m in matrices)]
 
-    def forward_of(module: nn.Module):
+    def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             outputs = [_part_output(x, matrix, decomposition, asked) for matrix in parts[module]]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -164,7 +164,7 @@ def replaced(target: Target, decomposition: Decomposition, asked: Mapping[str, A
 
     try:
         for module in touched:
-            module.forward = forward_of(module)  # type: ignore[method-assign]
+            module.forward = forward_of(module)
         yield
     finally:
         for module in touched:

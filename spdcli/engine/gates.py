@@ -10,11 +10,17 @@ tokens that fits the cache, used, and made again in backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 1 << 19  # hidden values held at once: 2 MiB in float32
+
+
+Map = Callable[[Tensor], Tensor]
 
 
 def _relu_slope(before: Tensor) -> Tensor:
@@ -25,14 +31,14 @@ def _gelu_slope(before: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(torch.ones_like(before), before)
 
 
-ACTIVATIONS = {"relu": (F.relu, _relu_slope), "gelu": (F.gelu, _gelu_slope)}
+ACTIVATIONS: dict[str, tuple[Map, Map]] = {"relu": (F.relu, _relu_slope), "gelu": (F.gelu, _gelu_slope)}
 
 
 class _VectorGates(torch.autograd.Function):
     """x `[N, I]`, w1 `[I, C*G]`, b1 `[C*G]`, w2 `[C, G]`, b2 `[C]` -> `[N, C]`, for one matrix."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.activation = activation
         act = ACTIVATIONS[activation][0]
@@ -43,7 +49,7 @@ class _VectorGates(torch.autograd.Function):
         return out + b2
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
         act, slope = ACTIVATIONS[ctx.activation]
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
@@ -65,7 +71,7 @@ class _ScalarGates(torch.autograd.Function):
     """As `_VectorGates`, but slice c reads only its own scalar: x `[N, C]`, w1 `[C, G]`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.activation = activation
         act = ACTIVATIONS[activation][0]
@@ -76,7 +82,7 @@ class _ScalarGates(torch.autograd.Function):
         return out + b2
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
         act, slope = ACTIVATIONS[ctx.activation]
         grad_x, grad_w1 = torch.empty_like(x), torch.zeros_like(w1)

@@ -12,14 +12,15 @@ importances of them. Letters: M matrices, B sequences, T positions, I d_in, C sl
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spdcli.engine.attention import importance_attention
-from spdcli.engine.gates import scalar_gates, vector_gates
+from spdcli.engine.gates import ACTIVATIONS, scalar_gates, vector_gates
 
 LEAK = 0.01
 LOCAL_SLOPE = 0.5
@@ -27,12 +28,12 @@ LOCAL_SLOPE = 0.5
 
 class _LowerLeaky(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         # Descent raises x where the gradient is negative: only that leaks through, below 0.
         leak = torch.where(x < 0, LEAK * grad.clamp(max=0), 0)
@@ -114,7 +115,7 @@ class SharedGates(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(width))
         self.w2 = nn.Parameter(torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
-        self.act = {"relu": F.relu, "gelu": F.gelu}[settings.activation]
+        self.act = ACTIVATIONS[settings.activation][0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(x @ self.w1 + self.b1) @ self.w2 + self.b2
@@ -212,7 +213,7 @@ def span_basis(x: Tensor, tolerance: float = 1e-5) -> Tensor:
     return basis / (x @ basis.t()).square().mean().sqrt()
 
 
-GATES = {
+GATES: dict[str, Callable[[int, int, ImportanceSettings], nn.Module]] = {
     "scalar": lambda d_in, slices, settings: ScalarGates(slices, settings),
     "vector": VectorGates,
     "shared": SharedGates,

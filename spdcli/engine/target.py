@@ -31,7 +31,8 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """`W` as `[I, O]`, a view of the module's own weight."""
-        weight = self.module.weight.t() if self.transposed else self.module.weight  # type: ignore[union-attr, operator]
+        stored = self.module.get_parameter("weight")
+        weight = stored.t() if self.transposed else stored
         return weight[:, self.columns[0] : self.columns[1]]
 
     @property

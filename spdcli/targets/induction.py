@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +64,16 @@ class ToyBlock(nn.Module):
             self.up = nn.Linear(width, 4 * width, bias=False)
             self.down = nn.Linear(4 * width, width, bias=False)
         self.feed_forward = shape.feed_forward
+        self.recorded: list[Tensor] | None = None  # see recorded_patterns
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """`hidden` `[B, T, D]`; `positions` `[T, D]`, zeros where positions were added at the embedding."""
         normed = self.norm(hidden)
         placed = normed + positions
-        mixed = self.attend(self.log_pattern(self.q(placed), self.k(placed)), self.v(normed))
+        log_pattern = self.log_pattern(self.q(placed), self.k(placed))
+        if self.recorded is not None:
+            self.recorded.append(log_pattern)
+        mixed = self.attend(log_pattern, self.v(normed))
         hidden = hidden + self.o(mixed)
         if self.feed_forward:
             hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
@@ -90,6 +95,8 @@ class ToyBlock(nn.Module):
 
 class InductionToy(nn.Module):
     """The whole toy. `forward` returns the last block's output `[B, T, D]`; `logits` unembeds it."""
+
+    positions: Tensor
 
     def __init__(self, shape: ToyShape) -> None:
         super().__init__()
@@ -113,6 +120,20 @@ class InductionToy(nn.Module):
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits at the last position, `[B, N]`."""
         return self.unembed(self.norm(self(tokens)[:, -1]))
+
+
+@contextmanager
+def recorded_patterns(toy: InductionToy) -> Iterator[list[Tensor]]:
+    """While open, every block that runs appends its attention log-probabilities `[B, H, T, T]`."""
+    patterns: list[Tensor] = []
+    blocks = [block for block in toy.blocks if isinstance(block, ToyBlock)]
+    try:
+        for block in blocks:
+            block.recorded = patterns
+        yield patterns
+    finally:
+        for block in blocks:
+            block.recorded = None
 
 
 def toy_target(toy: InductionToy) -> Target:
@@ -185,7 +206,9 @@ def train_toy(
     for step in range(1, steps + 1):
         data = induction_batch(batch, shape.length, shape.vocabulary, generator).to(device)
         logits = toy.logits(data.tokens)
-        loss = F.cross_entropy(logits, data.answers)
+        answers = data.answers
+        assert answers is not None
+        loss = F.cross_entropy(logits, answers)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         rate = set_rate(optimiser, settings, step - 1)
@@ -196,7 +219,7 @@ def train_toy(
                     f"training the toy: the loss is {loss.item()} at step {step}",
                     "lower train.learning_rate or lengthen train.warmup",
                 )
-            accuracy = (logits.argmax(-1) == data.answers).float().mean()
+            accuracy = logits.argmax(-1).eq(answers).float().mean()
             yield toy, {"step": step, "loss": loss.item(), "accuracy": accuracy.item(), "rate": rate}
 
 
@@ -205,4 +228,6 @@ def toy_accuracy(toy: InductionToy, sequences: int, generator: torch.Generator) 
     """Share of `sequences` fresh sequences on which the toy's best guess is m."""
     data = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator)
     device = next(toy.parameters()).device
-    return (toy.logits(data.tokens.to(device)).argmax(-1).cpu() == data.answers).float().mean().item()
+    assert data.answers is not None
+    right = toy.logits(data.tokens.to(device)).argmax(-1).cpu().eq(data.answers)
+    return right.float().mean().item()

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from twins import attention_loop, close, gradients
+
+from spdcli.engine.importance import GATES, Importances, ImportanceSettings, lower_leaky, span_basis, upper_leaky
+
+WIDTHS = {"h.0.a": 4, "h.0.b": 6, "h.1.c": 4}  # two matrices share a width, and so a mixer
+SLICES = {"h.0.a": 3, "h.0.b": 2, "h.1.c": 5}
+B, T, LONGEST = 2, 5, 7
+KINDS = sorted(GATES)
+
+
+def build(kind, **settings):
+    torch.manual_seed(0)
+    settings = ImportanceSettings(**{"kind": kind, "gate_width": 3, "length": LONGEST} | settings)
+    return Importances(WIDTHS, SLICES, settings).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
+    inputs = {name: make(B, T, width) for name, width in WIDTHS.items()}
+    return inputs, {name: make(width, SLICES[name]) for name, width in WIDTHS.items()}
+
+
+def gate_loop(gate, c, read, activation):
+    """One slice's MLP on what it reads, a vector."""
+    act = {"relu": F.relu, "gelu": F.gelu}[activation]
+    width = gate.w2.shape[1]
+    own = slice(c * width, (c + 1) * width)
+    return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[c] + gate.b2[c]
+
+
+def slow(importances, inputs, read, kind, activation, causal):
+    """Eq. 4 and its simpler kin, for one slice at one position at a time."""
+    act = {"relu": F.relu, "gelu": F.gelu}[activation]
+    out = {}
+    for name in WIDTHS:
+        x, gate = inputs[name], importances.gates[name.replace(".", "/")]
+        if kind == "attention":
+            mixer = importances.mixers[str(WIDTHS[name])]
+            at = [other for other in WIDTHS if WIDTHS[other] == WIDTHS[name]].index(name)
+            placed = x + mixer.absolute[at, 0, :T]
+            q, k, v = x @ mixer.q[at, 0], x @ mixer.k[at, 0], placed @ mixer.v[at, 0]
+            mixed = attention_loop(q[None], k[None], v[None], mixer.relative[at][None], causal)[0]
+            x = torch.cat([mixed, placed], -1)
+        columns = []
+        for c in range(SLICES[name]):
+            if kind in ("vector", "attention"):
+                columns.append(gate_loop(gate, c, x, activation))
+            elif kind == "shared":
+                columns.append(act(x @ gate.w1 + gate.b1) @ gate.w2[:, c] + gate.b2[c])
+            else:
+                inner = (x * read[name][:, c]).sum(-1, keepdim=True)
+                columns.append(act(inner * gate.w1[c] + gate.b1[c]) @ gate.w2[c] + gate.b2[c])
+        out[name] = torch.stack(columns, -1)
+    return out
+
+
+CASES = [(kind, "scalar", False) for kind in KINDS] + [("attention", "query", False), ("attention", "query", True)]
+
+
+@pytest.mark.parametrize(("kind", "relative", "causal"), CASES)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_every_kind_slice_by_slice(kind, relative, causal, activation):
+    importances = build(kind, relative=relative, causal=causal, activation=activation, gate_bias=0.25)
+    for name, parameter in importances.named_parameters():
+        if name.endswith(("b1", "b2", "relative")):  # constants at the start, which would hide a transposed table
+            torch.nn.init.normal_(parameter)
+    inputs, read = data()
+    out = importances(inputs, read)
+    expected = slow(importances, inputs, read, kind, activation, causal)
+    leaves = [*importances.parameters(), *inputs.values(), *(read.values() if kind == "scalar" else ())]
+    flat, wanted = (torch.cat([values[name].flatten() for name in WIDTHS]) for values in (out, expected))
+    close(flat, wanted)
+    weights = torch.randn_like(flat)
+    for a, b in zip(gradients(flat, weights, leaves), gradients(wanted, weights, leaves), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "value", "raising", "lowering"),
+    # Descent raises x where the gradient is -1. Below 0 only that leaks through; above 1 nothing does.
+    [(-0.5, 0, -0.01, 0), (0.0, 0, -1, 1), (0.3, 0.3, -1, 1), (1.0, 1, -1, 1), (1.5, 1, 0, 0)],
+)
+def test_lower_leaky(x, value, raising, lowering):
+    for gradient, expected in ((-1.0, raising), (1.0, lowering)):
+        leaf = torch.tensor(x, requires_grad=True)
+        out = lower_leaky(leaf)
+        out.backward(torch.tensor(gradient))
+        assert out.item() == pytest.approx(value)
+        assert leaf.grad.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("x", "value", "slope"), [(-0.5, 0, 0), (0.3, 0.3, 1), (1.5, 1.005, 0.01), (3.0, 1.02, 0.01)])
+def test_upper_leaky(x, value, slope):
+    leaf = torch.tensor(x, requires_grad=True)
+    out = upper_leaky(leaf)
+    out.backward()
+    assert out.item() == pytest.approx(value)
+    assert leaf.grad.item() == pytest.approx(slope)
+
+
+def reach(importances, position):
+    """Which positions' values change when the inputs change at `position`."""
+    inputs, read = data()
+    before = importances(inputs, read)
+    other = {name: x.detach().clone() for name, x in inputs.items()}
+    for x in other.values():
+        x[:, position] += 1
+    after = importances(other, read)
+    changed = [(before[name] != after[name]).any(-1).any(0) for name in WIDTHS]
+    assert all((c == changed[0]).all() for c in changed)
+    return changed[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "shared"])
+def test_without_attention_a_position_sees_itself_alone(kind):
+    assert reach(build(kind), 2) == [False, False, True, False, False]
+
+
+def test_attention_sees_the_whole_sequence_or_what_came_before():
+    assert reach(build("attention"), 2) == [True] * 5
+    assert reach(build("attention", causal=True), 2) == [False, False, True, True, True]
+
+
+def test_a_local_start_halves_the_log_weight_at_each_step_away():
+    importances = build("attention", relative="scalar", relative_start="local")
+    mixer = importances.mixers["6"]
+    with torch.no_grad():
+        for parameter in (mixer.q, mixer.k, mixer.absolute):
+            parameter.zero_()
+        mixer.v.copy_(torch.eye(6))
+        weights = mixer(torch.eye(6, dtype=torch.float64)[None, None])[0, 0, :, :6]
+    distance = (torch.arange(6)[:, None] - torch.arange(6)).abs().double()
+    close(weights, (-0.5 * distance).softmax(-1), 1e-6)  # the table is made in float32
+    flat = build("attention", relative="scalar")
+    assert not flat.mixers["6"].relative.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_start_around_the_gate_bias(kind):
+    inputs, read = data()
+    low, high = (build(kind, gate_bias=bias)(inputs, read) for bias in (0.0, 0.5))
+    for name in WIDTHS:
+        close(high[name] - low[name], torch.full_like(low[name], 0.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rms_divides_by_the_root_of_the_mean_square(kind):
+    inputs, read = data()
+    scaled = {name: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6) for name, x in inputs.items()}
+    normalised, plain = build(kind, normalise="rms")(inputs, read), build(kind)(scaled, read)
+    for name in WIDTHS:
+        close(normalised[name], plain[name])
+
+
+def spanned(rank=3, width=8, rows=12):
+    generator = torch.Generator().manual_seed(2)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return make(rows, rank) @ make(rank, width) * 7
+
+
+def test_a_span_basis_spans_the_data_at_unit_mean_square():
+    x = spanned()
+    basis = span_basis(x)
+    assert basis.shape == (3, 8)
+    close(x @ torch.linalg.pinv(basis) @ basis, x)
+    assert (x @ basis.t()).square().mean().item() == pytest.approx(1)
+    gram = basis @ basis.t()
+    close(gram, gram[0, 0] * torch.eye(3, dtype=torch.float64))
+
+
+def test_on_the_span_a_span_gate_is_a_full_gate():
+    x = spanned()
+    basis = span_basis(x)
+    settings = ImportanceSettings(kind="vector", gate_width=3)
+    full = Importances({"m": 8}, {"m": 5}, settings).double()
+    small = Importances({"m": 8}, {"m": 5}, settings, {"m": basis}).double()
+    weights = dict(full.gates["m"].named_parameters())
+    read = {"m": torch.zeros(8, 5)}
+    assert small.gates["m"].w1.shape == (3, 15)
+    assert not any(parameter is small.bases["m"] for parameter in small.parameters() if parameter.requires_grad)
+    for name, parameter in small.gates["m"].named_parameters():
+        parameter.data = weights[name].data.clone()
+    small.gates["m"].w1.data = torch.linalg.pinv(basis).t() @ full.gates["m"].w1.data
+    close(small({"m": x[None]}, read)["m"], full({"m": x[None]}, read)["m"])
+    # And back: every span gate is the full gate with w1 = basis^T w1, everywhere.
+    small.gates["m"].w1.data.normal_()
+    full.gates["m"].w1.data = basis.t() @ small.gates["m"].w1.data
+    anywhere = torch.randn(1, 9, 8, dtype=torch.float64)
+    close(small({"m": anywhere}, read)["m"], full({"m": anywhere}, read)["m"])
+
+
+def test_query_biases_score_like_keys():
+    # Zero keys and a query-dependent bias that is one number an offset for this query: then it is the scalar form.
+    query, scalar = build("attention", relative="query"), build("attention", relative="scalar")
+    inputs, read = data()
+    ones = {name: torch.ones_like(x) for name, x in inputs.items()}
+    for importances in (query, scalar):
+        for mixer in importances.mixers.values():
+            mixer.k.data.zero_()
+            mixer.q.data.copy_(torch.eye(mixer.q.shape[-1]))
+    for width, mixer in scalar.mixers.items():
+        mixer.relative.data.normal_()
+        query.mixers[width].relative.data.copy_(mixer.relative.data[..., None] / int(width))
+        query.mixers[width].v.data.copy_(mixer.v.data)
+        query.mixers[width].absolute.data.copy_(mixer.absolute.data)
+    query.gates.load_state_dict(scalar.gates.state_dict())
+    for name in WIDTHS:
+        close(query(ones, read)[name], scalar(ones, read)[name])
+    assert math.isfinite(query(ones, read)["h.0.a"].sum().item())

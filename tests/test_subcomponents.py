@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from twins import close, gradients
+
+from spdcli.engine.subcomponents import STARTS, masked_product, start_slices
+from spdcli.engine.target import Matrix
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parts(slices=4):
+    """x, W, U, V, mask and delta mask: 2 sequences of 3 positions, 5 in, 7 out."""
+    shapes = [(2, 3, 5), (5, 7), (5, slices), (slices, 7), (2, 3, slices), (2, 3, 1)]
+    return [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_masked_product_is_the_formed_matrix(with_delta):
+    x, weight, U, V, mask, delta = given = parts()
+    formed = torch.einsum("ic,btc,co->btio", U, mask, V)
+    if with_delta:
+        formed = formed + delta[..., None] * (weight - U @ V)
+    expected = torch.einsum("bti,btio->bto", x, formed)
+    actual = masked_product(x, weight, U, V, mask, delta if with_delta else None)
+    close(actual, expected)
+    leaves = given if with_delta else [x, U, V, mask]
+    weights = random(2, 3, 7, seed=9)
+    for a, b in zip(gradients(actual, weights, leaves), gradients(expected, weights, leaves), strict=True):
+        close(a, b)
+
+
+def test_full_masks_are_exactly_the_target():
+    x, weight, U, V, mask, delta = parts()
+    out = masked_product(x, weight, U, V, torch.ones_like(mask), torch.ones_like(delta))
+    assert torch.equal(out, x @ weight)
+
+
+def test_a_hand_worked_product():
+    x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    U, V = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0, 0.0]])
+    # x U V = [6, 0] and x (W - U V) = [1 - 6, 2]: half of the first and a tenth of the second.
+    out = masked_product(x, weight, U, V, torch.tensor([[0.5]]), torch.tensor([[0.1]]))
+    torch.testing.assert_close(out, torch.tensor([[2.5, 0.2]]))
+
+
+def started(start, slices, shape=(6, 9), inputs=None):
+    module = nn.Linear(*shape, bias=False).double()
+    module.weight.data = random(shape[1], shape[0], seed=3)
+    matrix = Matrix("m", module, 0, (0, shape[1]), transposed=True)
+    made = start_slices({"m": matrix}, slices, start, None if inputs is None else {"m": inputs}, seed=4)["m"]
+    assert made.U.shape == (shape[0], slices)
+    assert made.V.shape == (slices, shape[1])
+    return matrix.weight.detach(), made.U.detach(), made.V.detach()
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("slices", [6, 8, 20])
+def test_svd_start_is_the_target_when_there_are_enough_slices(slices, shape):
+    weight, U, V = started("svd", slices, shape)
+    close(U @ V, weight)
+    assert (V[6:] == 0).all()  # spare slices write nothing,
+    assert (U[:, 6:].norm(dim=0) > 0.1).all()  # but read something, or no gradient would ever reach them
+
+
+@pytest.mark.parametrize("slices", [1, 4])
+def test_svd_start_is_the_best_of_its_rank(slices):
+    weight, U, V = started("svd", slices)
+    lost = torch.linalg.svdvals(weight)[slices:].square().sum()  # Eckart and Young: no better one of this rank
+    close((weight - U @ V).square().sum(), lost)
+    close(U.norm(dim=0), V.norm(dim=1))
+
+
+def test_svd_span_start_is_the_target_on_the_data():
+    data = random(10, 3, seed=5) @ random(3, 6, seed=6)
+    weight, U, V = started("svd_span", 3, inputs=data)
+    close(data @ U @ V, data @ weight)
+    outside = random(1, 6, seed=7)
+    outside -= outside @ torch.linalg.pinv(data) @ data
+    assert (outside @ U @ V).norm() < 1e-10 * (outside @ weight).norm()  # what the data never shows is not read
+    weight, U, V = started("svd_span", 5, inputs=data)
+    close(data @ U @ V, data @ weight)
+    assert (V[3:] == 0).all()
+
+
+def test_svd_span_needs_the_data():
+    with pytest.raises(ValueError, match="inputs"):
+        started("svd_span", 3)
+
+
+@pytest.mark.parametrize("slices", [1, 4, 20])
+def test_random_start_has_the_norm_of_the_target(slices):
+    weight, U, V = started("random", slices)
+    close((U @ V).norm(), weight.norm())
+
+
+@pytest.mark.parametrize("start", sorted(STARTS))
+def test_a_start_is_seeded_and_contiguous(start):
+    data = random(10, 6, seed=5)
+    first, second = (started(start, 8, inputs=data) for _ in range(2))
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[2], second[2])
