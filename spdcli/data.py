@@ -49,7 +49,7 @@ def toy_tokens(text: str, vocabulary: int) -> list[int]:
     """The toy's tokens as written: numbers below `vocabulary`, and `s`. UsageError names the one that is neither."""
     tokens = []
     for word in text.split():
-        if word != "s" and not (word.isdigit() and int(word) < vocabulary):
+        if word != "s" and not (word.isdecimal() and int(word) < vocabulary):
             raise UsageError(f"the toy has no token {word!r}", f"its tokens are 0 to {vocabulary - 1} and s")
         tokens.append(vocabulary if word == "s" else int(word))
     if not tokens:

@@ -90,6 +90,7 @@ class Importance(Section):
     kind: Literal["scalar", "vector", "shared", "attention"]
     gate_width: Positive
     activation: Literal["relu", "gelu"] = "gelu"  # open in the paper
+    gate_spread: Coefficient = 1.0  # how far apart importances start around gate_bias; open in the paper
     gate_bias: float = 0.5  # where every importance starts, before the sigmoid; open in the paper
     normalise: Literal["none", "rms"] = "none"  # of the gates' input; open in the paper
     basis: Literal["full", "span"] = "full"  # span: vector gates see coordinates in the data's span
@@ -125,6 +126,7 @@ class Decompose(Optimisation):
 
     clip_slices: Rate | None = None
     clip_gates: Rate | None = None
+    slice_rate: Rate = 1.0  # multiplies the learning rate of U and V
     checkpoint_every: Positive = 500
     plan_memory: Rate = 4.0  # GiB that the activations of one chunk of a plan may take
 

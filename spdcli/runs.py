@@ -34,6 +34,7 @@ from spdcli.recipe_file import dump_recipe, load_recipe
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
 TOY_WEIGHTS = "target.safetensors"
+HELD = (RECIPE, METRICS, EVAL, FIGURES, DECOMPOSITION, "checkpoint", TOY, TOY_WEIGHTS)  # what --force replaces
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -86,6 +87,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunDirectory:
     """A directory that a recipe produces."""
 
@@ -94,18 +103,22 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe, force: bool = False) -> RunDirectory:
-        """A new run at `path`. A directory that holds another run, or anything else, is refused without `force`."""
+        """A new run at `path`.
+
+        A directory that holds another run is refused without `force`, unless that run never got beyond its recipe;
+        one that holds no run is refused always. `force` removes what a run consists of and leaves other files alone.
+        """
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file, not a directory", "name another with --out")
         if path.is_dir() and any(path.iterdir()):
-            holds_run = (path / RECIPE).exists()
-            if not holds_run:
+            if not (path / RECIPE).exists():
                 raise UsageError(f"{path} is not empty and holds no run", "name another with --out")
-            if not force:
+            if not force and any((path / name).exists() for name in HELD if name != RECIPE):
                 raise UsageError(
                     f"{path} holds another run", "--force replaces it, --resume goes on, --out names another"
                 )
-            shutil.rmtree(path)
+            for name in HELD:
+                remove(path / name)
         run = cls(path)
         run.write_recipe(recipe)
         return run
@@ -150,7 +163,7 @@ class RunDirectory:
         found = []
         for line in lines:
             try:
-                found.append((json.loads(line), line))
+                found.append((json.loads(line), f"{line.rstrip()}\n"))  # a crash may have cut its end alone
             except json.JSONDecodeError:
                 continue
         return found

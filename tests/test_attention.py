@@ -9,7 +9,7 @@ from spdcli.engine.attention import importance_attention
 
 FORMS = pytest.mark.parametrize("form", ["scalar", "query"])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
-M, B, T, K, I = 2, 3, 7, 3, 5  # noqa: E741
+M, B, T, K, I = 2, 3, 7, 3, 5
 NOISY = pytest.mark.filterwarnings("ignore:.*torch.compile")  # flex on the CPU is a reference, and says it is slow
 
 

@@ -8,7 +8,7 @@ from twins import Watch, close, gradients
 from spdcli.engine import gates
 from spdcli.engine.gates import scalar_gates, vector_gates
 
-N, I, C, G = 11, 5, 3, 4  # noqa: E741
+N, I, C, G = 11, 5, 3, 4
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 ACTIVATION = pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 
@@ -61,7 +61,9 @@ def test_an_input_without_gradient(kind, activation):
     x, *weights = tensors(kind)
     x = x.detach()
     actual = torch.autograd.grad(kernel(x, *weights, activation).square().sum(), weights)
-    for got, wanted in zip(actual, torch.autograd.grad(twin(x, *weights, activation).square().sum(), weights), strict=True):
+    for got, wanted in zip(
+        actual, torch.autograd.grad(twin(x, *weights, activation).square().sum(), weights), strict=True
+    ):
         close(got, wanted)
 
 

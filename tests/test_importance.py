@@ -144,11 +144,11 @@ def test_a_local_start_halves_the_log_weight_at_each_step_away():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gates_start_around_the_gate_bias(kind):
+def test_gates_start_around_the_gate_bias_as_far_apart_as_asked(kind):
     inputs, read = data()
-    low, high = (build(kind, gate_bias=bias)(inputs, read) for bias in (0.0, 0.5))
-    for name in WIDTHS:
-        close(high[name] - low[name], torch.full_like(low[name], 0.5))
+    plain, moved = (build(kind, **start)(inputs, read) for start in ({"gate_bias": 0.0}, {"gate_spread": 0.25}))
+    for name in WIDTHS:  # the default bias is 0.5
+        close(moved[name], 0.5 + 0.25 * plain[name])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,6 +174,12 @@ def test_a_span_basis_spans_the_data_at_unit_mean_square():
     assert (x @ basis.t()).square().mean().item() == pytest.approx(1)
     gram = basis @ basis.t()
     close(gram, gram[0, 0] * torch.eye(3, dtype=torch.float64))
+
+
+def test_a_span_basis_of_half_precision_data():
+    basis = span_basis(spanned().bfloat16(), tolerance=0.05)  # rounding to 8 bits fills the other directions a little
+    assert basis.shape == (3, 8)
+    assert (spanned() @ basis.double().t()).square().mean().item() == pytest.approx(1, rel=0.02)
 
 
 def test_on_the_span_a_span_gate_is_a_full_gate():

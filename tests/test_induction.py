@@ -40,7 +40,10 @@ def test_a_block_is_attention_head_by_head(options):
     block, heads = model.blocks[0], model.shape.heads
     stream = model.embed(some_tokens(1))[0]
     read = torch.nn.functional.layer_norm(stream, (8,)) if options else stream
-    q, k, v = (x @ w.weight.t() for x, w in [(read + model.positions, block.q), (read + model.positions, block.k), (read, block.v)])
+    q, k, v = (
+        x @ w.weight.t()
+        for x, w in [(read + model.positions, block.q), (read + model.positions, block.k), (read, block.v)]
+    )
     mixed = torch.zeros_like(stream)
     width = 8 // heads
     for h in range(heads):
@@ -79,7 +82,9 @@ def test_shortformer_streams_and_values_carry_no_position():
     close(model.logits(tokens), model.logits(shuffled))
     added = without_attention_scores("added")
     assert (added(tokens)[:, 0] != model(tokens)[:, 0]).any()  # positions that are added do show
-    assert not torch.allclose(added.blocks[0].v(added.embed(tokens) + added.positions), model.blocks[0].v(model.embed(tokens)))
+    assert not torch.allclose(
+        added.blocks[0].v(added.embed(tokens) + added.positions), model.blocks[0].v(model.embed(tokens))
+    )
 
 
 def test_shortformer_queries_and_keys_do_carry_position():

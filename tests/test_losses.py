@@ -24,7 +24,9 @@ def test_minimality_by_hand():
     # Square roots: 0.5 + 1 + 0 at the first position, 2 + 0 + 0.3 at the second; the third is padding.
     assert minimality(g, valid, 0.5, 0.0).item() == pytest.approx((1.5 + 2.3) / 2)
     # epsilon counts inside the power: (0.21 + 0.04) ** 0.5 = 0.5.
-    assert minimality({"a": torch.tensor([[[0.21]]])}, torch.ones(1, 1, dtype=torch.bool), 0.5, 0.04) == pytest.approx(0.5)
+    assert minimality({"a": torch.tensor([[[0.21]]])}, torch.ones(1, 1, dtype=torch.bool), 0.5, 0.04) == pytest.approx(
+        0.5
+    )
 
 
 @pytest.mark.parametrize(("step", "p"), [(0, 0.9), (50, 0.5), (100, 0.1)])

@@ -40,10 +40,12 @@ def test_a_warmup_below_one_is_a_fraction(warmup, expected):
 
 
 def test_the_rate_is_set_in_every_group():
-    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]}, {"params": [torch.nn.Parameter(torch.ones(2))]}]
+    groups = [{"params": [torch.nn.Parameter(torch.ones(n))]} for n in (1, 2)]
+    groups[1]["factor"] = 0.1
     optimiser = make_optimiser(groups, settings("linear"))
-    assert set_rate(optimiser, settings("linear"), 5) == 0.25
-    assert [group["lr"] for group in optimiser.param_groups] == [0.25, 0.25]
+    for _ in range(2):  # a factor does not pile up
+        assert set_rate(optimiser, settings("linear"), 5) == 0.25
+        assert [group["lr"] for group in optimiser.param_groups] == [0.25, 0.025]
 
 
 @pytest.mark.parametrize(

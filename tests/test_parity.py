@@ -6,13 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from twins import Subject, KeyedNoise, close, decompose, language_subject, looked_at, matrix_inputs, one_by_one, swapped
-from twins import toy_subject
+from twins import (
+    KeyedNoise,
+    Subject,
+    close,
+    decompose,
+    language_subject,
+    looked_at,
+    matrix_inputs,
+    one_by_one,
+    swapped,
+    toy_subject,
+)
 
 from spdcli.engine.forward import Noise, clean_pass, importance_masks, masked_logits
 from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.engine.plan import Piece, Variant, draw_variants
 from spdcli.engine.step import LossSettings, backward_step, exact_faithfulness, reconstruction
+from spdcli.engine.target import Batch
 
 TOLERANCE = 1e-9  # float64, after some hundred passes of three blocks are summed
 COEFFICIENTS = dict(zip([*RECONSTRUCTION, "minimality", "faithfulness"], (0.5, 0.3, 2.0, 1.0, 0.7, 3.0, 0.02, 5.0)))
@@ -140,7 +151,9 @@ def test_a_loss_alone_is_what_it_is_among_others(subject, loss):
     decomposition = decompose(subject.target)
     settings = LossSettings({loss: 2.0})
     done, actual = engine_step(subject, decomposition, settings)
-    losses, expected = slow_step(subject, decomposition, replace(settings, coefficients=dict.fromkeys(COEFFICIENTS, 0) | {loss: 2.0}))
+    losses, expected = slow_step(
+        subject, decomposition, replace(settings, coefficients=dict.fromkeys(COEFFICIENTS, 0) | {loss: 2.0})
+    )
     assert set(done.losses) == {loss}
     close(done.losses[loss], losses[loss], TOLERANCE)
     agree(actual, {name: expected[name] for name in actual})
@@ -190,16 +203,27 @@ def test_each_layerwise_variant_starts_where_it_differs(subject):
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_as_many_sequences_as_positions_or_one(count):
+@pytest.mark.parametrize("subject", ["toy", "gpt2", "llama"], indirect=True)
+def test_as_many_sequences_as_positions_or_one(subject, count):
     """A block's argument [T, D] must not be taken for one with the sequences first."""
-    subject = toy_subject(sequences=count, length=7)
-    decomposition = decompose(subject.target)
+    tokens = torch.randint(11, (count, 7), generator=torch.Generator().manual_seed(8))
+    subject.batch = Batch(tokens, tokens >= 0, tokens >= 0)
+    decomposition = decompose(subject.target, list(subject.target.matrices)[:4])
     settings = LossSettings({"recon": 1.0, "stochastic_recon_layerwise": 1.0, "minimality": 0.1, "faithfulness": 1.0})
     losses, expected = slow_step(subject, decomposition, settings)
     for budget in (1, PLENTY):
         done, actual = engine_step(subject, decomposition, settings, budget)
         agree(done.losses, losses)
         agree(actual, expected)
+
+
+def test_masks_are_drawn_uniformly():
+    piece = Piece(Variant("stochastic_recon", "stochastic", frozenset("m"), 0, 1.0), 0, 4)
+    drawn = [Noise(torch.Generator().manual_seed(seed))(piece, "m", "mask", (4, 50, 50)) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    tenths = (drawn[0] * 10).long().flatten().bincount(minlength=10)
+    assert len(tenths) == 10
+    assert ((tenths - 1000).abs() < 5 * 30).all()  # 10000 numbers; sqrt(1000 * 0.9) = 30
 
 
 @pytest.mark.parametrize("subject", ["toy", "gpt2 split", "llama"], indirect=True)
@@ -244,8 +268,9 @@ def test_logits_of_the_active_slices_alone(subject, delta):
     for b, tokens in enumerate(subject.batch.tokens):
         real = subject.batch.valid[b]
         off = torch.zeros(int(real.sum()), dtype=torch.float64)
-        with torch.no_grad(), swapped(
-            subject.target, decomposition, {n: (g[b, real], off, off == 0) for n, g in lower.items()}
+        with (
+            torch.no_grad(),
+            swapped(subject.target, decomposition, {n: (g[b, real], off, off == 0) for n, g in lower.items()}),
         ):
             close(actual[b], subject.logits(tokens[real][None])[-1], TOLERANCE)
 
@@ -279,7 +304,10 @@ def test_evaluation_without_gradient_gives_every_kl(subject):
     close(torch.cat([got[b] for b in sorted(got)]).mean(), done.losses["recon"], TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["vector", "attention"])
+SEES_PADDING = pytest.mark.xfail(strict=True, reason="importance attention looks at padding as if it were tokens")
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "shared", pytest.param("attention", marks=SEES_PADDING)])
 def test_importances_do_not_depend_on_padding(kind, tiny_gpt2_dir):
     subject = language_subject(tiny_gpt2_dir)
     decomposition = decompose(subject.target, ["h.1.mlp.c_fc"], kind=kind)
@@ -287,7 +315,7 @@ def test_importances_do_not_depend_on_padding(kind, tiny_gpt2_dir):
     for b, tokens in enumerate(subject.batch.tokens):
         real = subject.batch.valid[b]
         inputs, _ = matrix_inputs(subject, tokens[real][None], decomposition.names)
-        alone = decomposition.importances(inputs, {})["h.1.mlp.c_fc"]
+        alone = decomposition.importances(inputs, {"h.1.mlp.c_fc": decomposition.of("h.1.mlp.c_fc").U})["h.1.mlp.c_fc"]
         close(together[b, real], alone[0], TOLERANCE)
 
 
@@ -350,5 +378,7 @@ def test_a_step_leaves_the_model_as_it_was_even_when_it_breaks(subject):
 @pytest.mark.parametrize("subject", ["toy"], indirect=True)
 def test_faithfulness_is_exact(subject):
     decomposition = decompose(subject.target)
-    squares = [(m.weight - decomposition.of(n).U @ decomposition.of(n).V).square() for n, m in subject.target.matrices.items()]
+    squares = [
+        (m.weight - decomposition.of(n).U @ decomposition.of(n).V).square() for n, m in subject.target.matrices.items()
+    ]
     close(exact_faithfulness(subject.target, decomposition), torch.cat([s.flatten() for s in squares]).mean())

@@ -48,9 +48,9 @@ def test_a_hand_worked_product():
     torch.testing.assert_close(out, torch.tensor([[2.5, 0.2]]))
 
 
-def started(start, slices, shape=(6, 9), inputs=None):
-    module = nn.Linear(*shape, bias=False).double()
-    module.weight.data = random(shape[1], shape[0], seed=3)
+def started(start, slices, shape=(6, 9), inputs=None, dtype=torch.float64):
+    module = nn.Linear(*shape, bias=False)
+    module.weight.data = random(shape[1], shape[0], seed=3).to(dtype)
     matrix = Matrix("m", module, 0, (0, shape[1]), transposed=True)
     made = start_slices({"m": matrix}, slices, start, None if inputs is None else {"m": inputs}, seed=4)["m"]
     assert made.U.shape == (shape[0], slices)
@@ -99,7 +99,17 @@ def test_random_start_has_the_norm_of_the_target(slices):
 
 
 @pytest.mark.parametrize("start", sorted(STARTS))
-def test_a_start_is_seeded_and_contiguous(start):
+def test_half_precision_starts_near_the_same_place(start):
+    data = random(10, 6, seed=5)
+    _, U, V = started(start, 6, inputs=data)
+    weight, rough_U, rough_V = started(start, 6, inputs=data.bfloat16(), dtype=torch.bfloat16)
+    assert weight.dtype == rough_U.dtype == rough_V.dtype == torch.bfloat16
+    if start != "random":  # drawn numbers differ by dtype; 8 bits each, and sums of six products
+        close(rough_U.double() @ rough_V.double(), U @ V, 0.02)
+
+
+@pytest.mark.parametrize("start", sorted(STARTS))
+def test_a_start_is_seeded(start):
     data = random(10, 6, seed=5)
     first, second = (started(start, 8, inputs=data) for _ in range(2))
     assert torch.equal(first[1], second[1])

@@ -44,7 +44,7 @@ def own_texts(subject: Subject, seed: int) -> Texts:
 def given_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Texts:
     """Texts of the user's own, fed whole. For the toy a text is its tokens, as in `3 s 17 4 s`.
 
-    Raises UsageError for a text that the importance functions cannot see: too long for the run's attention tables.
+    Raises UsageError for a text of the toy that it cannot take.
     """
     if subject.prompts is not None:
         from spdcli.prompts import encode
@@ -55,6 +55,8 @@ def given_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> 
         rows = [toy_tokens(text, subject.toy.shape.vocabulary) for text in prompts]
         if len({len(row) for row in rows}) > 1:
             raise UsageError("the toy's prompts must be of one length")
+        if len(rows[0]) > subject.length:
+            raise UsageError(f"{len(rows[0])} tokens, but the toy takes {subject.length}", "give a shorter prompt")
         tokens = torch.tensor(rows)
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
         made = _toy_texts(subject, Batch(tokens, everywhere, everywhere))
@@ -77,7 +79,10 @@ def _toy_texts(subject: Subject, batch: Batch) -> Texts:
 
 @torch.no_grad()
 def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch) -> tuple[dict, dict]:
-    """Importances g and inner activations x U of every matrix on `batch`, `[B, T, C]` each, 0 at padding."""
+    """Importances g and inner activations x U of every matrix on `batch`, `[B, T, C]` each, 0 at padding.
+
+    Raises UsageError for a text that the importance functions cannot see: too long for the run's attention tables.
+    """
     batch = batch.to(subject.target.device)
     limit = decomposition.importances.settings.length
     if decomposition.importances.settings.kind == "attention" and batch.tokens.shape[1] > limit:

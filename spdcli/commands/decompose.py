@@ -47,7 +47,7 @@ def decompose(
 
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
-    from spdcli.runs import CHECKPOINT, RunDirectory
+    from spdcli.runs import CHECKPOINT, TOY_WEIGHTS, RunDirectory
 
     if resume and force:
         raise UsageError("--resume and --force contradict each other", "give one of the two")
@@ -55,10 +55,20 @@ def decompose(
         run = continue_run(out, loaded.recipe, console)
     else:
         if resume:
+            if (out / TOY_WEIGHTS).exists():
+                raise UsageError(
+                    f"{out} holds a trained toy and no decomposition",
+                    f"--set target.path={out} --out another decomposes that toy",
+                )
             console.note(f"{out}: no checkpoint to go on from; starting anew")
         run = RunDirectory.create(out, loaded.recipe, force or resume)
-    subject = prepare_subject(run, loaded, console)
-    last = learn(run, loaded, subject, console)
+    try:
+        subject = prepare_subject(run, loaded, console)
+        last = learn(run, loaded, subject, console)
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C that would not wait
+        raise Interrupted(
+            f"stopped at once; {out} is as it was last saved", "the same command with --resume goes on from there"
+        ) from None
     active = sum(last["active"].values())
     console.show(
         {"schema": "spd.decompose/1", "run": out, **last},
@@ -131,7 +141,13 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
     names = select_matrices(loaded, list(subject.target.matrices))
     refuse_too_large(recipe, subject, names)
     decomposition = start_decomposition(recipe, subject, names)
-    state = start_fit(decomposition, optimiser_settings(recipe.decompose), recipe.seed, subject.target.device)
+    state = start_fit(
+        decomposition,
+        optimiser_settings(recipe.decompose),
+        recipe.seed,
+        subject.target.device,
+        recipe.decompose.slice_rate,
+    )
     if (run / CHECKPOINT).exists():
         run.load_checkpoint(decomposition, state)
         console.note(f"going on from step {state.step}")

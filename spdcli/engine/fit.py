@@ -57,10 +57,19 @@ class FitSettings:
     losses: LossSettings = field(default_factory=lambda: LossSettings({}))
 
 
-def start_fit(decomposition: Decomposition, settings: OptimiserSettings, seed: int, device: torch.device) -> FitState:
-    """Optimizer, schedule and generators at step 0. Generators: `data` and `plan` on the CPU, `noise` on the device."""
+def start_fit(
+    decomposition: Decomposition,
+    settings: OptimiserSettings,
+    seed: int,
+    device: torch.device,
+    slice_rate: float = 1.0,
+) -> FitState:
+    """Optimizer, schedule and generators at step 0; `slice_rate` multiplies the learning rate of U and V.
+
+    Generators: `data` and `plan` on the CPU, `noise` on the device.
+    """
     groups = [
-        {"params": list(decomposition.slices.parameters())},
+        {"params": list(decomposition.slices.parameters()), "factor": slice_rate},
         {"params": [p for p in decomposition.importances.parameters() if p.requires_grad]},
     ]
     optimiser = make_optimiser(groups, settings)
@@ -127,7 +136,7 @@ def fit(
 
 
 def _refuse_non_finite(step: int, done: Step, norms: dict[str, Tensor]) -> None:
-    if all(bool(norm.isfinite()) for norm in norms.values()):
+    if bool(torch.stack([*norms.values(), *done.losses.values()]).isfinite().all()):
         return
     bad = [name for name, loss in done.losses.items() if not bool(loss.isfinite())]
     what = f"loss {bad[0]} is {done.losses[bad[0]].item()}" if bad else "the gradient is not finite"

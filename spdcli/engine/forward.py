@@ -100,9 +100,9 @@ def piece_mask(piece: Piece, name: str, g: Tensor, delta: bool, noise: Noise) ->
     """
     mask, keep = g[piece.start : piece.stop], None
     if piece.variant.source == "stochastic":
-        mask = mask + (1 - mask) * noise(piece, name, "mask", mask.shape)
+        mask = mask + (1 - mask) * noise(piece, name, "mask", mask.shape).to(mask.dtype)
         if delta:
-            keep = noise(piece, name, "delta", (*mask.shape[:-1], 1))
+            keep = noise(piece, name, "delta", (*mask.shape[:-1], 1)).to(mask.dtype)
     if delta and keep is None:
         keep = mask.new_zeros(*mask.shape[:-1], 1)
     if piece.variant.routed is not None:
@@ -180,7 +180,10 @@ def _part_output(x: Tensor, matrix: Matrix, decomposition: Decomposition, asked:
 
 
 def rows_of(value: Any, sequences: int, index: Tensor) -> Any:
-    """A block's recorded argument for other rows: tensors with the sequences first are gathered, the rest passes."""
+    """A block's recorded argument for other rows: tensors with the sequences first are gathered, the rest passes.
+
+    What all sequences share must have one dimension, or a first dimension of 1: `[T, D]` would be taken for B = T.
+    """
     if isinstance(value, Tensor):
         return value.index_select(0, index) if value.dim() >= 2 and value.shape[0] == sequences else value
     if isinstance(value, (tuple, list)):

@@ -54,6 +54,7 @@ def upper_leaky(x: Tensor) -> Tensor:
 class ImportanceSettings:
     """`kind` scalar | vector | shared | attention; `length` is the longest sequence the tables cover.
 
+    Importances start around `gate_bias`, `gate_spread` times as far apart as unit-variance weights would put them.
     `relative` scalar | query, `relative_start` zero | local, `causal` and `backend` are for attention.
     """
 
@@ -61,6 +62,7 @@ class ImportanceSettings:
     gate_width: int
     activation: str = "gelu"
     gate_bias: float = 0.5
+    gate_spread: float = 1.0
     normalise: str = "none"
     relative: str = "query"
     relative_start: str = "zero"
@@ -77,7 +79,7 @@ class VectorGates(nn.Module):
         width = settings.gate_width
         self.w1 = nn.Parameter(torch.randn(d_in, slices * width) / math.sqrt(d_in))
         self.b1 = nn.Parameter(torch.zeros(slices * width))
-        self.w2 = nn.Parameter(torch.randn(slices, width) / math.sqrt(width))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(slices, width) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
 
@@ -95,7 +97,7 @@ class ScalarGates(nn.Module):
         width = settings.gate_width
         self.w1 = nn.Parameter(torch.randn(slices, width))
         self.b1 = nn.Parameter(torch.zeros(slices, width))
-        self.w2 = nn.Parameter(torch.randn(slices, width) / math.sqrt(width))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(slices, width) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
 
@@ -113,7 +115,7 @@ class SharedGates(nn.Module):
         width = settings.gate_width
         self.w1 = nn.Parameter(torch.randn(d_in, width) / math.sqrt(d_in))
         self.b1 = nn.Parameter(torch.zeros(width))
-        self.w2 = nn.Parameter(torch.randn(width, slices) / math.sqrt(width))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.act = ACTIVATIONS[settings.activation][0]
 
@@ -207,6 +209,7 @@ def span_basis(x: Tensor, tolerance: float = 1e-5) -> Tensor:
 
     Scaled so that the coordinates `x @ basis.T` have mean square 1.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has no SVD
     _, values, directions = torch.linalg.svd(x, full_matrices=False)
     rank = int((values > tolerance * values[0]).sum())
     basis = directions[:rank]

@@ -45,8 +45,8 @@ def make_optimiser(groups: list[dict], settings: OptimiserSettings) -> torch.opt
 
 
 def set_rate(optimiser: torch.optim.Optimizer, settings: OptimiserSettings, step: int) -> float:
-    """Set the learning rate of `step` (from 0) in every group, and return it."""
+    """Set the learning rate of `step` (from 0), and return it; a group's `factor` multiplies its own."""
     rate = settings.learning_rate * rate_factor(step, settings)
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     return rate

@@ -115,7 +115,7 @@ def backward_step(
     lower, upper = decomposition.importance(clean.inputs)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
     looked = clean.log_probs.shape[0]
-    sums = {name: torch.zeros((), device=target.device) for name in settings.reconstruction}
+    sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in settings.reconstruction}
 
     def consume(variant: Variant, sequences: slice, divergence: Tensor) -> Tensor:
         share = divergence.sum() * (variant.weight / looked)

@@ -114,6 +114,9 @@ def start_slices(
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, matrix in matrices.items():
-        data = None if inputs is None else inputs[name]
-        made[name] = Slices(*STARTS[start](matrix.weight.detach(), slices, data, generator))
+        weight = matrix.weight.detach()
+        precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
+        data = None if inputs is None else inputs[name].to(precise)
+        U, V = STARTS[start](weight.to(precise), slices, data, generator)
+        made[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))
     return made

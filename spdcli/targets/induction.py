@@ -67,7 +67,7 @@ class ToyBlock(nn.Module):
         self.recorded: list[Tensor] | None = None  # see recorded_patterns
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """`hidden` `[B, T, D]`; `positions` `[T, D]`, zeros where positions were added at the embedding."""
+        """`hidden` `[B, T, D]`; `positions` `[1, T, D]`, zeros where they were added at the embedding."""
         normed = self.norm(hidden)
         placed = normed + positions
         log_pattern = self.log_pattern(self.q(placed), self.k(placed))
@@ -109,7 +109,7 @@ class InductionToy(nn.Module):
         self.register_buffer("positions", sinusoids(shape.length, shape.d_model), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        places = self.positions[: tokens.shape[1]]
+        places = self.positions[None, : tokens.shape[1]]  # [T, D] would pass for sequences where B = T
         hidden = self.embed(tokens)
         if self.shape.positions == "added":
             hidden, places = hidden + places, torch.zeros_like(places)
