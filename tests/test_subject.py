@@ -197,9 +197,7 @@ def test_parameters_of_a_language_model_are_counted(tmp_path, tiny_llama_dir, ba
 
 def check_counts(recipe, subject, names):
     made = start_decomposition(recipe, subject, names)
-    counted = [
-        sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (made.slices, made.importances)
-    ]
+    counted = [sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (made.slices, made.importances)]
     assert list(parameter_counts(recipe, subject, names)) == counted
 
 

@@ -184,6 +184,7 @@ def _language_results(
     known = batch.looked & (torch.arange(batch.tokens.shape[1], device=rows.device) <= answer_at[:, None])
     place, wanted = clean.place[known], following[known]
     at_answer = clean.place[rows, answer_at]
+    answers = batch.answers
     log_probs = {"target": clean.log_probs, "masked": masked}
     active = {
         name: {
@@ -195,11 +196,13 @@ def _language_results(
     return {
         "active": active,
         "cross_entropy": {k: -v[place, wanted].mean().item() for k, v in log_probs.items()},
+        "attention_kl": [],  # a language model's own kernels keep no attention pattern
+        "accuracy": {k: v[at_answer].argmax(-1).eq(answers).float().mean().item() for k, v in log_probs.items()},
         "answers": [
             {
                 "prompt": prompts.texts[row],
                 "answer": prompts.answer_texts[row],
-                **{k: v[at_answer[row], batch.answers[row]].exp().item() for k, v in log_probs.items()},
+                **{k: v[at_answer[row], answers[row]].exp().item() for k, v in log_probs.items()},
             }
             for row in range(len(rows))
         ],

@@ -68,7 +68,7 @@ def start_fit(
 
     Generators: `data` and `plan` on the CPU, `noise` on the device.
     """
-    groups = [
+    groups: list[dict] = [
         {"params": list(decomposition.slices.parameters()), "factor": slice_rate},
         {"params": [p for p in decomposition.importances.parameters() if p.requires_grad]},
     ]

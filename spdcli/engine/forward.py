@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from spdcli.engine.losses import unembed_kl
 from spdcli.engine.plan import Piece, Variant
-from spdcli.engine.subcomponents import Decomposition, masked_product
+from spdcli.engine.subcomponents import SliceSet, masked_product
 from spdcli.engine.target import Batch, Matrix, Target
 
 
@@ -92,12 +92,18 @@ class Noise:
         return torch.rand(shape, generator=self.generator, device=self.generator.device)
 
 
-def piece_mask(piece: Piece, name: str, g: Tensor, delta: bool, noise: Noise) -> tuple[Tensor, Tensor | None]:
+def piece_mask(piece: Piece, name: str, g: Tensor | None, delta: bool, noise: Noise) -> tuple[Tensor, Tensor | None]:
     """Mask `[r, T, C]` and delta mask `[r, T, 1]` of matrix `name` for the rows of one piece.
 
     Importance masks are g with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1). Where the
-    variant leaves the target alone both are 1, which is the target's own matrix.
+    variant leaves the target alone both are 1, which is the target's own matrix. Fixed masks are the same at every
+    position, so that T is 1; they need no g.
     """
+    variant = piece.variant
+    if variant.fixed is not None:
+        fixed = variant.fixed[name].expand(len(piece), 1, -1)
+        return fixed, fixed.new_full((len(piece), 1, 1), variant.delta) if variant.delta else None
+    assert g is not None
     mask, keep = g[piece.start : piece.stop], None
     if piece.variant.source == "stochastic":
         mask = mask + (1 - mask) * noise(piece, name, "mask", mask.shape).to(mask.dtype)
@@ -112,14 +118,14 @@ def piece_mask(piece: Piece, name: str, g: Tensor, delta: bool, noise: Noise) ->
     return mask, keep
 
 
-def ask(chunk: Sequence[Piece], name: str, g: Tensor, delta: bool, noise: Noise) -> Asked | None:
+def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise: Noise) -> Asked | None:
     """What a chunk asks of matrix `name`, or None when no variant in it replaces that matrix."""
     rows, masks, deltas = [], [], []
     first = 0
     for piece in chunk:
         if name in piece.variant.matrices:
             mask, keep = piece_mask(piece, name, g, delta, noise)
-            rows.append(torch.arange(first, first + len(piece), device=g.device))
+            rows.append(torch.arange(first, first + len(piece), device=mask.device))
             masks.append(mask)
             deltas.append(keep)
         first += len(piece)
@@ -148,7 +154,7 @@ def replaced_output(x: Tensor, matrix: Matrix, U: Tensor, V: Tensor, asked: Aske
 
 
 @contextmanager
-def replaced(target: Target, decomposition: Decomposition, asked: Mapping[str, Asked]) -> Iterator[None]:
+def replaced(target: Target, slices: SliceSet, asked: Mapping[str, Asked]) -> Iterator[None]:
     """While open, the modules of the matrices in `asked` answer with masked slices on the rows that ask."""
     parts: dict[nn.Module, list[Matrix]] = {}
     for matrix in target.matrices.values():
@@ -157,7 +163,7 @@ def replaced(target: Target, decomposition: Decomposition, asked: Mapping[str, A
 
     def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            outputs = [_part_output(x, matrix, decomposition, asked) for matrix in parts[module]]
+            outputs = [_part_output(x, matrix, slices, asked) for matrix in parts[module]]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
         return forward
@@ -171,10 +177,10 @@ def replaced(target: Target, decomposition: Decomposition, asked: Mapping[str, A
             module.__dict__.pop("forward", None)
 
 
-def _part_output(x: Tensor, matrix: Matrix, decomposition: Decomposition, asked: Mapping[str, Asked]) -> Tensor:
+def _part_output(x: Tensor, matrix: Matrix, slices: SliceSet, asked: Mapping[str, Asked]) -> Tensor:
     if matrix.name in asked:
-        slices = decomposition.of(matrix.name)
-        return replaced_output(x, matrix, slices.U, slices.V, asked[matrix.name])
+        own = slices.of(matrix.name)
+        return replaced_output(x, matrix, own.U, own.V, asked[matrix.name])
     out = x @ matrix.weight
     return out if matrix.bias is None else out + matrix.bias
 
@@ -194,7 +200,7 @@ def rows_of(value: Any, sequences: int, index: Tensor) -> Any:
 
 
 def plan_pass(
-    target: Target, decomposition: Decomposition, clean: Clean, chunk: Sequence[Piece], asked: Mapping[str, Asked]
+    target: Target, slices: SliceSet, clean: Clean, chunk: Sequence[Piece], asked: Mapping[str, Asked]
 ) -> Tensor:
     """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces."""
     device = clean.place.device
@@ -203,7 +209,7 @@ def plan_pass(
     index = torch.cat(rows)
     alive = 0
     hidden = clean.entries[0][:0]
-    with replaced(target, decomposition, asked):
+    with replaced(target, slices, asked):
         for number in range(chunk[0].variant.entry, len(target.blocks)):
             entering = sum(len(piece) for piece in chunk if piece.variant.entry == number)
             if entering:
@@ -229,14 +235,14 @@ def row_divergences(
 
 
 @torch.no_grad()
-def masked_logits(target: Target, decomposition: Decomposition, clean: Clean, masks: Mapping[str, Asked]) -> Tensor:
+def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping[str, Asked]) -> Tensor:
     """Logits `[n, N]` at the looked-at positions of the target with the matrices in `masks` replaced.
 
     Every `Asked` covers all B sequences of the batch.
     """
     entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
     whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.place))
-    hidden = plan_pass(target, decomposition, clean, [whole], masks)
+    hidden = plan_pass(target, slices, clean, [whole], masks)
     return F.linear(target.finish(hidden[clean.batch.looked]), target.unembedding, target.unembedding_bias)
 
 

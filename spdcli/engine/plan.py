@@ -20,9 +20,11 @@ from spdcli.engine.losses import RECONSTRUCTION
 class Variant:
     """One masked target of a plan.
 
-    `loss` is the loss it counts for, `weight` its share of that loss's mean, `source` importance or stochastic,
-    `entry` the first block that differs from the target. `routed[m]` `[B, T]` says where matrix m is replaced,
-    when that differs by position; None means everywhere.
+    `loss` is the loss it counts for, `weight` its share of that loss's mean, `entry` the first block that differs
+    from the target. `source` says what its masks are: importance, stochastic, or fixed. `routed[m]` `[B, T]` says
+    where matrix m is replaced, when that differs by position; None means everywhere. A fixed variant has one mask
+    `fixed[m]` `[C]` for every position, and `delta` is its delta mask: with 1 the variant is the target minus the
+    slices whose mask is 0, with 0 it is made of slices alone.
     """
 
     loss: str
@@ -31,6 +33,14 @@ class Variant:
     entry: int
     weight: float
     routed: Mapping[str, Tensor] | None = None
+    fixed: Mapping[str, Tensor] | None = None
+    delta: float = 0.0
+
+
+def fixed_variant(name: str, masks: Mapping[str, Tensor], blocks: Mapping[str, int], delta: float) -> Variant:
+    """A variant with the same masks everywhere: `masks[m]` `[C]` for each replaced matrix m, in block `blocks[m]`."""
+    entry = min(blocks[matrix] for matrix in masks)
+    return Variant(name, "fixed", frozenset(masks), entry, 1.0, fixed=masks, delta=delta)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, Noise, ask, plan_pass, row_divergences
 from spdcli.engine.losses import RECONSTRUCTION, annealed_p, faithfulness, minimality
 from spdcli.engine.plan import Variant, chunks, draw_variants
-from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 
 
@@ -37,21 +37,21 @@ class LossSettings:
         return annealed_p(step, steps, self.p_start, self.p_final) if self.anneal_p else self.p_start
 
 
-def row_costs(target: Target, decomposition: Decomposition, positions: int) -> list[float]:
+def row_costs(target: Target, slices: SliceSet, positions: int) -> list[float]:
     """Bytes that a row entering at block b keeps for backward: an estimate from the sizes of its matrices."""
     size = target.unembedding.element_size()
     width = target.unembedding.shape[1]
     per_block = [16.0 * width + 2 * positions for _ in target.blocks]
     for name, matrix in target.matrices.items():
         per_block[matrix.block] += 2 * matrix.d_in + 3 * matrix.d_out
-        if name in decomposition.names:
-            per_block[matrix.block] += 4 * decomposition.of(name).U.shape[1]
+        if name in slices.names:
+            per_block[matrix.block] += 4 * slices.of(name).U.shape[1]
     return [size * positions * sum(per_block[block:]) for block in range(len(per_block))]
 
 
 def reconstruction(
     target: Target,
-    decomposition: Decomposition,
+    slices: SliceSet,
     clean: Clean,
     variants: list[Variant],
     g: Mapping[str, Tensor],
@@ -67,11 +67,9 @@ def reconstruction(
     chunk and, unless None, sent backward before the next chunk is built.
     """
     sequences, positions = clean.place.shape
-    for chunk in chunks(variants, sequences, row_costs(target, decomposition, positions), budget):
-        asked = {
-            n: a for n in decomposition.names if (a := ask(chunk, n, g[n], decomposition.delta, noise)) is not None
-        }
-        hidden = plan_pass(target, decomposition, clean, chunk, asked)
+    for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
+        asked = {n: a for n in slices.names if (a := ask(chunk, n, g.get(n), slices.delta, noise)) is not None}
+        hidden = plan_pass(target, slices, clean, chunk, asked)
         terms = [
             consume(piece.variant, slice(piece.start, piece.stop), divergence)
             for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)
@@ -80,12 +78,11 @@ def reconstruction(
             torch.stack(terms).sum().backward()  # type: ignore[arg-type]
 
 
-def exact_faithfulness(target: Target, decomposition: Decomposition) -> Tensor:
+def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
     """Faithfulness of all decomposed matrices (Eq. 1)."""
     pairs = {}
-    for name in decomposition.names:
-        slices = decomposition.of(name)
-        pairs[name] = (target.matrices[name].weight, slices.U, slices.V)
+    for name in slices.names:
+        pairs[name] = (target.matrices[name].weight, slices.of(name).U, slices.of(name).V)
     return faithfulness(pairs)
 
 

@@ -84,22 +84,29 @@ def _directions(rows: int, columns: int, generator: torch.Generator, like: Tenso
 STARTS = {"random": random_start, "svd": svd_start, "svd_span": svd_span_start}
 
 
-class Decomposition(nn.Module):
-    """Slices and importance functions of the chosen matrices of one target.
+class SliceSet(nn.Module):
+    """Slices of several matrices of one target: all that a forward pass needs.
 
     `delta` says whether `W - U V` takes part as one more component, with a mask of its own.
     """
 
-    def __init__(self, slices: dict[str, Slices], importances: Importances, delta: bool) -> None:
+    def __init__(self, slices: dict[str, Slices], delta: bool) -> None:
         super().__init__()
         self.names = list(slices)
         self.slices = nn.ModuleDict({name.replace(".", "/"): slices[name] for name in self.names})
-        self.importances = importances
         self.delta = delta
 
     def of(self, name: str) -> Slices:
         """The slices of matrix `name`."""
         return self.slices[name.replace(".", "/")]  # type: ignore[return-value]
+
+
+class Decomposition(SliceSet):
+    """Slices and importance functions of the chosen matrices of one target."""
+
+    def __init__(self, slices: dict[str, Slices], importances: Importances, delta: bool) -> None:
+        super().__init__(slices, delta)
+        self.importances = importances
 
     def importance(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """`g_lower` (for masks) and `g_upper` (for minimality), `[B, T, C]` a matrix, from the matrices' inputs."""
