@@ -28,17 +28,25 @@ STRIP_ELEMENTS = 1 << 21  # scores held at once by the blocked backend
 
 
 def importance_attention(
-    q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool = False, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    relative: Tensor,
+    causal: bool = False,
+    backend: str = "auto",
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Attention with a learned relative bias, `[M, B, T, I]` (Eq. 4; layout in the module docstring).
 
-    `causal` hides keys after the query. `backend` is auto, dense, blocked or flex; flex raises
+    `causal` hides keys after the query, `valid` `[B, T]` those where it is False: padding (None: there is none).
+    `backend` is auto, dense, blocked or flex; flex raises
     ValueError where it has no backward (CPU) or cannot express the bias (query).
     """
     longest = (relative.shape[1] + 1) // 2
     if q.shape[2] > longest:
         raise ValueError(f"{q.shape[2]} positions, but relative biases for {longest}")
-    return BACKENDS[choose_backend(q, relative) if backend == "auto" else backend](q, k, v, relative, causal)
+    chosen = choose_backend(q, relative) if backend == "auto" else backend
+    return BACKENDS[chosen](q, k, v, relative, valid, causal)
 
 
 def choose_backend(q: Tensor, relative: Tensor) -> str:
@@ -48,7 +56,9 @@ def choose_backend(q: Tensor, relative: Tensor) -> str:
     return "flex" if q.is_cuda and relative.dim() == 2 else "blocked"
 
 
-def strip_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, start: int, causal: bool) -> Tensor:
+def strip_attention(
+    q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, start: int, causal: bool
+) -> Tensor:
     """Dense attention of the queries `q` `[M, B, t, K]` at positions `start .. start + t - 1` to all keys."""
     rows, keys = q.shape[2], k.shape[2]
     middle = (relative.shape[1] - 1) // 2
@@ -64,14 +74,16 @@ def strip_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, start: in
     else:
         by_offset = q @ window[:, None].transpose(-1, -2)  # [M, B, t, T + t - 1]
         scores = scores + by_offset.gather(-1, index.expand(*scores.shape))
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None], float("-inf"))
     if causal:
         scores = scores.masked_fill(key_position > query_position + start, float("-inf"))
     return (scores / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
     """The reference: one strip that is the whole sequence."""
-    return strip_attention(q, k, v, relative, 0, causal)
+    return strip_attention(q, k, v, relative, valid, 0, causal)
 
 
 class _Blocked(torch.autograd.Function):
@@ -79,13 +91,15 @@ class _Blocked(torch.autograd.Function):
     are kept and no `[T, T]` ever exists."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool, rows: int
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, relative)
-        ctx.causal, ctx.rows = causal, rows
+        ctx.valid, ctx.causal, ctx.rows = valid, causal, rows
         out = v.new_empty(v.shape)
         for start in range(0, q.shape[2], rows):
             stop = start + rows
-            out[:, :, start:stop] = strip_attention(q[:, :, start:stop], k, v, relative, start, causal)
+            out[:, :, start:stop] = strip_attention(q[:, :, start:stop], k, v, relative, valid, start, causal)
         return out
 
     @staticmethod
@@ -97,18 +111,18 @@ class _Blocked(torch.autograd.Function):
             stop = start + ctx.rows
             strip = q[:, :, start:stop].detach().requires_grad_()
             with torch.enable_grad():
-                out = strip_attention(strip, whole[0], whole[1], whole[2], start, ctx.causal)
+                out = strip_attention(strip, whole[0], whole[1], whole[2], ctx.valid, start, ctx.causal)
             pieces = torch.autograd.grad(out, [strip, *whole], grad_out[:, :, start:stop])
             grads[0][:, :, start:stop] = pieces[0]
             for total, piece in zip(grads[1:], pieces[1:], strict=True):
                 total += piece
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool) -> Tensor:
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
     """Exact attention in memory linear in T: strips of at most STRIP_ELEMENTS scores."""
     rows = max(1, min(q.shape[2], STRIP_ELEMENTS // (q.shape[0] * q.shape[1] * q.shape[2])))
-    return _Blocked.apply(q, k, v, relative, causal, rows)
+    return _Blocked.apply(q, k, v, relative, valid, causal, rows)
 
 
 @cache
@@ -118,7 +132,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool) -> Tensor:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
     """torch's flex attention with the bias as a score change; matrices are its heads."""
     if not q.is_cuda and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, relative)):
         raise ValueError("flex attention has no backward on the CPU; use blocked or dense")
@@ -131,6 +145,8 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bo
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         biased = score + relative[head, key - query + middle] * scale
+        if valid is not None:
+            biased = torch.where(valid[batch, key], biased, float("-inf"))
         return torch.where(key > query, float("-inf"), biased) if causal else biased
 
     flex = _compiled_flex() if q.is_cuda else eager_flex

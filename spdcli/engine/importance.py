@@ -140,9 +140,10 @@ class AttentionMixer(nn.Module):
             self.relative = nn.Parameter((-slope * distance).repeat(matrices, 1))
         self.causal, self.backend = settings.causal, settings.backend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         placed = x + self.absolute[:, :, : x.shape[2]]
-        mixed = importance_attention(x @ self.q, x @ self.k, placed @ self.v, self.relative, self.causal, self.backend)
+        q, k, v = x @ self.q, x @ self.k, placed @ self.v
+        mixed = importance_attention(q, k, v, self.relative, self.causal, self.backend, valid)
         return torch.cat([mixed, placed], dim=-1)
 
 
@@ -178,16 +179,19 @@ class Importances(nn.Module):
         build = GATES[settings.kind]
         self.gates = nn.ModuleDict({_key(name): build(widths[name], slices[name], settings) for name in widths})
 
-    def forward(self, inputs: dict[str, Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], read: dict[str, Tensor], valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Values before the sigmoid, `[B, T, C]` a matrix.
 
         `inputs[m]` is the matrix's input `[B, T, I]` in the target; `read[m]` is `U` `[I, C]`, which scalar gates use.
+        `valid` `[B, T]` is False at padding, which attention does not see; None where there is none.
         """
         x = {name: self._prepared(name, inputs[name]) for name in self.names}
         if self.settings.kind == "scalar":
             x = {name: x[name] @ read[name] for name in self.names}
         for width, group in self.groups.items():
-            mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]))
+            mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
             x.update(zip(group, mixed.unbind(0), strict=True))
         return {name: self.gates[_key(name)](x[name]) for name in self.names}
 

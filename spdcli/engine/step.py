@@ -109,7 +109,7 @@ def backward_step(
     Backward runs chunk by chunk against detached importances; their summed gradient then goes through the importance
     functions once, together with faithfulness and minimality.
     """
-    lower, upper = decomposition.importance(clean.inputs)
+    lower, upper = decomposition.importance(clean.inputs, clean.batch.valid)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
     looked = clean.log_probs.shape[0]
     sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in settings.reconstruction}

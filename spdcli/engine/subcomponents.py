@@ -108,9 +108,16 @@ class Decomposition(SliceSet):
         super().__init__(slices, delta)
         self.importances = importances
 
-    def importance(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """`g_lower` (for masks) and `g_upper` (for minimality), `[B, T, C]` a matrix, from the matrices' inputs."""
-        raw = self.importances(inputs, {name: self.of(name).U for name in self.names})
+    def importance(
+        self, inputs: dict[str, Tensor], valid: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`g_lower` (for masks) and `g_upper` (for minimality), `[B, T, C]` a matrix, from the matrices' inputs.
+
+        `valid` `[B, T]` is False at padding; None where there is none.
+        """
+        read = {name: self.of(name).U for name in self.names}
+        padded = valid is not None and not bool(valid.all())
+        raw = self.importances(inputs, read, valid if padded else None)
         return {n: lower_leaky(r) for n, r in raw.items()}, {n: upper_leaky(r) for n, r in raw.items()}
 
 
