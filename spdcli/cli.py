@@ -13,6 +13,8 @@ from spdcli.commands import recipe
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
+from spdcli.commands.reproduce import reproduce
+from spdcli.commands.svd import svd
 from spdcli.commands.train import train
 from spdcli.console import Console
 from spdcli.errors import Interrupted, SpdError
@@ -56,12 +58,25 @@ COMMANDS = (
         "spd decompose induction-quick --out run\nspd decompose recipes/gpt2.toml --set target.model=./gpt2"
         "\nspd decompose recipes/gpt2.toml --out run --resume",
     ),
+    (
+        "reproduce",
+        reproduce,
+        BUILD,
+        "spd reproduce induction\nspd reproduce induction --seeds 5 --out five\n"
+        "spd reproduce induction --seeds 3 --same-toy --out same",
+    ),
     ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
     (
         "inspect",
         inspect,
         LOOK,
         "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'",
+    ),
+    (
+        "svd",
+        svd,
+        LOOK,
+        "spd svd run\nspd svd run --tolerance 1e-4 --method greedy_svd\nspd svd run --json | jq .result.spd",
     ),
 )
 for name, function, panel, examples in COMMANDS:

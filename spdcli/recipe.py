@@ -111,6 +111,7 @@ class Losses(Section):
     stochastic_recon: Coefficient = 0.0
     stochastic_recon_layerwise: Coefficient = 0.0
     stochastic_recon_partial: Coefficient = 0.0
+    attention: Coefficient = 0.0  # KL of the attention patterns of recon and stochastic_recon; the toy alone
     samples: Positive = 1  # S
     p_start: Rate = 0.9
     p_final: Rate = 0.1
@@ -126,6 +127,8 @@ class Decompose(Optimisation):
 
     clip_slices: Rate | None = None
     clip_gates: Rate | None = None
+    prune_at: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of the steps after which rare slices end
+    prune_below: Annotated[float, Field(gt=0, lt=1)] = 0.01  # rare: active in fewer than this share of sequences
     slice_rate: Rate = 1.0  # multiplies the learning rate of U and V
     checkpoint_every: Positive = 500
     plan_memory: Rate = 4.0  # GiB that the activations of one chunk of a plan may take
@@ -252,6 +255,18 @@ def _something_to_train(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _attention_fits(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    if not losses["attention"]:
+        return
+    if recipe["target"]["kind"] != "induction":
+        yield Contradiction(("losses.attention",), "[losses] attention is for the induction toy")
+    if not (losses["recon"] or losses["stochastic_recon"]):
+        yield Contradiction(
+            ("losses.attention",), "[losses] attention compares what recon and stochastic_recon run; both are 0"
+        )
+
+
 RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
     _heads_divide_width,
@@ -260,4 +275,5 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _backend_fits_device,
     _p_falls,
     _something_to_train,
+    _attention_fits,
 )

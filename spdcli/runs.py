@@ -180,7 +180,10 @@ class RunDirectory:
         save_tensors(self / CHECKPOINT, tensors, {"step": str(state.step), "seconds": str(state.seconds)})
 
     def load_checkpoint(self, decomposition: nn.Module, state: FitState) -> None:
-        """Put `decomposition` and `state` back where `save_checkpoint` found them."""
+        """Put `decomposition` and `state` back where `save_checkpoint` found them.
+
+        On another kind of device than then, whose generators have another state, the noise begins anew.
+        """
         tensors, metadata = load_tensors(self / CHECKPOINT)
         parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}}
         for name, tensor in tensors.items():
@@ -193,5 +196,6 @@ class RunDirectory:
             moments.setdefault(int(index), {})[key] = tensor
         state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": moments})
         for name, value in parts["generator"].items():
-            state.generators[name].set_state(value)
+            if value.shape == state.generators[name].get_state().shape:
+                state.generators[name].set_state(value)
         state.step, state.seconds = int(metadata["step"]), float(metadata["seconds"])

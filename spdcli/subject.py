@@ -250,7 +250,7 @@ def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tens
 
 def loss_settings(recipe: Recipe) -> LossSettings:
     section = recipe.losses
-    names = ["faithfulness", "minimality", *RECONSTRUCTION]
+    names = ["faithfulness", "minimality", "attention", *RECONSTRUCTION]
     return LossSettings(
         coefficients={name: getattr(section, name) for name in names},
         samples=section.samples,
@@ -270,6 +270,8 @@ def fit_settings(recipe: Recipe) -> FitSettings:
         clip_slices=section.clip_slices,
         clip_gates=section.clip_gates,
         log_every=section.log_every,
+        prune_step=None if section.prune_at is None else round(section.prune_at * section.steps),
+        prune_below=section.prune_below,
         plan_bytes=section.plan_memory * 2**30,
         losses=loss_settings(recipe),
     )

@@ -10,6 +10,8 @@ from spdcli.engine.attention import importance_attention
 FORMS = pytest.mark.parametrize("form", ["scalar", "query"])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
 M, B, T, K, I = 2, 3, 7, 3, 5
+PADDED = torch.arange(T) < torch.tensor([[T], [3], [5]])  # lengths of the three sequences
+PADDING = pytest.mark.parametrize("valid", [None, PADDED], ids=["whole", "padded"])
 NOISY = pytest.mark.filterwarnings("ignore:.*torch.compile")  # flex on the CPU is a reference, and says it is slow
 
 
@@ -22,12 +24,12 @@ def tensors(form: str, longest: int = T) -> list[torch.Tensor]:
 
 @FORMS
 @CAUSAL
-@pytest.mark.parametrize("longest", [T, T + 4])
-@pytest.mark.parametrize("backend", ["dense", "blocked", "auto"])
-def test_every_backend_is_algorithm_1_line_4(backend, longest, causal, form):
+@PADDING
+@pytest.mark.parametrize(("backend", "longest"), [("dense", T), ("dense", T + 4), ("blocked", T), ("auto", T + 4)])
+def test_every_backend_is_algorithm_1_line_4(backend, longest, valid, causal, form):
     given = tensors(form, longest)
-    out = importance_attention(*given, causal=causal, backend=backend)
-    expected = attention_loop(*given, causal)
+    out = importance_attention(*given, causal, backend, valid)
+    expected = attention_loop(*given, causal, valid)
     close(out, expected)
     weights = torch.randn_like(out)
     for actual, wanted in zip(gradients(out, weights, given), gradients(expected, weights, given), strict=True):
@@ -36,12 +38,13 @@ def test_every_backend_is_algorithm_1_line_4(backend, longest, causal, form):
 
 @FORMS
 @CAUSAL
+@PADDING
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])  # of 7 queries: single rows, and ragged last strips of 1, 1 and 2
-def test_strips_change_nothing(rows, causal, form, monkeypatch):
+def test_strips_change_nothing(rows, valid, causal, form, monkeypatch):
     monkeypatch.setattr(attention, "STRIP_ELEMENTS", rows * M * B * T + 1)
     given = tensors(form, T + 2)
-    dense = importance_attention(*given, causal=causal, backend="dense")
-    strips = importance_attention(*given, causal=causal, backend="blocked")
+    dense = importance_attention(*given, causal, "dense", valid)
+    strips = importance_attention(*given, causal, "blocked", valid)
     close(strips, dense)
     weights = torch.randn_like(dense)
     for actual, wanted in zip(gradients(strips, weights, given), gradients(dense, weights, given), strict=True):
@@ -57,10 +60,11 @@ def test_strips_see_who_needs_a_gradient():
 
 @NOISY
 @CAUSAL
+@PADDING
 @pytest.mark.parametrize("longest", [T, T + 4])
-def test_flex_agrees_where_it_can(longest, causal):
+def test_flex_agrees_where_it_can(longest, valid, causal):
     given = [t.detach() for t in tensors("scalar", longest)]
-    close(importance_attention(*given, causal, "flex"), importance_attention(*given, causal, "dense"))
+    close(importance_attention(*given, causal, "flex", valid), importance_attention(*given, causal, "dense", valid))
 
 
 def test_flex_says_what_it_cannot():

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spdcli.analysis import evaluation
 from spdcli.analysis.evaluation import EVALUATION_SEED, Mean, evaluate
 from spdcli.data import induction_batch
+from spdcli.engine.forward import clean_pass
 from spdcli.subject import language_subject, start_decomposition, toy_subject
 
 CPU = torch.device("cpu")
@@ -108,6 +109,7 @@ def slow_evaluation(subject, decomposition, batches, threshold):
     active = {name: {kind: [] for kind in ("s1", "m", "s2", "random")} for name in names}
     seen = {name: set() for name in names}
     attention = {layer: [] for layer in range(len(toy.blocks))}
+    split = {(layer, kind): [] for layer in attention for kind in ("matters", "rest")}
     right = {"target": 0, "masked": 0}
     by_matrix = {name: [] for name in names}
     for batch in batches:
@@ -129,6 +131,12 @@ def slow_evaluation(subject, decomposition, batches, threshold):
             log_q, masked_rows, _ = run(names, "importance")
             for layer, divergences in attention.items():
                 divergences.append(statistics.mean(kl(rows[at], masked_rows[at]) for at in rows if at[0] == layer))
+                s2 = len(tokens) - 1
+                m = int((tokens[:s2] == toy.shape.vocabulary).nonzero()) + 1
+                query = m if layer == 0 else s2
+                for kind in ("matters", "rest"):
+                    chosen = [at for at in rows if at[0] == layer and (at[2] == query) == (kind == "matters")]
+                    split[layer, kind].append(statistics.mean(kl(rows[at], masked_rows[at]) for at in chosen))
             for model, guess in (("target", log_p), ("masked", log_q)):
                 right[model] += int(guess.argmax() == batch.answers[row])
             for name in names:
@@ -151,15 +159,22 @@ def slow_evaluation(subject, decomposition, batches, threshold):
         | {loss: statistics.stdev(values) / math.sqrt(count) for loss, values in found.items()},
         "recon_layerwise_by_matrix": {name: statistics.mean(values) for name, values in by_matrix.items()},
         "attention_kl": [statistics.mean(values) for values in attention.values()],
+        "attention_kl_split": [
+            {"layer": layer + 1} | {kind: statistics.mean(split[layer, kind]) for kind in ("matters", "rest")}
+            for layer in attention
+        ],
         "accuracy": {model: number / count for model, number in right.items()},
     }
 
 
 def compare(ours, slow):
-    assert ours.keys() == slow.keys()
+    assert ours.keys() >= slow.keys()
     for key, value in slow.items():
         if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
             compare(ours[key], value)
+        elif key == "attention_kl_split":
+            for mine, theirs in zip(ours[key], value, strict=True):
+                compare(mine, theirs)
         else:
             assert ours[key] == pytest.approx(value, **FLOAT32), key
 
@@ -332,3 +347,22 @@ def test_one_prompt_has_no_standard_error(tmp_path, tiny_gpt2_dir):
     found = evaluate(subject, start_decomposition(recipe, subject, ["h.1.mlp.c_fc"]), 0, 0.0, seed=0)
     assert math.isnan(found["standard_error"]["recon"])
     assert found["sequences"] == 1
+
+
+@torch.no_grad()
+def test_a_slice_that_is_active_at_padding_alone_is_not_active(tmp_path, tiny_gpt2_dir):
+    settings = ["importance.gate_width=1", "importance.activation=relu"]
+    recipe = model_recipe(tiny_gpt2_dir, *settings, folder=tmp_path)
+    subject = language_subject(recipe, CPU)
+    decomposition = start_decomposition(recipe, subject, ["h.1.mlp.c_fc"])
+    batch = subject.prompts.batch
+    read = clean_pass(subject.target, batch, decomposition.names).inputs["h.1.mlp.c_fc"]
+    aim = torch.where(batch.valid, -1.0, 0.7).flatten()[:, None]
+    gate = decomposition.importances.gates["h/1/mlp/c_fc"]
+    gate.b2.zero_()
+    gate.w2.zero_()[2] = 1  # slice 2 alone, along the direction that tells padding from text
+    gate.w1[:, 2:3] = torch.linalg.lstsq(read.flatten(0, 1), aim, driver="gelsd").solution
+    g, _ = decomposition.importance({"h.1.mlp.c_fc": read})
+    assert g["h.1.mlp.c_fc"][~batch.valid][:, 2].tolist() == pytest.approx([0.7, 0.7], abs=1e-3)
+    found = evaluate(subject, decomposition, 0, 0.0, seed=0)
+    assert (found["total_active"], found["unique"]) == (0, {"h.1.mlp.c_fc": 0})

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from twins import decompose, toy_subject
 
-from spdcli.engine.fit import FitSettings, fit, start_fit, warm_up_faithfulness
+from spdcli.engine import fit as fit_module
+from spdcli.engine.fit import FitSettings, fit, frequent_slices, start_fit, warm_up_faithfulness
+from spdcli.engine.forward import clean_pass
 from spdcli.engine.optimise import OptimiserSettings
 from spdcli.engine.step import LossSettings, exact_faithfulness
 from spdcli.engine.target import Batch
@@ -52,7 +55,7 @@ class Run:
         return [record for record in self.steps() if record is not None]
 
     def parameters(self):
-        return {name: p.detach().clone() for name, p in self.decomposition.named_parameters()}
+        return {name: p.detach().clone() for name, p in self.decomposition.named_parameters() if p.requires_grad}
 
 
 def test_every_loss_falls():
@@ -165,9 +168,13 @@ def test_a_rate_of_nothing_changes_nothing():
     assert all(torch.equal(p, before[name]) for name, p in run.parameters().items())
 
 
-@pytest.mark.parametrize(("fresh", "passes"), [(False, 1), (True, 5)])
-def test_the_target_runs_once_a_batch(fresh, passes):
-    run = Run(fresh=fresh)
+@pytest.mark.parametrize(
+    ("fresh", "prune_step", "passes"),
+    [(False, None, 1), (True, None, 5), (False, 2, 2), (True, 2, 5 + 3)],  # to prune: one fixed batch, three fresh ones
+)
+def test_the_target_runs_once_a_batch(fresh, prune_step, passes, monkeypatch):
+    monkeypatch.setattr(fit_module, "PRUNE_BATCHES", 3)
+    run = Run(fresh=fresh, prune_step=prune_step)
     inner, calls = run.target.run, []
     run.target.run = lambda *args: (calls.append(1), inner(*args))[1]
     run.records()
@@ -222,6 +229,45 @@ def test_a_loss_that_overflows_under_a_finite_gradient_stops_too():
         slices.V[0, 1:] = 0
     with pytest.raises(SpdError, match="step 1: loss faithfulness is inf"):
         next(run.steps())
+
+
+def active_share(run, batches):
+    """In what share of the sequences each slice is active somewhere, counted one by one."""
+    share = {name: torch.zeros(8) for name in run.decomposition.names}
+    for batch in batches:
+        g, _ = run.decomposition.importance(clean_pass(run.target, batch, run.decomposition.names).inputs, batch.valid)
+        for name, b, c in itertools.product(share, range(4), range(8)):
+            share[name][c] += any(value > 0 for value in g[name][b, :, c].tolist()) / (4 * len(batches))
+    return share
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_rare_slices_are_counted_on_sequences(fresh, monkeypatch):
+    monkeypatch.setattr(fit_module, "PRUNE_BATCHES", 5)
+    run = Run(fresh=fresh)
+    with torch.no_grad():  # lower gates, of which many are open on some sequences only
+        for gate in run.decomposition.importances.gates.values():
+            gate.b2 -= 1.2
+    generator = torch.Generator().manual_seed(1)
+    kept = frequent_slices(run.target, run.decomposition, run.batches, generator.clone_state(), 0.45)
+    share = active_share(run, [run.batches(generator) for _ in range(5 if fresh else 1)])
+    assert {name: keep.tolist() for name, keep in kept.items()} == {n: (s >= 0.45).tolist() for n, s in share.items()}
+    for part in (lambda s: s == 0, lambda s: (s > 0) & (s < 0.45), lambda s: s > 0.45):
+        assert any(part(s).any() for s in share.values())
+
+
+def test_a_run_prunes_once_and_goes_on(monkeypatch):
+    monkeypatch.setattr(fit_module, "PRUNE_BATCHES", 2)
+    run = Run(steps=6, fresh=True, prune_step=3, prune_below=0.99)
+    alive = []
+    for record in run.steps():
+        alive.append({n: p.clone() for n, p in run.decomposition.named_parameters() if "alive" in n})
+        if record.step > 3:  # what a record counts as active is still alive
+            assert all(record.active[n] <= int(alive[-1][f"importances.alive.{n}"].sum()) for n in record.active)
+    counts = [sum(int(mask.sum()) for mask in masks.values()) for masks in alive]
+    assert counts[:2] == [48, 48]
+    assert 0 < counts[2] < 48
+    assert counts[2:] == [counts[2]] * 4
 
 
 def test_warm_up_lowers_faithfulness_alone():

@@ -36,7 +36,7 @@ def gate_loop(gate, c, read, activation):
     return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[c] + gate.b2[c]
 
 
-def slow(importances, inputs, read, kind, activation, causal):
+def slow(importances, inputs, read, kind, activation, causal, valid):
     """Eq. 4 and its simpler kin, for one slice at one position at a time."""
     act = {"relu": F.relu, "gelu": F.gelu}[activation]
     out = {}
@@ -47,7 +47,7 @@ def slow(importances, inputs, read, kind, activation, causal):
             at = [other for other in WIDTHS if WIDTHS[other] == WIDTHS[name]].index(name)
             placed = x + mixer.absolute[at, 0, :T]
             q, k, v = x @ mixer.q[at, 0], x @ mixer.k[at, 0], placed @ mixer.v[at, 0]
-            mixed = attention_loop(q[None], k[None], v[None], mixer.relative[at][None], causal)[0]
+            mixed = attention_loop(q[None], k[None], v[None], mixer.relative[at][None], causal, valid)[0]
             x = torch.cat([mixed, placed], -1)
         columns = []
         for c in range(SLICES[name]):
@@ -67,15 +67,21 @@ CASES = [(kind, "scalar", False) for kind in KINDS] + [("attention", "query", Fa
 
 @pytest.mark.parametrize(("kind", "relative", "causal"), CASES)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_every_kind_slice_by_slice(kind, relative, causal, activation):
+@pytest.mark.parametrize("lengths", [None, (5, 3)])
+def test_every_kind_slice_by_slice(lengths, kind, relative, causal, activation):
     importances = build(kind, relative=relative, causal=causal, activation=activation, gate_bias=0.25)
     for name, parameter in importances.named_parameters():
         if name.endswith(("b1", "b2", "relative")):  # constants at the start, which would hide a transposed table
             torch.nn.init.normal_(parameter)
     inputs, read = data()
-    out = importances(inputs, read)
-    expected = slow(importances, inputs, read, kind, activation, causal)
-    leaves = [*importances.parameters(), *inputs.values(), *(read.values() if kind == "scalar" else ())]
+    valid = None if lengths is None else torch.arange(T) < torch.tensor(lengths)[:, None]
+    out = importances(inputs, read, valid)
+    expected = slow(importances, inputs, read, kind, activation, causal, valid)
+    leaves = [
+        *(p for p in importances.parameters() if p.requires_grad),
+        *inputs.values(),
+        *(read.values() if kind == "scalar" else ()),
+    ]
     flat, wanted = (torch.cat([values[name].flatten() for name in WIDTHS]) for values in (out, expected))
     close(flat, wanted)
     weights = torch.randn_like(flat)
@@ -136,7 +142,7 @@ def test_a_local_start_halves_the_log_weight_at_each_step_away():
         for parameter in (mixer.q, mixer.k, mixer.absolute):
             parameter.zero_()
         mixer.v.copy_(torch.eye(6))
-        weights = mixer(torch.eye(6, dtype=torch.float64)[None, None])[0, 0, :, :6]
+        weights = mixer(torch.eye(6, dtype=torch.float64)[None, None], None)[0, 0, :, :6]
     distance = (torch.arange(6)[:, None] - torch.arange(6)).abs().double()
     close(weights, (-0.5 * distance).softmax(-1), 1e-6)  # the table is made in float32
     flat = build("attention", relative="scalar")
@@ -149,6 +155,24 @@ def test_gates_start_around_the_gate_bias_as_far_apart_as_asked(kind):
     plain, moved = (build(kind, **start)(inputs, read) for start in ({"gate_bias": 0.0}, {"gate_spread": 0.25}))
     for name in WIDTHS:  # the default bias is 0.5
         close(moved[name], 0.5 + 0.25 * plain[name])
+
+
+def test_pruned_slices_are_off_for_good():
+    importances = build("vector")
+    inputs, read = data()
+    before = importances(inputs, read)["h.1.c"]
+    importances.prune({"h.1.c": torch.tensor([True, False, True, True, False])})
+    importances.prune({"h.1.c": torch.tensor([True, True, False, True, True])})
+    after = importances(inputs, read)["h.1.c"]
+    assert torch.equal(after[..., [0, 3]], before[..., [0, 3]])
+    assert (lower_leaky(after)[..., [1, 2, 4]] == 0).all()
+    assert (upper_leaky(after)[..., [1, 2, 4]] == 0).all()
+    after.sum().backward()
+    gate = importances.gates["h/1/c"]
+    assert [bool(row.any()) for row in gate.w2.grad] == [True, False, False, True, False]
+    other = build("vector")
+    other.load_state_dict(importances.state_dict())  # a saved run stays pruned
+    assert torch.equal(other(inputs, read)["h.1.c"], after)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -293,5 +293,5 @@ def test_a_text_too_long_for_the_attention_tables_is_one_line(tmp_path, tiny_gpt
     fits = given_texts(subject, ["Tiger Woods plays the sport of"], begin_token=False)
     assert look((subject, decomposition, None), " of", fits)["occurrences"]
     long = given_texts(subject, ["Tiger Woods plays the sport of golf"], begin_token=False)
-    with pytest.raises(UsageError, match="^8 tokens, but this run's importance attention covers 7$"):
+    with pytest.raises(UsageError, match=r"^8 tokens, but this run's importance attention covers 7$"):
         inspect_slices(subject, decomposition, own, long, Query(None))

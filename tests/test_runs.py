@@ -289,6 +289,21 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, optimizer):
     assert not same(everything(other, fresh), then)
 
 
+def test_a_checkpoint_of_another_kind_of_device_goes_on_with_fresh_noise(recipe, run):
+    """A CUDA generator's state is 16 bytes, a CPU's some thousand."""
+    subject, decomposition, state = started(recipe)
+    learn(recipe, subject, decomposition, state, 2)
+    run.save_checkpoint(decomposition, state)
+    tensors, metadata = load_tensors(run / CHECKPOINT)
+    save_tensors(run / CHECKPOINT, tensors | {"generator.noise": torch.zeros(16, dtype=torch.uint8)}, metadata)
+    _, other, fresh = started(recipe, seed=99)
+    noise = fresh.generators["noise"].get_state()
+    run.load_checkpoint(other, fresh)
+    assert torch.equal(fresh.generators["noise"].get_state(), noise)
+    assert torch.equal(fresh.generators["data"].get_state(), state.generators["data"].get_state())
+    assert fresh.step == 2
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, recipe, run, monkeypatch):
     subject, decomposition, state = started(recipe)
     learn(recipe, subject, decomposition, state, 1)

@@ -41,12 +41,14 @@ def gradients(value: Tensor, weights: Tensor, leaves: Sequence[Tensor]) -> tuple
     return torch.autograd.grad((value * weights).sum(), leaves)
 
 
-def attention_loop(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool) -> Tensor:
-    """Line 4 of Algorithm 1, one query and one key at a time."""
+def attention_loop(
+    q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bool, valid: Tensor | None = None
+) -> Tensor:
+    """Line 4 of Algorithm 1, one query and one key at a time; keys where `valid` `[B, T]` is False are left out."""
     middle = (relative.shape[1] - 1) // 2
     out = torch.zeros_like(v)
     for m, b, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
-        keys = range(i + 1 if causal else k.shape[2])
+        keys = [j for j in range(i + 1 if causal else k.shape[2]) if valid is None or valid[b, j]]
         scores = []
         for j in keys:
             bias = relative[m, middle + j - i]
@@ -55,7 +57,7 @@ def attention_loop(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, causal: bo
         weights = torch.stack(scores).softmax(0)
         place = torch.zeros_like(v)
         place[m, b, i] = 1
-        out = out + place * sum(weights[j] * v[m, b, j] for j in keys)
+        out = out + place * sum(weight * v[m, b, j] for weight, j in zip(weights, keys, strict=True))
     return out
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from spdcli.data import POSITION_CLASSES, induction_batch
 from spdcli.engine.forward import Clean, Noise, clean_pass, importance_masks, masked_logits
+from spdcli.engine.losses import attention_divergence
 from spdcli.engine.plan import Variant, draw_variants
 from spdcli.engine.step import exact_faithfulness, reconstruction
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.subject import Subject
-from spdcli.targets.induction import recorded_patterns
+from spdcli.targets.induction import InductionToy, recorded_patterns
 
 LOSSES = ("recon", "recon_layerwise", "stochastic_recon", "stochastic_recon_layerwise")
 EVALUATION_SEED = 20_000_003  # its own stream: never the sequences of training
@@ -61,6 +62,7 @@ class Tally:
     reconstruction: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     by_matrix: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     attention: dict[int, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    attention_split: dict[tuple[int, str], Mean] = field(default_factory=lambda: defaultdict(Mean))
     seen: dict[str, Tensor] = field(default_factory=dict)  # matrix -> [C] bool: active somewhere
     class_active: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     class_positions: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -145,27 +147,43 @@ def _reconstruct(
         tally.reconstruction[loss].add(values)
 
 
-def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`."""
-    gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
-    return (log_p.exp() * gap).sum(-1)
+def attention_patterns(
+    toy: InductionToy, target: Target, decomposition: Decomposition, clean: Clean, g: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention log-probabilities `[B, H, T, T]` of every layer: of the target, and with importances g as masks."""
+    with recorded_patterns(toy) as patterns:
+        target.run(clean.batch.tokens, clean.batch.valid)
+        original = patterns.copy()
+        patterns.clear()
+        masked_logits(target, decomposition, clean, importance_masks(g, decomposition.delta))
+        masked = patterns.copy()
+    # Blocks before the first decomposed one are not run again: their attention is the target's.
+    return original, original[: len(original) - len(masked)] + masked
+
+
+def queries_that_matter(layers: int) -> dict[int, str]:
+    """The position class whose attention the induction circuit lives by: m in the first layer, s2 in the last.
+
+    Section 6.1: m must attend to s1, then s2 to m. What other queries attend to changes nothing at the last position,
+    so that a decomposition which looks only there is free to give them any pattern.
+    """
+    return {0: "m", layers - 1: "s2"}
 
 
 def _compare_attention(
     tally: Tally, subject: Subject, decomposition: Decomposition, clean: Clean, g: Mapping[str, Tensor]
 ) -> None:
-    """KL of each layer's attention, target against masked model, mean over heads and queries."""
+    """KL of each layer's attention, target against masked model, mean over heads and queries; and by queries."""
     assert subject.toy is not None
-    with recorded_patterns(subject.toy) as patterns:
-        subject.target.run(clean.batch.tokens, clean.batch.valid)
-        original = patterns.copy()
-        patterns.clear()
-        masked_logits(subject.target, decomposition, clean, importance_masks(g, decomposition.delta))
-    # Blocks before the first decomposed one are not run again: their attention is the target's.
-    first = len(original) - len(patterns)
-    for layer, log_p in enumerate(original):
-        log_q = patterns[layer - first] if layer >= first else log_p
-        tally.attention[layer].add(attention_divergence(log_p, log_q).mean((1, 2)))
+    original, masked = attention_patterns(subject.toy, subject.target, decomposition, clean, g)
+    matter = queries_that_matter(len(original))
+    for layer, (log_p, log_q) in enumerate(zip(original, masked, strict=True)):
+        divergence = attention_divergence(log_p, log_q).mean(1)  # [B, T]
+        tally.attention[layer].add(divergence.mean(1))
+        own = clean.batch.classes[matter[layer]] if layer in matter else torch.zeros_like(clean.batch.valid)
+        for name, chosen in (("matters", own), ("rest", ~own)):
+            if bool(chosen.any()):
+                tally.attention_split[layer, name].add((divergence * chosen).sum(1) / chosen.sum(1))
 
 
 def _language_results(
@@ -229,5 +247,11 @@ def _summary(tally: Tally, subject: Subject, decomposition: Decomposition) -> di
             for name in decomposition.names
         }
         result["attention_kl"] = [mean.value for _, mean in sorted(tally.attention.items())]
+        split = tally.attention_split
+        result["attention_kl_split"] = [
+            {"layer": layer + 1}
+            | {kind: split[layer, kind].value if (layer, kind) in split else None for kind in ("matters", "rest")}
+            for layer in sorted(tally.attention)
+        ]
         result["accuracy"] = {kind: right / count for kind, right in tally.right.items()}
     return result

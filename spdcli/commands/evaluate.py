@@ -6,24 +6,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spdcli.analysis.table1 import (
+    PAPER_ACTIVE,
+    PAPER_ATTENTION,
+    PAPER_M_TO_S1,
+    PAPER_M_TO_S1_UNPLACED,
+    PAPER_METRICS,
+)
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from spdcli.loading import LoadedRun
+
 Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure on.")]
 
-# Table 1 of the paper: active a position (s1, m, s2, random), unique slices; then its metrics.
-PAPER_ACTIVE = {
-    "Q0": (0.000, 1.000, 0.000, 0.001, 1),
-    "K0": (1.000, 0.050, 0.000, 0.183, 1),
-    "V0": (1.000, 0.000, 0.000, 0.000, 1),
-    "Q1": (0.000, 0.000, 1.000, 0.000, 1),
-    "K1": (0.000, 1.000, 0.000, 0.000, 1),
-    "V1": (0.000, 5.053, 0.000, 0.000, 11),
+ENOUGH = 0.999  # share of sequences whose m is told right
+FREE_PATTERNS = (
+    "The pattern matters for m's query in layer 1 and for s2's in layer 2; "
+    "what other positions attend to never reaches the last one, and is free."
+)
+LESS = (
+    "no context: gates see their own position alone; other sequences, other positions: importances from there; "
+    "always on: no gates, every slice that is active anywhere is on everywhere"
+)
+STEPS = {  # of the circuit: what it is called here, and the paper's number
+    "m_to_s1": ("m attends to s1", PAPER_M_TO_S1),
+    "m_to_s1_unplaced_query": ("  no encodings in m's query", PAPER_M_TO_S1_UNPLACED),
+    "m_to_s1_unplaced_query_and_s1": ("  nor in s1's key", None),
+    "m_to_s1_content_only": ("  nor in any key", None),
+    "s2_to_m": ("s2 attends to m", None),
 }
-PAPER_METRICS = {"faithfulness": 3e-9, "recon": 1e-4, "recon_layerwise": 1e-4}
-PAPER_ATTENTION = (0.385, 0.002)
 
 
 def evaluate(
@@ -41,20 +55,45 @@ def evaluate(
     The toy is measured on fresh sequences and set beside the paper; a language model on its prompts.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.analysis.evaluation import evaluate as measure
     from spdcli.loading import load
-    from spdcli.runs import EVAL, write_json
+    from spdcli.runs import EVAL
 
     loaded = load(run, device)
-    found = measure(
-        loaded.subject, loaded.decomposition, sequences, threshold, loaded.recipe.seed if seed is None else seed
-    )
-    data: dict[str, Any] = {"schema": "spd.eval/1", "run": str(run), "target": loaded.recipe.target.kind, **found}
-    write_json(run / EVAL, data)
+    data = evaluate_run(loaded, sequences, threshold, loaded.recipe.seed if seed is None else seed)
     prompts = loaded.subject.prompts
     parts = toy_tables(data) if prompts is None else language_tables(data, prompts.pieces)
     console.show(data, *parts)
     console.result(run / EVAL)
+
+
+def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int) -> dict[str, Any]:
+    """Measures a run into its eval.json and, for a toy of the paper's kind, its figures; returns what it wrote."""
+    from spdcli.analysis.circuit import has_circuit
+    from spdcli.analysis.evaluation import evaluate as measure
+    from spdcli.runs import EVAL, write_json
+
+    found = measure(loaded.subject, loaded.decomposition, sequences, threshold, seed)
+    run = loaded.directory
+    settings = {"run": str(run.path), "target": loaded.recipe.target.kind, "seed": seed, "threshold": threshold}
+    data: dict[str, Any] = {"schema": "spd.eval/1", **settings, **found}
+    if has_circuit(loaded.subject):
+        data["circuit"] = explain(loaded, threshold, seed)
+    write_json(run / EVAL, data)
+    return data
+
+
+def explain(loaded: LoadedRun, threshold: float, seed: int) -> dict[str, Any]:
+    """The mechanism of the toy and what its gates know (section 6.1), with the figures of both."""
+    from spdcli.analysis import circuit, controls
+    from spdcli.figures_circuit import save_circuit
+    from spdcli.runs import FIGURES
+
+    subject = loaded.subject
+    stage = circuit.scene(subject, loaded.decomposition, circuit.SEQUENCES, threshold, seed)
+    found = circuit.circuit(stage) | {"controls": controls.gate_controls(stage, seed)}
+    shown = circuit.example(stage)
+    save_circuit(found, shown, [subject.token_text(token) for token in shown["tokens"]], loaded.directory / FIGURES)
+    return found
 
 
 def toy_tables(data: dict[str, Any]) -> list[Table | str]:
@@ -83,9 +122,60 @@ def toy_tables(data: dict[str, Any]) -> list[Table | str]:
         metrics.add_row(
             f"attention KL, layer {layer + 1}", f"{value:.3f}", "", _paper(dict(enumerate(PAPER_ATTENTION)).get(layer))
         )
+        for kind, what in (("matters", "where the pattern matters"), ("rest", "everywhere else")):
+            if data["attention_kl_split"][layer][kind] is not None:
+                metrics.add_row(f"  {what}", f"{data['attention_kl_split'][layer][kind]:.3f}", "", "")
     for kind, value in data["accuracy"].items():
         metrics.add_row(f"accuracy, {kind} model", f"{value:.2%}", "", "")
-    return [active, metrics]
+    explained = circuit_tables(data["circuit"]) if "circuit" in data else []
+    return [active, metrics, FREE_PATTERNS, *explained]
+
+
+def circuit_tables(circuit: dict[str, Any]) -> list[Table | str]:
+    """The mechanism of section 6.1, and what is left of it without the gates' knowledge."""
+    from rich.table import Table
+
+    attention = Table(title=f"Attention of the circuit over {circuit['sequences']} sequences")
+    for heading in ("", "target", "active slices alone", "paper"):
+        attention.add_column(heading, justify="left" if not heading else "right")
+    for key, (label, paper) in STEPS.items():
+        target, masked = (circuit["attention"][kind][key] for kind in ("target", "masked"))
+        attention.add_row(label, f"{target:.4f}", f"{masked:.4f}", _paper(paper))
+    controls = Table(title="The model of active slices alone when its gates know less", caption=LESS)
+    for heading in ("importances", "accuracy", "KL", "m to s1", "s2 to m", "accuracy when one matrix alone knows less"):
+        controls.add_column(heading, justify="left" if heading.startswith(("imp", "accuracy when")) else "right")
+    for control, found in circuit["controls"].items():
+        whole = found["all"]
+        numbers = [
+            f"{whole['accuracy']:.2%}",
+            f"{whole['kl']:.1e}",
+            f"{whole['m_to_s1']:.3f}",
+            f"{whole['s2_to_m']:.3f}",
+        ]
+        each = "  ".join(f"{name} {one['accuracy']:.0%}" for name, one in found["matrices"].items())
+        controls.add_row(control.replace("_", " "), *numbers, each)
+    return [attention, *_slice_lines(circuit), controls]
+
+
+def _slice_lines(circuit: dict[str, Any]) -> list[str]:
+    """Which slice of K0 finds the next position, and what V1 spans."""
+    lines = []
+    offsets, identity = circuit["offsets"], circuit["identity"]
+    if offsets is not None and offsets["aligns"] is not None:
+        best = next(entry for entry in offsets["slices"] if entry["slice"] == offsets["aligns"])
+        lines.append(
+            f"{best['slice']} aligns token n with position n+1: by the encodings alone its score there is "
+            f"{best['contrast']:.2f} above other offsets' (all of K0: {offsets['whole']['contrast']:.2f})."
+        )
+    if identity is not None:
+        enough = next((k for k, right in enumerate(identity["decoding"], 1) if right >= ENOUGH), None)
+        needed = f"more than {len(identity['decoding'])}" if enough is None else str(enough)
+        lines.append(
+            f"V1's active slices: {identity['above_one_percent']} singular values above 1 % of the largest, "
+            f"participation ratio {identity['participation']:.1f}; "
+            f"{needed} directions tell m right in {ENOUGH:.1%} of sequences."
+        )
+    return lines
 
 
 def _paper(value: float | None) -> str:

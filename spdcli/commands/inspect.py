@@ -89,21 +89,21 @@ def heat_strip(heat: dict[str, Any]) -> RenderableType:
 
 
 def occurrence_table(occurrence: dict[str, Any]) -> RenderableType:
+    """One row a slice, each on one line; labels that do not fit are cut."""
     from rich.table import Table
 
     title = f"{occurrence['token']!r} at position {occurrence['position']} of prompt {occurrence['prompt'] + 1}"
-    table = Table(title=title)
-    for heading, justify in (
-        ("slice", "left"),
-        ("importance", "right"),
-        ("activation", "right"),
-        ("promotes", "left"),
-        ("reads", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table = Table(title=title, expand=True)
+    table.add_column("slice", no_wrap=True, min_width=24)
+    table.add_column("*")
+    table.add_column("importance", justify="right")
+    table.add_column("activation", justify="right")
+    table.add_column("promotes", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("reads", ratio=1, no_wrap=True, overflow="ellipsis")
     for entry in occurrence["slices"]:
         table.add_row(
-            entry["slice"] + (" *" if entry["unique"] else ""),
+            entry["slice"],
+            "*" if entry["unique"] else "",
             f"{entry['importance']:.3f}",
             f"{entry['activation']:.2f}",
             " ".join(repr(token) for token in entry["promotes"]),

@@ -17,6 +17,8 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 
+PRUNE_BATCHES = 128  # what a slice's frequency is counted on
+
 
 @dataclass
 class Record:
@@ -46,14 +48,18 @@ class FitState:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """`steps`, what to clip (None: nothing), how often to record, the memory of a plan's chunk in bytes."""
+    """`steps`, what to clip (None: nothing), how often to record, the memory of a plan's chunk in bytes.
+
+    After `prune_step` steps (None: never), slices active in fewer than `prune_below` of the sequences are switched off.
+    """
 
     steps: int
     clip_slices: float | None = None
     clip_gates: float | None = None
     log_every: int = 50
     plan_bytes: float = 4 * 2**30
-    faithfulness_warmup: int = 0
+    prune_step: int | None = None
+    prune_below: float = 0.01
     losses: LossSettings = field(default_factory=lambda: LossSettings({}))
 
 
@@ -116,7 +122,8 @@ def fit(
     while state.step < settings.steps:
         batch = batches(state.generators["data"])
         if clean is None or clean.batch is not batch:
-            clean = clean_pass(target, batch, decomposition.names)
+            patterns = settings.losses.coefficients.get("attention", 0) > 0
+            clean = clean_pass(target, batch, decomposition.names, patterns)
         p = settings.losses.p(state.step, settings.steps)
         state.optimiser.zero_grad(set_to_none=True)
         done = backward_step(
@@ -130,9 +137,37 @@ def fit(
         rate = set_rate(state.optimiser, state.schedule, state.step)
         state.optimiser.step()
         state.step += 1
+        if state.step == settings.prune_step:
+            kept = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
+            decomposition.importances.prune(kept)
         state.seconds = time.monotonic() - begun
         due = state.step % settings.log_every == 0 or state.step in (1, settings.steps)
         yield _record(state, done, norms, settings.losses, rate, p) if due else None
+
+
+@torch.no_grad()
+def frequent_slices(
+    target: Target,
+    decomposition: Decomposition,
+    batches: Callable[[torch.Generator], Batch],
+    generator: torch.Generator,
+    share: float,
+) -> dict[str, Tensor]:
+    """Which slices are active in at least `share` of PRUNE_BATCHES batches' sequences, `[C]` bool a matrix."""
+    counts: dict[str, Tensor] = {}
+    sequences, batch = 0, None
+    for _ in range(PRUNE_BATCHES):
+        drawn = batches(generator)
+        if drawn is batch:  # a fixed set of prompts: once is enough
+            break
+        batch = drawn
+        clean = clean_pass(target, batch, decomposition.names)
+        g, _ = decomposition.importance(clean.inputs, batch.valid)
+        sequences += len(batch.tokens)
+        for name, values in g.items():
+            active = ((values > 0) & batch.valid[..., None]).any(1).sum(0)
+            counts[name] = active + counts.get(name, 0)
+    return {name: count >= share * sequences for name, count in counts.items()}
 
 
 def _refuse_non_finite(step: int, done: Step, norms: dict[str, Tensor]) -> None:

@@ -10,8 +10,8 @@ Blocks are replayed as they were called: tensors with the sequences as first dim
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class Clean:
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
-    looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them.
+    looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them. `patterns[b]` `[B, H, T, T]` are block
+    b's attention log-probabilities, when they were asked for.
     """
 
     batch: Batch
@@ -39,11 +40,15 @@ class Clean:
     inputs: dict[str, Tensor]
     log_probs: Tensor
     place: Tensor
+    patterns: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
-def clean_pass(target: Target, batch: Batch, names: Iterable[str]) -> Clean:
-    """Run the target on `batch` and keep what a step needs; `names` are the matrices whose inputs are wanted."""
+def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: bool = False) -> Clean:
+    """Run the target on `batch` and keep what a step needs.
+
+    `names` are the matrices whose inputs are wanted; with `patterns` the attention of every block is kept too.
+    """
     entries: list[Tensor] = []
     calls: list[tuple[tuple, dict]] = []
     inputs: dict[str, Tensor] = {}
@@ -59,13 +64,22 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str]) -> Clean:
         keep_input = lambda module, args, name=name: inputs.__setitem__(name, args[0])  # noqa: E731
         handles.append(target.matrices[name].module.register_forward_pre_hook(keep_input))
     try:
-        target.run(batch.tokens, batch.valid)
+        with recording(target, patterns) as recorded:
+            target.run(batch.tokens, batch.valid)
     finally:
         for handle in handles:
             handle.remove()
     logits = F.linear(target.finish(last[0][batch.looked]), target.unembedding, target.unembedding_bias)
     place = batch.looked.flatten().cumsum(0).sub(1).view_as(batch.looked)
-    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place)
+    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, recorded)
+
+
+def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
+    """The target's attention patterns while open, or an empty list when they are not wanted."""
+    if not wanted:
+        return nullcontext([])
+    assert target.record_patterns is not None, "this target does not tell its attention patterns"
+    return target.record_patterns()
 
 
 def _hidden(output: Any) -> Tensor:

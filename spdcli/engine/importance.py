@@ -24,6 +24,7 @@ from spdcli.engine.gates import ACTIVATIONS, scalar_gates, vector_gates
 
 LEAK = 0.01
 LOCAL_SLOPE = 0.5
+OFF = -1.0  # what a pruned slice has instead of a gate
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -169,6 +170,12 @@ class Importances(nn.Module):
         if bases is not None:
             self.bases = nn.ParameterDict({_key(n): nn.Parameter(b, requires_grad=False) for n, b in bases.items()})
             widths = {name: bases[name].shape[0] for name in widths}
+        self.alive = nn.ParameterDict(
+            {
+                _key(name): nn.Parameter(torch.ones(slices[name], dtype=torch.bool), requires_grad=False)
+                for name in widths
+            }
+        )
         self.groups: dict[int, list[str]] = {}
         if settings.kind == "attention":
             for name, width in widths.items():
@@ -193,7 +200,12 @@ class Importances(nn.Module):
         for width, group in self.groups.items():
             mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
             x.update(zip(group, mixed.unbind(0), strict=True))
-        return {name: self.gates[_key(name)](x[name]) for name in self.names}
+        return {n: torch.where(self.alive[_key(n)], self.gates[_key(n)](x[n]), OFF) for n in self.names}
+
+    def prune(self, kept: dict[str, Tensor]) -> None:
+        """Switch slices off for good: those where `kept[m]` `[C]` is False."""
+        for name, keep in kept.items():
+            self.alive[_key(name)].logical_and_(keep)
 
     def _prepared(self, name: str, x: Tensor) -> Tensor:
         if self.bases:

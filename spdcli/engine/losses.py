@@ -56,6 +56,12 @@ def _relative_entropy(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     return torch.where(gap.abs() <= 1, a * near, a * gap + b - a).sum(-1)
 
 
+def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`."""
+    gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
+    return (log_p.exp() * gap).sum(-1)
+
+
 class _UnembedKl(torch.autograd.Function):
     """The KL of every row and its gradient in one visit: logits exist for one chunk of rows at a time."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, Noise, ask, plan_pass, row_divergences
-from spdcli.engine.losses import RECONSTRUCTION, annealed_p, faithfulness, minimality
-from spdcli.engine.plan import Variant, chunks, draw_variants
+from spdcli.engine.forward import Clean, Noise, ask, plan_pass, recording, row_divergences
+from spdcli.engine.losses import RECONSTRUCTION, annealed_p, attention_divergence, faithfulness, minimality
+from spdcli.engine.plan import Piece, Variant, chunks, draw_variants
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
+
+ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention patterns the attention loss compares
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,50 @@ def reconstruction(
     budget: float,
     consume: Callable[[Variant, slice, Tensor], Tensor | None],
     reverse: bool = False,
+    attend: Callable[[Variant, Tensor], Tensor] | None = None,
 ) -> None:
     """One pass over a plan, chunk by chunk.
 
     `g[m]` `[B, T, C]` are the importances masks are made of. For every piece of the plan, `consume` gets the
     variant, the sequences and their KLs (`[k]`, looked-at positions in order); what it returns is summed over the
-    chunk and, unless None, sent backward before the next chunk is built.
+    chunk and, unless None, sent backward before the next chunk is built. `attend` gets, for the variants of
+    ATTENDED, the KL of their attention to the target's (see `attention_errors`), and is summed likewise.
     """
     sequences, positions = clean.place.shape
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
         asked = {n: a for n in slices.names if (a := ask(chunk, n, g.get(n), slices.delta, noise)) is not None}
-        hidden = plan_pass(target, slices, clean, chunk, asked)
+        with recording(target, attend is not None) as patterns:
+            hidden = plan_pass(target, slices, clean, chunk, asked)
         terms = [
             consume(piece.variant, slice(piece.start, piece.stop), divergence)
             for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)
         ]
+        if attend is not None:
+            terms += [attend(v, error) for v, error in attention_errors(clean, chunk, patterns)]
         if terms[0] is not None:
             torch.stack(terms).sum().backward()  # type: ignore[arg-type]
+
+
+def attention_errors(
+    clean: Clean, chunk: Sequence[Piece], patterns: Sequence[Tensor]
+) -> Iterator[tuple[Variant, Tensor]]:
+    """For each piece of a variant in ATTENDED: KL(target ‖ variant) of the attention, in nats.
+
+    Summed over the piece's sequences, mean over blocks, heads and real queries. `patterns` are those of the plan
+    pass, from the chunk's first block on; blocks before a variant's entry are the target's.
+    """
+    first_block, first = chunk[0].variant.entry, 0
+    for piece in chunk:
+        rows, first = slice(first, first + len(piece)), first + len(piece)
+        if piece.variant.loss not in ATTENDED:
+            continue
+        real = clean.batch.valid[piece.start : piece.stop]
+        total = patterns[0].new_zeros(())
+        for block in range(piece.variant.entry, len(clean.patterns)):
+            log_p = clean.patterns[block][piece.start : piece.stop]
+            divergence = attention_divergence(log_p, patterns[block - first_block][rows]).mean(1)
+            total = total + ((divergence * real).sum(1) / real.sum(1)).sum()
+        yield piece.variant, total / len(clean.patterns)
 
 
 def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
@@ -122,8 +151,27 @@ def backward_step(
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (clean.place.shape[0], clean.place.shape[1])
     variants = draw_variants(settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator)
-    reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl)
+    weight = settings.coefficients.get("attention", 0)
+    if weight > 0:
+        sums["attention"] = torch.zeros((), device=target.device)
 
+    def attend(variant: Variant, error: Tensor) -> Tensor:
+        share = error * (variant.weight / shape[0])
+        sums["attention"] += share.detach()
+        return share * weight
+
+    reconstruction(
+        target,
+        decomposition,
+        clean,
+        variants,
+        leaves,
+        noise,
+        budget,
+        consume,
+        settings.reverse_kl,
+        attend if weight > 0 else None,
+    )
     terms: dict[str, Tensor] = dict(sums)
     direct: list[Tensor] = []
     if settings.coefficients.get("faithfulness", 0) > 0:

@@ -7,6 +7,7 @@ T positions, I d_in, O d_out, N vocabulary, D width of the residual stream.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -89,7 +90,8 @@ class Target:
     `run(tokens, valid)` calls the blocks in order; the engine listens in with hooks, so what it
     returns does not matter. `finish` is the final norm (identity where there is none).
     `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts
-    of one module are neighbours and together cover all its columns.
+    of one module are neighbours and together cover all its columns. While `record_patterns()` is open, every block
+    that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell).
     """
 
     model: nn.Module
@@ -100,6 +102,7 @@ class Target:
     unembedding_bias: Tensor | None
     embedding: Tensor  # [N, D]
     matrices: dict[str, Matrix]
+    record_patterns: Callable[[], AbstractContextManager[list[Tensor]]] | None = None
 
     @property
     def device(self) -> torch.device:

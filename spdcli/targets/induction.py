@@ -159,6 +159,7 @@ def toy_target(toy: InductionToy) -> Target:
         unembedding_bias=None,
         embedding=toy.embed.weight,
         matrices=matrices,
+        record_patterns=lambda: recorded_patterns(toy),
     )
 
 
