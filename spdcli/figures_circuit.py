@@ -48,10 +48,8 @@ def save_sequence(example: Mapping[str, Any], names: Sequence[str], directory: P
 def _arc(axes: Axes, start: int, stop: int, label: str) -> None:
     height = 1.6 if start - stop == 1 else 3.2
     bend = height / max(1, start - stop)
-    arrow = FancyArrowPatch(
-        (start, 0.55), (stop, 0.55), connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=8
-    )
-    axes.add_patch(arrow)
+    path = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 8}
+    axes.add_patch(FancyArrowPatch((start, 0.55), (stop, 0.55), color="black", **path))
     left = start - stop == 1
     axes.text(
         stop - 0.6 if left else (start + stop) / 2,
@@ -109,12 +107,14 @@ def save_attention(example: Mapping[str, Any], directory: Path) -> list[Path]:
 def save_mechanism(circuit: Mapping[str, Any], directory: Path) -> list[Path]:
     """How K0's slices tell the next position, what V1 spans, and how many directions tell the tokens apart.
 
-    Panels whose matrices are not decomposed are left out.
+    A panel whose matrices are not decomposed is left out; without any panel there is no figure.
     """
     offsets, identity = circuit["offsets"], circuit["identity"]
     panels = (offsets is not None) + 2 * (identity is not None)
-    figure = Figure(figsize=(3.6 * max(1, panels), 3.2), layout="constrained")
-    axes = list(figure.subplots(1, max(1, panels), squeeze=False)[0])
+    if panels == 0:
+        return []
+    figure = Figure(figsize=(3.6 * panels, 3.2), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if offsets is not None:
         _draw_offsets(axes.pop(0), offsets)
     if identity is not None:

@@ -44,6 +44,12 @@ def model_recipe_file(tmp_path, tiny_gpt2_dir):
     return path
 
 
+@pytest.fixture
+def model_run(spd, model_recipe_file, tmp_path):
+    assert spd("decompose", model_recipe_file, "--out", tmp_path / "run")[0] == 0
+    return tmp_path / "run"
+
+
 def bits(run: Path) -> bytes:
     return (run / DECOMPOSITION).read_bytes()
 
@@ -494,15 +500,18 @@ def test_eval_prints_table_1_beside_the_papers(spd, straight):
     assert spd("eval", straight, "--sequences", 4, "-q") == (0, f"{straight / 'eval.json'}\n", "")
 
 
-def test_eval_takes_a_threshold_and_a_seed(spd, straight):
-    def active(*options):
-        data = json.loads(spd("eval", straight, "--sequences", 20, "--json", *options)[1])
-        return data["total_active"], data["metrics"]["recon"]
+def test_eval_takes_a_threshold_and_a_seed(spd, model_run):
+    def measured(*options):
+        data = json.loads(spd("eval", model_run, "--json", *options)[1])
+        return data["total_active"], data["metrics"]["recon"], data["metrics"]["stochastic_recon"]
 
-    assert active("--threshold", 1.0)[0] == 0 < active()[0]
-    assert active("--seed", 1) != active("--seed", 2)
-    assert active() == active("--seed", 3)  # the recipe's own
-    assert spd("eval", straight, "--sequences", 1)[0] == 2
+    active, recon, stochastic = measured()
+    assert active > 0
+    assert measured("--threshold", 1.0) == (0, recon, stochastic)
+    assert measured("--seed", 0) == (active, recon, stochastic)  # the recipe's own
+    assert measured("--seed", 1)[:2] == (active, recon)
+    assert measured("--seed", 1)[2] != stochastic
+    assert spd("eval", model_run, "--sequences", 1)[0] == 2
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
@@ -529,12 +538,6 @@ def test_eval_of_a_language_model_keeps_the_contract(spd, model_recipe_file, tmp
 
 
 # --- inspect ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model_run(spd, model_recipe_file, tmp_path):
-    assert spd("decompose", model_recipe_file, "--out", tmp_path / "run")[0] == 0
-    return tmp_path / "run"
 
 
 def test_inspect_keeps_the_contract(spd, model_run):

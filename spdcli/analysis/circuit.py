@@ -232,7 +232,7 @@ def _guessed(stage: Scene, hidden: Tensor) -> Tensor:
 def importance_profile(stage: Scene) -> dict[str, Any]:
     """Summed importances of each matrix: mean by position class, and by distance from s1 (s2 left out)."""
     classes, length = stage.clean.batch.classes, stage.clean.place.shape[1]
-    distances = [d for d in range(-REACH, REACH + 1) if abs(d) < length - 1]
+    distances = list(range(max(-REACH, 3 - length), min(REACH, length - 2) + 1))  # s1 stands at T - 3 at the latest
     place = torch.arange(length, device=stage.rows.device) - stage.at["s1"][:, None]  # [B, T]
     inner = ~classes["s2"]
     found: dict[str, Any] = {"distances": distances, "classes": {}, "by_distance": {}}

@@ -57,9 +57,12 @@ def _relative_entropy(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
 
 
 def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`."""
+    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`.
+
+    Keys that no query may see are -inf in both.
+    """
     gap = torch.where(log_p.isneginf(), 0.0, log_p - log_q)
-    return (log_p.exp() * gap).sum(-1)
+    return _relative_entropy(log_p.exp(), log_q.exp(), gap)
 
 
 class _UnembedKl(torch.autograd.Function):

@@ -88,7 +88,8 @@ def reconstruction(
 def attention_errors(
     clean: Clean, chunk: Sequence[Piece], patterns: Sequence[Tensor]
 ) -> Iterator[tuple[Variant, Tensor]]:
-    """For each piece of a variant in ATTENDED: KL(target ‖ variant) of the attention, in nats.
+    """For each piece of a variant in ATTENDED: KL(target ‖ variant) of the attention, in nats (the attention loss adds
+    those of all ATTENDED variants up).
 
     Summed over the piece's sequences, mean over blocks, heads and real queries. `patterns` are those of the plan
     pass, from the chunk's first block on; blocks before a variant's entry are the target's.
@@ -140,52 +141,52 @@ def backward_step(
     """
     lower, upper = decomposition.importance(clean.inputs, clean.batch.valid)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
-    looked = clean.log_probs.shape[0]
-    sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in settings.reconstruction}
-
-    def consume(variant: Variant, sequences: slice, divergence: Tensor) -> Tensor:
-        share = divergence.sum() * (variant.weight / looked)
-        sums[variant.loss] += share.detach()
-        return share * settings.coefficients[variant.loss]
-
-    blocks = {name: target.matrices[name].block for name in decomposition.names}
-    shape = (clean.place.shape[0], clean.place.shape[1])
-    variants = draw_variants(settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator)
-    weight = settings.coefficients.get("attention", 0)
-    if weight > 0:
-        sums["attention"] = torch.zeros((), device=target.device)
-
-    def attend(variant: Variant, error: Tensor) -> Tensor:
-        share = error * (variant.weight / shape[0])
-        sums["attention"] += share.detach()
-        return share * weight
-
-    reconstruction(
-        target,
-        decomposition,
-        clean,
-        variants,
-        leaves,
-        noise,
-        budget,
-        consume,
-        settings.reverse_kl,
-        attend if weight > 0 else None,
-    )
-    terms: dict[str, Tensor] = dict(sums)
-    direct: list[Tensor] = []
+    terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
+    direct: dict[str, Tensor] = {}
     if settings.coefficients.get("faithfulness", 0) > 0:
-        terms["faithfulness"] = exact_faithfulness(target, decomposition)
-        direct.append(settings.coefficients["faithfulness"] * terms["faithfulness"])
+        direct["faithfulness"] = exact_faithfulness(target, decomposition)
     if settings.coefficients.get("minimality", 0) > 0:
-        terms["minimality"] = minimality(upper, clean.batch.valid, p, settings.epsilon)
-        direct.append(settings.coefficients["minimality"] * terms["minimality"])
+        direct["minimality"] = minimality(upper, clean.batch.valid, p, settings.epsilon)
     carried = [name for name in leaves if leaves[name].grad is not None]
-    roots = [*direct, *(lower[name] for name in carried)]
+    roots = [*(settings.coefficients[name] * term for name, term in direct.items()), *(lower[name] for name in carried)]
     if roots:
-        torch.autograd.backward(
-            roots, [*(torch.ones_like(d) for d in direct), *(leaves[name].grad for name in carried)]
-        )
+        gradients = [*(torch.ones_like(term) for term in direct.values()), *(leaves[name].grad for name in carried)]
+        torch.autograd.backward(roots, gradients)
     valid = clean.batch.valid
     active = {name: (g.detach() > 0)[valid].sum(-1).float().mean() for name, g in lower.items()}
-    return Step({name: term.detach() for name, term in terms.items()}, active)
+    return Step({name: term.detach() for name, term in (terms | direct).items()}, active)
+
+
+def _plan_terms(
+    target: Target,
+    decomposition: Decomposition,
+    clean: Clean,
+    leaves: Mapping[str, Tensor],
+    settings: LossSettings,
+    generator: torch.Generator,
+    noise: Noise,
+    budget: float,
+) -> dict[str, Tensor]:
+    """Run the step's plan backward into the slices and the importances `leaves`; returns its loss terms, detached."""
+    wanted = settings.reconstruction
+    attention = settings.coefficients.get("attention", 0)
+    names = [*wanted, "attention"] if attention > 0 else wanted
+    sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in names}
+    sequences, looked = len(clean.place), clean.log_probs.shape[0]
+
+    def add(name: str, share: Tensor) -> Tensor:
+        sums[name] += share.detach()
+        return share * settings.coefficients[name]
+
+    def consume(variant: Variant, part: slice, divergence: Tensor) -> Tensor:
+        return add(variant.loss, divergence.sum() * (variant.weight / looked))
+
+    def attend(variant: Variant, error: Tensor) -> Tensor:
+        return add("attention", error * (variant.weight / sequences))
+
+    blocks = {name: target.matrices[name].block for name in decomposition.names}
+    shape = (sequences, clean.place.shape[1])
+    variants = draw_variants(wanted, blocks, settings.samples, settings.subset, shape, generator)
+    watch = attend if attention > 0 else None
+    reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl, watch)
+    return sums
