@@ -48,8 +48,9 @@ def save_sequence(example: Mapping[str, Any], names: Sequence[str], directory: P
 def _arc(axes: Axes, start: int, stop: int, label: str) -> None:
     height = 1.6 if start - stop == 1 else 3.2
     bend = height / max(1, start - stop)
-    path = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 8}
-    axes.add_patch(FancyArrowPatch((start, 0.55), (stop, 0.55), color="black", **path))
+    path = f"arc3,rad={bend}"
+    ends = ((start, 0.55), (stop, 0.55))
+    axes.add_patch(FancyArrowPatch(*ends, connectionstyle=path, arrowstyle="-|>", mutation_scale=8, color="black"))
     left = start - stop == 1
     axes.text(
         stop - 0.6 if left else (start + stop) / 2,

@@ -224,7 +224,7 @@ def test_a_trained_toy_is_copied_and_not_trained_again(spd, recipe, tmp_path):
     (tmp_path / "trained" / "target.safetensors").unlink()
     for run in "ab":
         assert [file.name for file in (tmp_path / run / "toy").iterdir()] == ["target.safetensors"]
-        assert spd("eval", tmp_path / run, "--sequences", 4)[0] == 0
+        assert spd("inspect", tmp_path / run, "-t", "s")[0] == 0
 
 
 def test_a_path_without_a_toy_is_blamed_on_its_line(spd, recipe, tmp_path):

@@ -361,6 +361,17 @@ def test_triples_end_at_the_numerical_rank():
     assert weighted_triples(low, torch.zeros(9, 20)).U.shape == (20, 0)
 
 
+@torch.no_grad()
+def test_rounding_of_the_inputs_is_no_direction_of_theirs():
+    torch.manual_seed(0)
+    weight, read = torch.randn(8, 8), torch.randn(3, 8)
+    span = torch.linalg.svd(read)[2][:3]
+    slices = weighted_triples(weight, torch.randn(60, 3) @ read + 1e-7 * torch.randn(60, 8))
+    assert slices.U.shape == (8, 3)
+    off_span = slices.U - span.t() @ (span @ slices.U)
+    assert off_span.norm() < 1e-5 * slices.U.norm()  # dividing by a root of 1e-7 would make it as large as U
+
+
 # --- the run's slices ------------------------------------------------------------------------------
 
 
