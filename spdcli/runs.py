@@ -95,6 +95,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with its local paths made absolute, so that a run can be read from any directory."""
+    key = "path" if recipe.target.kind == "induction" else "model"
+    given = getattr(recipe.target, key)
+    if given is None or not Path(given).expanduser().exists():
+        return recipe
+    target = recipe.target.model_copy(update={key: str(Path(given).expanduser().resolve())})
+    return recipe.model_copy(update={"target": target})
+
+
 class RunDirectory:
     """A directory that a recipe produces."""
 
@@ -131,7 +141,7 @@ class RunDirectory:
         return cls(path)
 
     def write_recipe(self, recipe: Recipe) -> None:
-        text = dump_recipe(recipe, **versions())
+        text = dump_recipe(anchored(recipe), **versions())
         write_atomically(self / RECIPE, lambda beside: beside.write_text(text))
 
     @property

@@ -140,10 +140,11 @@ def inspect_slices(
             "text": shown.texts[row],
             "position": position,
             "token": shown.pieces[row][position],
-            "slices": _slices_at(decomposition, lens, g, inner, unique, chosen, (row, position), query),
+            "slices": _slices_at(decomposition, g, inner, unique, chosen, (row, position), query),
         }
         for row, position in places
     ]
+    _label([entry for occurrence in occurrences for entry in occurrence["slices"]], decomposition, lens, query.labels)
     heat = torch.stack([g[name].sum(-1) for name in chosen]).sum(0)
     lengths = [len(tokens) for tokens in shown.pieces]
     rows = sorted({row for row, _ in places})
@@ -174,7 +175,6 @@ def _unique(
 
 def _slices_at(
     decomposition: Decomposition,
-    lens: TokenLens,
     g: Mapping[str, Tensor],
     inner: Mapping[str, Tensor],
     unique: Mapping[str, Tensor],
@@ -182,7 +182,7 @@ def _slices_at(
     place: tuple[int, int],
     query: Query,
 ) -> list[dict[str, Any]]:
-    """The active slices at one place, most important first, labelled."""
+    """The active slices at one place, most important first."""
     row, position = place
     found: list[tuple[float, float, str, int]] = []
     for name in names:
@@ -192,19 +192,30 @@ def _slices_at(
             (here[c].item(), written[c].item(), name, c) for c in (here > query.threshold).nonzero()[:, 0].tolist()
         ]
     found.sort(key=lambda entry: (-entry[0], -entry[1]))
-    entries = []
-    for importance, _, name, index in found[: query.top]:
+    return [
+        {
+            "slice": f"{name}:{index}",
+            "importance": importance,
+            "unique": bool(unique[name][row, index]),
+            "activation": inner[name][row, position, index].item(),
+        }
+        for importance, _, name, index in found[: query.top]
+    ]
+
+
+def _label(entries: Sequence[dict[str, Any]], decomposition: Decomposition, lens: TokenLens, top: int) -> None:
+    """Add to every entry the tokens that its slice promotes and reads, for the sign of its activation.
+
+    One product with the vocabulary a matrix, however many of its slices are shown, and wherever.
+    """
+    by_matrix: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        by_matrix.setdefault(entry["slice"].rpartition(":")[0], []).append(entry)
+    for name, own in by_matrix.items():
         slices = decomposition.of(name)
-        activation = inner[name][row, position, index]
-        sign = torch.where(activation < 0, -1.0, 1.0)[None]
-        entries.append(
-            {
-                "slice": f"{name}:{index}",
-                "importance": importance,
-                "unique": bool(unique[name][row, index]),
-                "activation": activation.item(),
-                "promotes": lens.promotes(name, slices.V[index : index + 1], query.labels, sign)[0],
-                "reads": lens.reads(name, slices.U[:, index : index + 1], query.labels, sign)[0],
-            }
-        )
-    return entries
+        index = torch.tensor([int(entry["slice"].rpartition(":")[2]) for entry in own], device=slices.U.device)
+        signs = torch.tensor([-1.0 if entry["activation"] < 0 else 1.0 for entry in own], device=slices.U.device)
+        promoted = lens.promotes(name, slices.V[index], top, signs)
+        read = lens.reads(name, slices.U[:, index], top, signs)
+        for entry, promotes, reads in zip(own, promoted, read, strict=True):
+            entry |= {"promotes": promotes, "reads": reads}

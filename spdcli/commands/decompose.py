@@ -79,10 +79,10 @@ def decompose(
 
 def continue_run(path: Path, recipe: Recipe, console: Console) -> RunDirectory:
     """The run at `path`, going on by `recipe`: losses and training may have changed, what is trained may not."""
-    from spdcli.runs import RunDirectory
+    from spdcli.runs import RunDirectory, anchored
 
     run = RunDirectory.open(path)
-    before, after = flat(run.recipe.model_dump()), flat(recipe.model_dump())
+    before, after = flat(run.recipe.model_dump()), flat(anchored(recipe).model_dump())
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     fixed = [key for key in changed if key.split(".")[0] not in CHANGEABLE]
     if fixed:

@@ -61,30 +61,19 @@ def reproduce(
     folders = [out / f"seed-{loaded.recipe.seed}" for loaded in recipes]
     runs = [claim_run(folder, loaded, force) for folder, loaded in zip(folders, recipes, strict=True)]
     finished, evaluations, baselines = [], [], []
-    for number, (run, loaded) in enumerate(zip(runs, recipes, strict=True), 1):
-        console.note(f"seed {loaded.recipe.seed} ({number} of {seeds}) in {run.path}")
-        opened = decomposed_run(run, loaded, console)
-        finished.append(opened)
-        evaluations.append(evaluation_of(opened, sequences))
-        baselines.append(svd_baseline(opened, console))
+    for nth, (run, loaded) in enumerate(zip(runs, recipes, strict=True), 1):
+        console.note(f"seed {loaded.recipe.seed} ({nth} of {seeds}) in {run.path}")
+        finished.append(decomposed_run(run, loaded, console))
+        evaluations.append(evaluation_of(finished[-1], sequences))
+        baselines.append(svd_baseline(finished[-1], console))
     rows, broken = compare(evaluations)
+    told = [seed_report(*one) for one in zip(finished, evaluations, baselines, broken, strict=True)]
     data: dict[str, Any] = {
         "schema": "spd.reproduce/1",
         "recipe": recipe,
         "rows": rows,
         "passed": passes(broken),
-        "seeds": [
-            {
-                "seed": opened.recipe.seed,
-                "run": str(opened.directory.path),
-                "passed": not failures,
-                "broken": failures,
-                "toy_accuracy": evaluation["accuracy"]["target"],
-                "minutes": minutes(opened.directory),
-                "svd": baseline,
-            }
-            for opened, failures, evaluation, baseline in zip(finished, broken, evaluations, baselines, strict=True)
-        ],
+        "seeds": told,
         "stability": slice_stability(finished, same_toy) if seeds > 1 else None,
     }
     write_json(out / REPORT, data)
@@ -203,9 +192,23 @@ def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
     return {"tolerance": data["tolerance"], "rank": ranks}
 
 
-def minutes(run: RunDirectory) -> float:
-    """How long the decomposition took to train."""
-    return run.metrics()[-1]["seconds"] / 60
+def seed_report(
+    opened: LoadedRun, evaluation: dict[str, Any], baseline: dict[str, Any], broken: list[str]
+) -> dict[str, Any]:
+    """One seed of `spd.reproduce/1`: its verdict, and what of its evaluation no row of the table holds."""
+    circuit = evaluation["circuit"]
+    return {
+        "seed": opened.recipe.seed,
+        "run": str(opened.directory.path),
+        "passed": not broken,
+        "broken": broken,
+        "toy_accuracy": evaluation["accuracy"]["target"],
+        "minutes": opened.directory.metrics()[-1]["seconds"] / 60,  # that the decomposition trained
+        "attention_kl_split": evaluation["attention_kl_split"],
+        "attention": circuit["attention"],
+        "controls": {name: one["all"] for name, one in circuit["controls"].items()},
+        "svd": baseline,
+    }
 
 
 def slice_stability(runs: list[LoadedRun], same_toy: bool) -> dict[str, Any]:
