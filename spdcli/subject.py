@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spdcli.allocator import keep_freed_memory
 from spdcli.data import induction_batch, token_name
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import clean_pass
@@ -54,11 +55,16 @@ class Subject:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU when there is one; asking for one that is not there is an error."""
+    """`auto` takes a GPU when there is one; asking for one that is not there is an error.
+
+    On the processor the allocator is told to keep freed memory, before the work begins.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise SpdError("device = 'cuda', but torch sees no GPU here", "--device cpu, or install a CUDA build of torch")
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name)
 
 

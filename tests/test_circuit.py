@@ -290,6 +290,11 @@ def test_performance_agrees_with_the_evaluation(tmp_path):
     for step in ("m_to_s1", "s2_to_m"):
         assert controls["own"]["all"][step] == pytest.approx(masked[step], rel=1e-5)
     assert controls["own"]["matrices"] == {}
+    assert controls["own"]["layers"] == []
+    first, second = (
+        {name: CONTROLS["always_on"](stage, torch.Generator())[name] for name in names} for names in (ALL[:3], ALL[3:])
+    )
+    assert controls["always_on"]["layers"] == [performance(stage, stage.g | part) for part in (first, second)]
     own, on = controls["own"]["all"], controls["always_on"]["matrices"]["V1"]
     assert on["m_to_s1"] == pytest.approx(own["m_to_s1"])  # V1 alone is changed: attention stays
     assert on["s2_to_m"] == pytest.approx(own["s2_to_m"])

@@ -126,8 +126,8 @@ def train(steps=500, rate=2e-2, seed=0, **options):
 
 
 def test_a_small_toy_learns_induction():
-    log = train()
-    assert [row["step"] for _, row in log] == [1, 100, 200, 300, 400, 500]
+    log = train(steps=800)
+    assert [row["step"] for _, row in log] == [1, *range(100, 801, 100)]
     model, first, last = log[-1][0], log[0][1], log[-1][1]
     assert first["loss"] > 1.5  # about ln 6 = 1.8, a guess among six
     assert last["loss"] < 0.2
@@ -142,3 +142,9 @@ def test_training_is_seeded():
 def test_training_that_diverges_says_where():
     with pytest.raises(SpdError, match=r"the loss is nan at step \d+"):
         train(steps=30, rate=1e25)
+
+
+def test_the_last_position_alone_is_the_same_as_the_last_of_all():
+    model = toy(length=9, heads=2, layer_norm=True, feed_forward=True, output_projection=True)
+    tokens = torch.randint(7, (3, 9))
+    close(model(tokens, last=True), model(tokens)[:, -1:])

@@ -308,6 +308,22 @@ def test_an_evaluation_of_other_sequences_is_made_anew(tiny, monkeypatch):
     assert (before["sequences"], json.loads(path.read_text())["sequences"]) == (40, 30)
 
 
+def test_eval_prints_the_mechanism(tiny, monkeypatch, capsys):
+    out, _ = tiny
+    code, text, _ = spd_here(monkeypatch, capsys)("eval", out / "seed-3", "--sequences", "20")
+    assert code == 0
+    data = json.loads((out / "seed-3" / "eval.json").read_text())
+    attention = data["circuit"]["attention"]
+    for label, key in (("m attends to s1", "m_to_s1"), ("no encodings in m's query", "m_to_s1_unplaced_query")):
+        (line,) = (line for line in text.splitlines() if label in line)
+        assert all(f"{attention[kind][key]:.4f}" in line for kind in ("target", "masked"))
+    for control, found in data["circuit"]["controls"].items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"│ {control.replace('_', ' ')} "))
+        assert f"{found['all']['accuracy']:.2%}" in line
+    assert text.count("where the pattern matters") == 2
+    assert "aligns token n with position n+1" in text
+
+
 def test_another_recipe_is_refused_without_force(tiny):
     out, again = tiny
     code, text, err = again("--set", "losses.minimality=0.5")

@@ -122,7 +122,7 @@ def circuit_attention(stage: Scene, masked: bool) -> dict[str, float]:
 
     def to_s1(query: Tensor, key: Tensor) -> float:
         q, k = stage.product("Q0", query, masked), stage.product("K0", key, masked)
-        pattern = stage.block(0).log_pattern(q, k)
+        pattern = stage.block(0).scores(q, k).log_softmax(-1)
         return pattern[rows, 0, at["m"], at["s1"]].exp().mean().item()
 
     original, replaced = attention_patterns(stage.toy, stage.target, stage.decomposition, stage.clean, stage.g)

@@ -87,10 +87,10 @@ CONTROLS: dict[str, Callable[[Scene, torch.Generator], Mapping[str, Tensor]]] = 
 
 @torch.no_grad()
 def gate_controls(stage: Scene, seed: int) -> dict[str, dict[str, Any]]:
-    """What the model of active slices alone does under every control: `{control: {all, matrices, importance}}`.
+    """What the model of active slices alone does under every control.
 
-    `all` replaces every matrix's importances, `matrices[m]` (but for `own`) those of m alone while the others keep
-    theirs; each is
+    `{control: {all, layers, matrices, importance}}`: `all` replaces every matrix's importances, `layers[i]` those of
+    one layer and `matrices[m]` those of m alone, while the others keep theirs (`own` has nothing to replace). Each is
     `{accuracy, kl, m_to_s1, s2_to_m}`: share of sequences answered right, KL(target ‖ masked) at s2 in nats, and the
     mean attention of the circuit's two steps. `importance[m]` is the mean of m's summed importances by class.
     """
@@ -98,11 +98,12 @@ def gate_controls(stage: Scene, seed: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for control, change in CONTROLS.items():
         changed = change(stage, generator)
+        names = [] if control == "own" else list(stage.g)
+        layers = [[name for name in names if stage.target.matrices[name].block == layer] for layer in range(2)]
         found[control] = {
             "all": performance(stage, changed),
-            "matrices": {
-                name: performance(stage, stage.g | {name: changed[name]}) for name in stage.g if control != "own"
-            },
+            "layers": [performance(stage, stage.g | {n: changed[n] for n in group}) for group in layers if group],
+            "matrices": {name: performance(stage, stage.g | {name: changed[name]}) for name in names},
             "importance": {
                 name: {kind: g.sum(-1)[stage.clean.batch.classes[kind]].mean().item() for kind in POSITION_CLASSES}
                 for name, g in changed.items()

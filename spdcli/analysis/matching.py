@@ -142,4 +142,4 @@ def _logit_effects(stage: Scene) -> Tensor:
 def _target_pattern(stage: Scene, layer: int) -> Tensor:
     """The target's attention probabilities `[B, T, T]` in a layer (one head)."""
     q, k = (stage.product(f"{letter}{layer}", stage.clean.inputs[f"{letter}{layer}"], False) for letter in "QK")
-    return stage.block(layer).log_pattern(q, k).exp()[:, 0]
+    return stage.block(layer).scores(q, k).softmax(-1)[:, 0]

@@ -52,7 +52,8 @@ def evaluate(
 ) -> None:
     """Measure a decomposition: active and unique slices, reconstruction, attention (Table 1).
 
-    The toy is measured on fresh sequences and set beside the paper; a language model on its prompts.
+    The toy is measured on fresh sequences and set beside the paper, its circuit explained
+    (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts.
     """
     console = make_console(json, quiet, verbose)
     from spdcli.loading import load
@@ -141,20 +142,25 @@ def circuit_tables(circuit: dict[str, Any]) -> list[Table | str]:
     for key, (label, paper) in STEPS.items():
         target, masked = (circuit["attention"][kind][key] for kind in ("target", "masked"))
         attention.add_row(label, f"{target:.4f}", f"{masked:.4f}", _paper(paper))
-    controls = Table(title="The model of active slices alone when its gates know less", caption=LESS)
-    for heading in ("importances", "accuracy", "KL", "m to s1", "s2 to m", "accuracy when one matrix alone knows less"):
-        controls.add_column(heading, justify="left" if heading.startswith(("imp", "accuracy when")) else "right")
-    for control, found in circuit["controls"].items():
+    return [attention, *_slice_lines(circuit), controls_table(circuit["controls"])]
+
+
+def controls_table(controls: dict[str, Any]) -> Table:
+    """Accuracy when all gates, those of one layer or those of one matrix know less; attention when all do."""
+    from rich.table import Table
+
+    table = Table(title="Accuracy of active slices alone when all gates, or those of a part, know less", caption=LESS)
+    for heading in ("importances", "all", "m to s1", "s2 to m", "layer 1", "layer 2"):
+        table.add_column(heading, justify="left" if heading == "importances" else "right")
+    table.add_column("one matrix (%)")
+    for control, found in controls.items():
         whole = found["all"]
-        numbers = [
-            f"{whole['accuracy']:.2%}",
-            f"{whole['kl']:.1e}",
-            f"{whole['m_to_s1']:.3f}",
-            f"{whole['s2_to_m']:.3f}",
-        ]
-        each = "  ".join(f"{name} {one['accuracy']:.0%}" for name, one in found["matrices"].items())
-        controls.add_row(control.replace("_", " "), *numbers, each)
-    return [attention, *_slice_lines(circuit), controls]
+        steps = [f"{whole[step]:.3f}" for step in ("m_to_s1", "s2_to_m")]
+        layers = [f"{one['accuracy']:.0%}" for one in found["layers"]]
+        layers += [""] * (2 - len(layers))
+        each = "  ".join(f"{name} {100 * one['accuracy']:.0f}" for name, one in found["matrices"].items())
+        table.add_row(control.replace("_", " "), f"{whole['accuracy']:.2%}", *steps, *layers, each)
+    return table
 
 
 def _slice_lines(circuit: dict[str, Any]) -> list[str]:

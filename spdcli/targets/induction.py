@@ -66,14 +66,18 @@ class ToyBlock(nn.Module):
         self.feed_forward = shape.feed_forward
         self.recorded: list[Tensor] | None = None  # see recorded_patterns
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """`hidden` `[B, T, D]`; `positions` `[1, T, D]`, zeros where they were added at the embedding."""
+    def forward(self, hidden: Tensor, positions: Tensor, last: bool = False) -> Tensor:
+        """`hidden` `[B, T, D]`; `positions` `[1, T, D]`, zeros where they were added at the embedding.
+
+        With `last` only the last position is worked out, `[B, 1, D]`.
+        """
         normed = self.norm(hidden)
         placed = normed + positions
-        log_pattern = self.log_pattern(self.q(placed), self.k(placed))
+        asking, hidden = (placed[:, -1:], hidden[:, -1:]) if last else (placed, hidden)
+        scores = self.scores(self.q(asking), self.k(placed))
         if self.recorded is not None:
-            self.recorded.append(log_pattern)
-        mixed = self.attend(log_pattern, self.v(normed))
+            self.recorded.append(scores.log_softmax(-1))
+        mixed = (scores.softmax(-1) @ self.split(self.v(normed))).transpose(-2, -3).flatten(-2)
         hidden = hidden + self.o(mixed)
         if self.feed_forward:
             hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
@@ -82,15 +86,12 @@ class ToyBlock(nn.Module):
     def split(self, flat: Tensor) -> Tensor:
         return flat.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [B, H, T, K]
 
-    def log_pattern(self, q: Tensor, k: Tensor) -> Tensor:
-        """Causal attention log-probabilities `[B, H, T, T]` from `q`, `k` `[B, T, D]`, -inf at keys that come later."""
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scores `[B, H, t, T]` of the last t queries `q` `[B, t, D]` on keys `k` `[B, T, D]`, -inf at later ones."""
         query, key = self.split(q), self.split(k)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(future, float("-inf")).log_softmax(-1)
-
-    def attend(self, log_pattern: Tensor, v: Tensor) -> Tensor:
-        return (log_pattern.exp() @ self.split(v)).transpose(-2, -3).flatten(-2)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1 + k.shape[1] - q.shape[1])
+        return scores.masked_fill(future, float("-inf"))
 
 
 class InductionToy(nn.Module):
@@ -108,18 +109,18 @@ class InductionToy(nn.Module):
         self.unembed = nn.Linear(shape.d_model, tokens, bias=False)
         self.register_buffer("positions", sinusoids(shape.length, shape.d_model), persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, last: bool = False) -> Tensor:
         places = self.positions[None, : tokens.shape[1]]  # [T, D] would pass for sequences where B = T
         hidden = self.embed(tokens)
         if self.shape.positions == "added":
             hidden, places = hidden + places, torch.zeros_like(places)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             hidden = block(hidden, places)
-        return hidden
+        return self.blocks[-1](hidden, places, last)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits at the last position, `[B, N]`."""
-        return self.unembed(self.norm(self(tokens)[:, -1]))
+        return self.unembed(self.norm(self(tokens, last=True)[:, 0]))
 
 
 @contextmanager
