@@ -52,7 +52,7 @@ def reproduce(
     after an interruption. Exit code 1 when fewer than 80 % of the seeds meet every stated bound.
     """
     console = make_console(json, quiet, verbose)
-    recipes = seed_recipes(recipe, set_ or [], device, seeds, out if same_toy else None)
+    recipes = seed_recipes(recipe, set_ or [], device, seeds, out.resolve() if same_toy else None)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a directory", "name another with --out")
     from spdcli.analysis.table1 import compare, passes
