@@ -20,6 +20,11 @@ class LoadedRun:
     subject: Subject
     decomposition: Decomposition
 
+    def __str__(self) -> str:
+        names, device = self.decomposition.names, self.subject.target.device
+        slices = sum(self.decomposition.of(name).U.shape[1] for name in names)
+        return f"{self.directory.path}: {len(names)} matrices, {slices} slices, on {device}"
+
 
 def load(path: str | Path, device: str | None = None) -> LoadedRun:
     """Open the run at `path`; SpdError when there is none or it has no decomposition yet.

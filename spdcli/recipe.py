@@ -39,6 +39,12 @@ class InductionTarget(Section):
     feed_forward: bool = False
     output_projection: bool = False  # open in the paper: its Table 1 lists Q, K and V alone
 
+    @property
+    def matrix_names(self) -> list[str]:
+        """The toy's matrices, named as in Table 1, in the order of execution."""
+        letters = ["Q", "K", "V", *["O"] * self.output_projection, *["Up", "Down"] * self.feed_forward]
+        return [f"{letter}{layer}" for layer in range(self.layers) for letter in letters]
+
 
 class HuggingFaceTarget(Section):
     """A causal language model of the GPT-2 or Llama family."""

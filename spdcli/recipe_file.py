@@ -13,7 +13,7 @@ import tomli
 from pydantic import ValidationError
 
 from spdcli.errors import RecipeError, RecipeProblem, UsageError
-from spdcli.recipe import Recipe
+from spdcli.recipe import InductionTarget, Recipe
 from spdcli.recipe_wording import mistakes, shown
 from spdcli.toml_lines import KeyPath, key_lines, split_key
 
@@ -96,7 +96,10 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate(raw)
         if not problems:
-            return LoadedRecipe(recipe, source)
+            loaded = LoadedRecipe(recipe, source)
+            if isinstance(recipe.target, InductionTarget):  # whose matrices are known before it is trained
+                select_matrices(loaded, recipe.target.matrix_names)
+            return loaded
     except ValidationError as error:
         problems += [source.problem(mistake.keys, mistake.message) for mistake in mistakes(error, raw)]
     problems.sort(key=lambda problem: problem.line or 0)

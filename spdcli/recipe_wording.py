@@ -145,6 +145,8 @@ def expectation(schema: Schema | None) -> str:
 
 
 def _bounds(schema: Schema) -> str:
+    if "exclusiveMinimum" in schema and "exclusiveMaximum" in schema:
+        return f" between {schema['exclusiveMinimum']:g} and {schema['exclusiveMaximum']:g}"
     if "minimum" in schema:
         return f" of at least {schema['minimum']:g}"
     if "exclusiveMinimum" in schema:

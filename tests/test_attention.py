@@ -1,3 +1,5 @@
+"""The attention kernel against a loop over queries and keys: values, gradients, backends, memory."""
+
 from __future__ import annotations
 
 import pytest

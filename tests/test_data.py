@@ -1,3 +1,5 @@
+"""The induction sequences: s twice, m after it, position classes, seeds, tokens as written."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Figures are written, are not blank, and survive grey."""
+
 from __future__ import annotations
 
 import errno

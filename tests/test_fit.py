@@ -1,3 +1,5 @@
+"""The training loop: falling losses, seeds, clipping, pruning, resuming, refusing what is not finite."""
+
 from __future__ import annotations
 
 import itertools

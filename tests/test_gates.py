@@ -1,3 +1,5 @@
+"""The gate kernel against the hidden layer made whole: values, gradients, chunks, memory."""
+
 from __future__ import annotations
 
 import pytest

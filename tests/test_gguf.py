@@ -1,3 +1,5 @@
+"""GGUF files: converted once, atomically, to the same logits."""
+
 from __future__ import annotations
 
 import importlib.util

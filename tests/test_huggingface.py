@@ -1,3 +1,5 @@
+"""Language models as targets: every architecture of the table, replay of blocks, refusals."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Importance functions against a loop over slices; sigmoids by hand; spans, padding, pruning."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The toy: positions, causality, names and orientation of its matrices, and that it learns."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Labels of slices against planted directions."""
+
 from __future__ import annotations
 
 import pytest

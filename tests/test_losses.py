@@ -1,3 +1,5 @@
+"""Every loss by hand, and the KL through the unembedding against plain autograd."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Variants and chunks: counts, weights, order, random subsets, and nothing lost under any budget."""
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict

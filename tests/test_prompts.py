@@ -1,3 +1,5 @@
+"""Prompts: padding, answers, and tokens found by text or id."""
+
 from __future__ import annotations
 
 import pytest

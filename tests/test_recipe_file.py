@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdcli.errors import RecipeError, UsageError
-from spdcli.recipe import Recipe
-from spdcli.recipe_file import load_recipe, select_matrices
+from spdcli.recipe import InductionTarget, Recipe
+from spdcli.recipe_file import load_recipe, select_matrices, shipped
+from spdcli.targets.induction import InductionToy, ToyShape, toy_target
 
 VALID = """\
 name = "toy"
@@ -27,8 +28,8 @@ steps = 10
 [slices]
 C = 4
 matrices = [
-  "h.0.*",  # the first layer
-  "h.1.*",
+  "?0",  # the first layer
+  "?1",
 ]
 [importance]
 kind = "attention"
@@ -80,7 +81,7 @@ MISTAKES = [
     ("C = 4", 'C = "4"', "9: [slices] C = '4': expected a whole number of at least 1"),
     ("C = 4", "C = true", "9: [slices] C = true: expected a whole number of at least 1"),
     ("C = 4", "C = 4\ndelta = 1", "10: [slices] delta = 1: expected true or false"),
-    ('  "h.1.*",', "  3,", "12: [slices] matrices[1] = 3: expected text in quotes, not empty"),
+    ('  "?1",', "  3,", "12: [slices] matrices[1] = 3: expected text in quotes, not empty"),
     ("faithfulness = 1", "faithfulness = -1", "18: [losses] faithfulness = -1: expected a number of at least 0"),
     ("faithfulness = 1", "faithfulness = nan", "18: [losses] faithfulness = nan: expected a number of at least 0"),
     ("faithfulness = 1", "recon = 1\np_final = 0", "19: [losses] p_final = 0: expected a number above 0"),
@@ -282,7 +283,7 @@ def test_what_is_no_recipe_file_gets_one_line(tmp_path: Path) -> None:
         ("target.path=/some/dir", ("target", "path"), "/some/dir"),
         ("target.path=a=b", ("target", "path"), "a=b"),
         (' target . "path" = "x y"', ("target", "path"), "x y"),
-        ('slices.matrices=["a", "b"]', ("slices", "matrices"), ["a", "b"]),
+        ('slices.matrices=["Q0", "V1"]', ("slices", "matrices"), ["Q0", "V1"]),
     ],
 )
 def test_an_override_is_a_toml_literal_or_text(override: str, path: tuple[str, str], value: Any) -> None:
@@ -368,13 +369,35 @@ def test_patterns_choose_matrices_in_the_targets_order() -> None:
 
 def test_a_pattern_that_matches_nothing_is_told_with_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
-    file.write_text(VALID.replace('"h.1.*"', '"h.1.mpl.c_fc"').replace('"h.0.*"', '"zzz"'))
+    text = shipped()["gpt2"].read_text()
+    file.write_text(text.replace('matrices = ["*"]', 'matrices = ["zzz",\n"h.1.mpl.c_fc"]'))
+    line = 1 + text[: text.index("matrices = ")].count("\n")
     with pytest.raises(RecipeError) as caught:
         select_matrices(load_recipe(file), NAMES)
     first, second = caught.value.message.splitlines()
     assert first == (
-        f"{file}:11: [slices] matrices: 'zzz' matches no matrix of the target; "
+        f"{file}:{line}: [slices] matrices: 'zzz' matches no matrix of the target; "
         "it has h.0.attn.c_attn, h.0.attn.c_proj, h.0.mlp.c_fc ..."
     )
-    assert second.startswith(f"{file}:12: [slices] matrices: 'h.1.mpl.c_fc' matches no matrix of the target; ")
+    assert second.startswith(f"{file}:{line + 1}: [slices] matrices: 'h.1.mpl.c_fc' matches no matrix of the target; ")
     assert "the nearest are h.1.mlp.c_fc" in second
+
+
+def test_the_toys_patterns_are_checked_before_it_is_trained(tmp_path: Path) -> None:
+    told = complaints(tmp_path, VALID.replace('"?0"', '"blocks.*"').replace('"?1"', '"V7"'))
+    assert told == [
+        "11: [slices] matrices: 'blocks.*' matches no matrix of the target; it has Q0, K0, V0 ...",
+        "12: [slices] matrices: 'V7' matches no matrix of the target; the nearest are V1, V0",
+    ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": 3, "output_projection": True}, {"feed_forward": True}])
+def test_the_toys_matrices_are_known_from_the_recipe(settings: dict[str, Any]) -> None:
+    shape = ToyShape(**settings)
+    target = InductionTarget(kind="induction", **settings)
+    assert target.matrix_names == list(toy_target(InductionToy(shape)).matrices)
+
+
+def test_a_share_is_asked_for_with_both_its_ends(tmp_path: Path) -> None:
+    (told,) = complaints(tmp_path, VALID, "decompose.prune_at=1.5")
+    assert told == "--set decompose.prune_at=1.5: [decompose] prune_at = 1.5: expected a number between 0 and 1"

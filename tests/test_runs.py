@@ -1,3 +1,5 @@
+"""The run directory: atomic writes, refusals, metrics cut back, checkpoints to the bit."""
+
 from __future__ import annotations
 
 import errno

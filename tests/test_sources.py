@@ -1,3 +1,5 @@
+"""What a recipe may call a model: hub ids, directories, files, packages; with and without a network."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Masked products and the starts of U and V against explicit matrices."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""From a recipe to target, data and decomposition, and back from what was saved."""
+
 from __future__ import annotations
 
 import pytest

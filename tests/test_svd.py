@@ -165,7 +165,7 @@ def removals(curve):
 )
 def test_the_greedy_order_is_that_of_algorithm_2(tmp_path, monkeypatch, names, changes, step, plan_bytes, at_once):
     monkeypatch.setattr(rank_curves, "PLAN_BYTES", plan_bytes)
-    monkeypatch.setattr(rank_curves, "SEQUENCES_AT_ONCE", at_once)
+    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", at_once)
     subject, _, bench = toy_bench(tmp_path, names, *changes)
     assert len(bench.cleans) == -(-SEQUENCES // at_once)
     by_hand = toy_by_hand(subject.toy, tokens_of(bench))
@@ -377,7 +377,7 @@ def test_rounding_of_the_inputs_is_no_direction_of_theirs():
 
 @torch.no_grad()
 def test_slices_go_in_the_order_of_their_mean_importance(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_curves, "SEQUENCES_AT_ONCE", 4)
+    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 4)
     subject, decomposition, bench = toy_bench(tmp_path, ALL, "slices.delta=true")
     by_hand = toy_by_hand(subject.toy, tokens_of(bench))
     inputs = inputs_of(subject, bench)
@@ -403,8 +403,7 @@ def test_slices_go_in_the_order_of_their_mean_importance(tmp_path, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("delta", ["true", "false"])
 def test_at_threshold_0_the_masked_model_is_that_of_eval(tmp_path, monkeypatch, delta):
-    for module in (rank_curves, evaluation):
-        monkeypatch.setattr(module, "SEQUENCES_AT_ONCE", 3)
+    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 3)
     subject, decomposition, bench = toy_bench(tmp_path, ALL, f"slices.delta={delta}")
     assert len(bench.cleans) == 4
     curve = by_threshold(bench, quiet)

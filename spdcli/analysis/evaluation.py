@@ -82,7 +82,7 @@ def evaluate(
     tally = Tally()
     noise = Noise(torch.Generator(subject.target.device).manual_seed(seed))
     found: dict[str, Any] = {}
-    for batch in _batches(subject, sequences, seed):
+    for batch in evaluation_batches(subject, sequences, seed):
         clean = clean_pass(subject.target, batch, decomposition.names)
         g, _ = decomposition.importance(clean.inputs, batch.valid)
         _count_active(tally, g, batch, threshold)
@@ -99,7 +99,8 @@ def evaluate(
     return _summary(tally, subject, decomposition) | found
 
 
-def _batches(subject: Subject, sequences: int, seed: int) -> Iterator[Batch]:
+def evaluation_batches(subject: Subject, sequences: int, seed: int) -> Iterator[Batch]:
+    """A language model's prompts, or `sequences` fresh ones of the toy, never those of training."""
     if subject.toy is None:
         assert subject.prompts is not None
         yield subject.prompts.batch

@@ -17,13 +17,12 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from spdcli.analysis.evaluation import EVALUATION_SEED, SEQUENCES_AT_ONCE
-from spdcli.data import induction_batch
+from spdcli.analysis.evaluation import evaluation_batches
 from spdcli.engine.forward import Clean, Noise, clean_pass
 from spdcli.engine.plan import Variant, draw_variants, fixed_variant
 from spdcli.engine.step import reconstruction
 from spdcli.engine.subcomponents import Decomposition, SliceSet
-from spdcli.engine.target import Batch, Target
+from spdcli.engine.target import Target
 from spdcli.subject import Subject
 
 PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave the processor's cache
@@ -98,21 +97,9 @@ class Bench:
         return {name: sum(part[name] for part in sums) / self.looked_at for name in sums[0]}
 
 
-def fixed_data(subject: Subject, sequences: int, seed: int) -> list[Batch]:
-    """A language model's prompts, or `sequences` of the toy as `spd eval` draws them."""
-    if subject.toy is None:
-        assert subject.prompts is not None
-        return [subject.prompts.batch]
-    shape = subject.toy.shape
-    generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
-    starts = range(0, sequences, SEQUENCES_AT_ONCE)
-    counts = [min(SEQUENCES_AT_ONCE, sequences - start) for start in starts]
-    return [induction_batch(n, shape.length, shape.vocabulary, generator).to(subject.target.device) for n in counts]
-
-
 def open_bench(subject: Subject, decomposition: Decomposition, sequences: int, seed: int) -> Bench:
-    """The data, drawn once for all methods, and one clean pass over it."""
-    batches = fixed_data(subject, sequences, seed)
+    """The data of `spd eval`, drawn once for all methods, and one clean pass over it."""
+    batches = evaluation_batches(subject, sequences, seed)
     cleans = [clean_pass(subject.target, batch, decomposition.names) for batch in batches]
     return Bench(subject.target, decomposition, cleans)
 

@@ -79,21 +79,30 @@ def decompose(
 
 def continue_run(path: Path, recipe: Recipe, console: Console) -> RunDirectory:
     """The run at `path`, going on by `recipe`: losses and training may have changed, what is trained may not."""
-    from spdcli.runs import RunDirectory, anchored
+    from spdcli.runs import RunDirectory
 
     run = RunDirectory.open(path)
-    before, after = flat(run.recipe.model_dump()), flat(anchored(recipe).model_dump())
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    changed = changed_settings(run, recipe)
     fixed = [key for key in changed if key.split(".")[0] not in CHANGEABLE]
     if fixed:
+        before, after = changed[fixed[0]]
         raise UsageError(
-            f"{path} was made with {fixed[0]} = {before.get(fixed[0])!r}, not {after.get(fixed[0])!r}",
+            f"{path} was made with {fixed[0]} = {before!r}, not {after!r}",
             f"spd decompose {path}/recipe.toml --out {path} --resume goes on with its own settings",
         )
-    for key in changed:
-        console.note(f"{key} changes from {before.get(key)!r} to {after.get(key)!r}")
+    for key, (before, after) in changed.items():
+        console.note(f"{key} changes from {before!r} to {after!r}")
     run.write_recipe(recipe)
     return run
+
+
+def changed_settings(run: RunDirectory, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Where `recipe` differs from that of `run`: dotted key -> (the run's value, the recipe's)."""
+    from spdcli.runs import anchored
+
+    before, after = flat(run.recipe.model_dump()), flat(anchored(recipe).model_dump())
+    keys = sorted(before | after)
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
@@ -139,6 +148,7 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
 
     recipe = loaded.recipe
     names = select_matrices(loaded, list(subject.target.matrices))
+    console.debug(f"{len(names)} matrices, {recipe.slices.C} slices each, on {subject.target.device}")
     refuse_too_large(recipe, subject, names)
     decomposition = start_decomposition(recipe, subject, names)
     state = start_fit(

@@ -60,6 +60,7 @@ def evaluate(
     from spdcli.runs import EVAL
 
     loaded = load(run, device)
+    console.debug(str(loaded))
     data = evaluate_run(loaded, sequences, threshold, loaded.recipe.seed if seed is None else seed)
     prompts = loaded.subject.prompts
     parts = toy_tables(data) if prompts is None else language_tables(data, prompts.pieces)

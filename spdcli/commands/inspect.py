@@ -50,6 +50,7 @@ def inspect(
     from spdcli.loading import load
 
     loaded = load(run, device)
+    console.debug(str(loaded))
     own = own_texts(loaded.subject, loaded.recipe.seed if seed is None else seed)
     shown = own
     if prompt:
@@ -83,7 +84,7 @@ def heat_strip(heat: dict[str, Any]) -> RenderableType:
         ink = "black" if share > 0.5 else "white"
         bar = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))] if value else "·"
         strip.append(" ")
-        strip.append(f"{token.strip() or token!r}{bar}", style=f"{ink} on rgb({red},{red // 2 + 20},40)")
+        strip.append(f"{token.strip() or repr(token)}{bar}", style=f"{ink} on rgb({red},{red // 2 + 20},40)")
         strip.append(f"{value:.1f}" if value else "", style="dim")
     return strip
 

@@ -31,6 +31,7 @@ def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fa
 
     console = make_console(json, quiet, verbose)
     recipes = [{"name": name, "about": _about(path), "path": path} for name, path in shipped().items()]
+    console.debug(f"{len(recipes)} recipes")
     width = max((len(str(recipe["name"])) for recipe in recipes), default=0)
     lines = [f"{recipe['name']:<{width}}  {recipe['about']}" for recipe in recipes]
     console.show({"schema": "spd.recipe.ls/1", "recipes": recipes}, *lines)
@@ -46,6 +47,7 @@ def show_recipe(name: Name, json: Json = False, quiet: Quiet = False, verbose: V
 
     console = make_console(json, quiet, verbose)
     path = find_recipe(name)
+    console.debug(f"reading {path}")
     if json:
         recipe = load_recipe(path).recipe
         console.show({"schema": "spd.recipe.show/1", "path": path, "recipe": recipe.model_dump()})
@@ -66,6 +68,7 @@ def copy_recipe(
 
     console = make_console(json, quiet, verbose)
     source = find_recipe(name)
+    console.debug(f"reading {source}")
     target = destination or Path(source.name)
     if target.is_dir():
         target /= source.name
@@ -84,7 +87,7 @@ def check_recipes(
     files: Files, set_: Set = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
     """Check recipes and tell every mistake, with its line."""
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe_file import find_recipe, load_recipe
 
     console = make_console(json, quiet, verbose)
     reports: list[dict[str, Any]] = []
@@ -98,6 +101,7 @@ def check_recipes(
                 console.error(error)
         else:
             reports.append({"file": file, "ok": True, "problems": [], "recipe": recipe.model_dump()})
+            console.debug(f"{file} is {find_recipe(file)}")
             lines += [f"{file}: ok", *(f"  {line}" for line in summary(recipe))]
     console.show({"schema": "spd.recipe.check/1", "files": reports}, *lines)
     if not all(report["ok"] for report in reports):
@@ -122,7 +126,7 @@ def summary(recipe: Recipe) -> list[str]:
     return [f"{name:<11} {text}" for name, text in rows.items() if text]
 
 
-LOSS_WORDS = ("faithfulness", "minimality", "recon", "recon_layerwise", "recon_partial")
+LOSS_WORDS = ("faithfulness", "minimality", "recon", "recon_layerwise", "recon_partial", "attention")
 
 
 def _target(recipe: Recipe) -> str:

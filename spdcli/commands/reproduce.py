@@ -111,17 +111,17 @@ def seed_recipes(
 
 def claim_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
     """The run at `path`, there already by the same recipe, or new; UsageError when it is by another one."""
-    from spdcli.commands.decompose import flat
+    from spdcli.commands.decompose import changed_settings
     from spdcli.runs import RECIPE, RunDirectory
 
     if force or not (path / RECIPE).exists():
         return RunDirectory.create(path, loaded.recipe, force)
     run = RunDirectory.open(path)
-    before, after = flat(run.recipe.model_dump()), flat(loaded.recipe.model_dump())
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key) and key != "device"]
-    if changed:
+    for key, (before, after) in changed_settings(run, loaded.recipe).items():
+        if key == "device":
+            continue
         raise UsageError(
-            f"{path} was made with {changed[0]} = {before.get(changed[0])!r}, not {after.get(changed[0])!r}",
+            f"{path} was made with {key} = {before!r}, not {after!r}",
             "--force replaces it, --out names another directory",
         )
     return run
@@ -144,7 +144,7 @@ def decomposed_run(run: RunDirectory, loaded: LoadedRecipe, console: Console) ->
         raise Interrupted(
             f"stopped; {run.path} is as it was last saved", "the same command goes on from there"
         ) from None
-    return load(run.path)
+    return load(run.path, loaded.recipe.device)
 
 
 def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:

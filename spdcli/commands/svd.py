@@ -73,6 +73,7 @@ def svd(
     from spdcli.runs import FIGURES, write_json
 
     loaded = load(run, device)
+    console.debug(str(loaded))
     bench = open_bench(loaded.subject, loaded.decomposition, sequences, loaded.recipe.seed if seed is None else seed)
     methods = [name.value for name in Method if not method or name in method]
     with console.live() as line:

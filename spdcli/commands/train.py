@@ -73,10 +73,11 @@ def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> float:
     from spdcli.targets.induction import toy_accuracy
 
     assert recipe.train is not None
-    trained = None
+    trained, device = None, choose_device(recipe.device)
+    console.debug(f"training the toy into {run.path}, on {device}")
     run.start_metrics()
     with console.live() as live:
-        for trained, record in toy_training(recipe, choose_device(recipe.device)):  # noqa: B007
+        for trained, record in toy_training(recipe, device):  # noqa: B007
             run.add_metrics(record)
             text = f"training the toy  loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}"
             live.update(text, int(record["step"]), recipe.train.steps)

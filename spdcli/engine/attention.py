@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 DENSE_LENGTH = 256  # up to this length [T, T] is small enough to be the fastest
+FLEX_WIDTHS = (16, 256)  # what flex's kernels are made for; a wider head does not fit a GPU's shared memory
 STRIP_ELEMENTS = 1 << 21  # scores held at once by the blocked backend
 
 
@@ -53,7 +54,9 @@ def choose_backend(q: Tensor, relative: Tensor) -> str:
     """The fastest exact backend for these tensors."""
     if q.shape[2] <= DENSE_LENGTH:
         return "dense"
-    return "flex" if q.is_cuda and relative.dim() == 2 else "blocked"
+    lowest, highest = FLEX_WIDTHS
+    suits = relative.dim() == 2 and lowest <= q.shape[-1] <= highest and q.dtype != torch.float64
+    return "flex" if q.is_cuda and suits else "blocked"
 
 
 def strip_attention(

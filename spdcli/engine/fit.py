@@ -109,7 +109,7 @@ def fit(
     """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
 
     `batches(generator)` gives the next minibatch; when it gives the same object again the clean pass is not
-    repeated. Raises SpdError, naming step and term, as soon as a recorded loss or a gradient is not finite; the
+    repeated. Raises SpdError, naming step and term, as soon as a loss or a gradient is not finite; the
     parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
