@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.errors import SpdError
 from spdcli.recipe import Recipe
-from spdcli.runs import DECOMPOSITION, TOY, RunDirectory, load_tensors
+from spdcli.runs import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory, load_tensors
 from spdcli.subject import Subject, choose_device, load_decomposition, open_subject
 
 
@@ -33,6 +34,11 @@ def load(path: str | Path, device: str | None = None) -> LoadedRun:
     """
     directory = RunDirectory.open(Path(path))
     recipe = directory.recipe
+    if (directory / TOY_WEIGHTS).exists():
+        raise SpdError(
+            f"{path} holds a trained toy and no decomposition",
+            f"spd decompose RECIPE --set target.path={path} takes it apart",
+        )
     tensors, _ = load_tensors(directory / DECOMPOSITION)
     subject = open_subject(recipe, choose_device(device or recipe.device), directory / TOY)
     return LoadedRun(directory, recipe, subject, load_decomposition(recipe, subject, tensors))

@@ -308,8 +308,15 @@ def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch
     assert err.splitlines()[0].startswith("interrupted: ")
     code, _, err = spd("decompose", recipe, "--out", out, "--resume")
     assert code == 0
-    assert f"{out}: no checkpoint to go on from; starting anew\n" in err
+    assert "toy trained" not in err  # it was finished, and is kept
     assert steps(out) == list(range(1, 9))
+
+
+def test_resuming_nothing_starts_anew(spd, recipe, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = spd("decompose", recipe, "--out", out, "--resume")
+    assert code == 0
+    assert f"{out}: no checkpoint to go on from; starting anew\n" in err
 
 
 def test_the_signals_of_the_process_are_put_back(spd, recipe, tmp_path):

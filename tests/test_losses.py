@@ -25,10 +25,10 @@ def test_minimality_by_hand():
     valid = torch.tensor([[True, True, False]])
     # Square roots: 0.5 + 1 + 0 at the first position, 2 + 0 + 0.3 at the second; the third is padding.
     assert minimality(g, valid, 0.5, 0.0).item() == pytest.approx((1.5 + 2.3) / 2)
-    # epsilon counts inside the power: (0.21 + 0.04) ** 0.5 = 0.5.
-    assert minimality({"a": torch.tensor([[[0.21]]])}, torch.ones(1, 1, dtype=torch.bool), 0.5, 0.04) == pytest.approx(
-        0.5
-    )
+    # epsilon counts inside the power, and not by itself: (0.21 + 0.04) ** 0.5 - 0.04 ** 0.5 = 0.3.
+    everywhere = torch.ones(1, 1, dtype=torch.bool)
+    assert minimality({"a": torch.tensor([[[0.21]]])}, everywhere, 0.5, 0.04) == pytest.approx(0.3)
+    assert minimality({"a": torch.zeros(1, 1, 3)}, everywhere, 0.1, 1e-12) == 0
 
 
 @pytest.mark.parametrize(("step", "p"), [(0, 0.9), (50, 0.5), (100, 0.1)])

@@ -240,7 +240,7 @@ def one_by_one(
         inputs, logits = matrix_inputs(subject, tokens, decomposition.names)
         log_p = logits.log_softmax(-1)
         lower, upper = decomposition.importance(inputs)
-        powers.append(sum(((g[0] + settings.epsilon) ** p).sum(-1) for g in upper.values()))
+        powers.append(sum(((g[0] + settings.epsilon) ** p - settings.epsilon**p).sum(-1) for g in upper.values()))
         for variant in variants:
             masks = {}
             for name in variant.matrices:

@@ -119,7 +119,8 @@ def inspect_slices(
     """The occurrences of a token in `shown` with their active slices (contract `spd.inspect/1`), and a heat a prompt.
 
     A slice is unique to a prompt when it is active in no other one, of those shown and of the run's `own`. Slices are
-    ordered by importance, then by the norm of what they write. `heat[prompt]` is the sum of importances a position.
+    ordered by importance, unique ones first, then by the norm of what they write; `active` counts those that `top`
+    leaves out too. `heat[prompt]` is the sum of importances a position.
     """
     g, inner = importances_of(subject, decomposition, shown.batch)
     chosen = [name for name in g if any(fnmatchcase(name, pattern) for pattern in query.matrices)]
@@ -140,6 +141,7 @@ def inspect_slices(
             "text": shown.texts[row],
             "position": position,
             "token": shown.pieces[row][position],
+            "active": sum(int((g[name][row, position] > query.threshold).sum()) for name in chosen),
             "slices": _slices_at(decomposition, g, inner, unique, chosen, (row, position), query),
         }
         for row, position in places
@@ -184,22 +186,23 @@ def _slices_at(
 ) -> list[dict[str, Any]]:
     """The active slices at one place, most important first."""
     row, position = place
-    found: list[tuple[float, float, str, int]] = []
+    found: list[tuple[float, bool, float, str, int]] = []
     for name in names:
         here = g[name][row, position]
         written = inner[name][row, position].abs() * decomposition.of(name).V.norm(dim=1)
         found += [
-            (here[c].item(), written[c].item(), name, c) for c in (here > query.threshold).nonzero()[:, 0].tolist()
+            (here[c].item(), bool(unique[name][row, c]), written[c].item(), name, c)
+            for c in (here > query.threshold).nonzero()[:, 0].tolist()
         ]
-    found.sort(key=lambda entry: (-entry[0], -entry[1]))
+    found.sort(key=lambda entry: (-entry[0], not entry[1], -entry[2]))
     return [
         {
             "slice": f"{name}:{index}",
             "importance": importance,
-            "unique": bool(unique[name][row, index]),
+            "unique": alone,
             "activation": inner[name][row, position, index].item(),
         }
-        for importance, _, name, index in found[: query.top]
+        for importance, alone, _, name, index in found[: query.top]
     ]
 
 

@@ -47,11 +47,11 @@ def decompose(
 
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
-    from spdcli.runs import CHECKPOINT, TOY_WEIGHTS, RunDirectory
+    from spdcli.runs import CHECKPOINT, TOY, TOY_WEIGHTS, RunDirectory
 
     if resume and force:
         raise UsageError("--resume and --force contradict each other", "give one of the two")
-    if resume and (out / CHECKPOINT).exists():
+    if resume and ((out / CHECKPOINT).exists() or (out / TOY / TOY_WEIGHTS).exists()):
         run = continue_run(out, loaded.recipe, console)
     else:
         if resume:

@@ -94,7 +94,11 @@ def occurrence_table(occurrence: dict[str, Any]) -> RenderableType:
     from rich.table import Table
 
     title = f"{occurrence['token']!r} at position {occurrence['position']} of prompt {occurrence['prompt'] + 1}"
-    table = Table(title=title, expand=True)
+    shown = len(occurrence["slices"])
+    counts = f"{occurrence['active']} active slices" + (
+        f", the first {shown} shown" if shown < occurrence["active"] else ""
+    )
+    table = Table(title=f"{title}: {counts}", expand=True)
     table.add_column("slice", no_wrap=True, min_width=24)
     table.add_column("*")
     table.add_column("importance", justify="right")

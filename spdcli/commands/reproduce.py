@@ -238,7 +238,7 @@ def slice_stability(runs: list[LoadedRun], same_toy: bool) -> dict[str, Any]:
 def failure(data: dict[str, Any]) -> SpdError:
     broken = [row["name"] for row in data["rows"] if row["bound"] and not row["agrees"]]
     passed = sum(seed["passed"] for seed in data["seeds"])
-    which = ", ".join(broken) if broken else "no single one on most seeds"
+    which = "; ".join(broken) if broken else "no single one on most seeds"
     return SpdError(
         f"{passed} of {len(data['seeds'])} seeds meet every stated bound; broken: {which}",
         "the bounds are for the full-size task; spd eval RUN shows more of a seed",

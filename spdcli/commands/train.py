@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spdcli.commands.options import Device, Force, Json, Out, Quiet, Seed, Set, Verbose, make_console
-from spdcli.errors import RecipeError
+from spdcli.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from spdcli.console import Console
@@ -43,7 +43,10 @@ def train(
     from spdcli.runs import RunDirectory
 
     run = RunDirectory.create(out, loaded.recipe, force)
-    accuracy = train_into(run, loaded.recipe, console)
+    try:
+        accuracy = train_into(run, loaded.recipe, console)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {out} has the metrics so far and no toy", "--force starts it anew") from None
     last = run.metrics()[-1]
     console.show(
         {"schema": "spd.train/1", "run": out, "loss": last["loss"], "accuracy": accuracy, "steps": last["step"]},

@@ -30,8 +30,9 @@ class Clean:
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
-    looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them. `patterns[b]` `[B, H, T, T]` are block
-    b's attention log-probabilities, when they were asked for.
+    looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them, `spots` `[n]` are their places in the
+    flat `[B * T]`, and those of sequence i start at `firsts[i]`. `patterns[b]` `[B, H, T, T]` are block b's attention
+    log-probabilities, when they were asked for.
     """
 
     batch: Batch
@@ -40,6 +41,8 @@ class Clean:
     inputs: dict[str, Tensor]
     log_probs: Tensor
     place: Tensor
+    spots: Tensor
+    firsts: list[int]
     patterns: list[Tensor] = field(default_factory=list)
 
 
@@ -71,7 +74,9 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
             handle.remove()
     logits = F.linear(target.finish(last[0][batch.looked]), target.unembedding, target.unembedding_bias)
     place = batch.looked.flatten().cumsum(0).sub(1).view_as(batch.looked)
-    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, recorded)
+    spots = batch.looked.flatten().nonzero()[:, 0]
+    firsts = [0, *batch.looked.sum(1).cumsum(0).tolist()]
+    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, recorded)
 
 
 def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
@@ -239,13 +244,18 @@ def row_divergences(
     target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool
 ) -> list[Tensor]:
     """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order."""
-    looked, place = clean.batch.looked, clean.place
-    selected = torch.cat([looked[piece.start : piece.stop] for piece in chunk])
-    index = torch.cat([place[p.start : p.stop][looked[p.start : p.stop]] for p in chunk])
-    flat = hidden.flatten(0, 1).index_select(0, selected.flatten().nonzero()[:, 0])
-    finished = target.finish(flat)
-    divergence = unembed_kl(finished, target.unembedding, target.unembedding_bias, clean.log_probs, index, reverse)
-    return list(divergence.split([int(looked[p.start : p.stop].sum()) for p in chunk]))
+    positions = hidden.shape[1]
+    spots, index, first = [], [], 0
+    for piece in chunk:
+        known = slice(clean.firsts[piece.start], clean.firsts[piece.stop])
+        spots.append(clean.spots[known] + (first - piece.start) * positions)
+        index.append(torch.arange(known.start, known.stop, device=hidden.device))
+        first += len(piece)
+    finished = target.finish(hidden.flatten(0, 1).index_select(0, torch.cat(spots)))
+    divergence = unembed_kl(
+        finished, target.unembedding, target.unembedding_bias, clean.log_probs, torch.cat(index), reverse
+    )
+    return list(divergence.split([len(part) for part in index]))
 
 
 @torch.no_grad()

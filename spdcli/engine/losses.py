@@ -33,11 +33,12 @@ def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
 
 
 def minimality(importances: Mapping[str, Tensor], valid: Tensor, p: float, epsilon: float) -> Tensor:
-    """Eq. 1, right: mean over real positions of the sum over matrices and slices of `(g + epsilon) ** p`.
+    """Eq. 1, right: mean over real positions of the sum over matrices and slices of `(g + eps)^p - eps^p`.
 
+    The constant changes no gradient and makes the loss 0 where every g is: at p = 0.1, 1e-12 to the power is 0.06.
     `importances[m]` is g_upper `[B, T, C]`; `valid` `[B, T]` is False at padding.
     """
-    per_position = [((g + epsilon) ** p).sum(-1) for g in importances.values()]
+    per_position = [((g + epsilon) ** p - epsilon**p).sum(-1) for g in importances.values()]
     return torch.stack(per_position).sum(0)[valid].mean()
 
 

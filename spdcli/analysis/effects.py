@@ -1,0 +1,174 @@
+"""What a change of a model does to its answers: probability, rank and KL of the next token, a prompt at a time.
+
+A *question* is a prompt of which one position's next token is the answer. B questions, T positions, N vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spdcli.analysis.edits import Address, Edit, by_matrix, edit_variants
+from spdcli.analysis.inspection import importances_of
+from spdcli.data import induction_batch, toy_tokens
+from spdcli.engine.forward import Clean, Noise, ask, clean_pass, plan_pass
+from spdcli.engine.plan import Variant, chunks
+from spdcli.engine.step import row_costs
+from spdcli.engine.subcomponents import Decomposition, SliceSet
+from spdcli.engine.target import Batch, Target
+from spdcli.errors import UsageError
+from spdcli.subject import Subject
+
+if TYPE_CHECKING:
+    from spdcli.prompts import Prompts
+
+PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave the processor's cache
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """Sequences and their answers: `batch` looks at one position a sequence, `batch.answers` `[B]` is what follows.
+
+    `texts` and `tokens` (the answers) are for people.
+    """
+
+    batch: Batch
+    texts: list[str]
+    tokens: list[str]
+
+
+def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
+    """The run's own prompts; for the toy `sequences` fresh sequences, whose answer is m."""
+    if subject.prompts is not None:
+        return _language_questions(subject, subject.prompts)
+    shape = _toy(subject).shape
+    generator = torch.Generator().manual_seed(seed)
+    return _toy_questions(subject, induction_batch(sequences, shape.length, shape.vocabulary, generator))
+
+
+def given_questions(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Questions:
+    """Texts of the user's own. The last token of a text is its answer, and is not fed.
+
+    For the toy a text is a sequence such as `3 s 17 4 s`, fed whole; its answer m follows the first s.
+    """
+    if subject.prompts is not None:
+        from spdcli.prompts import encode
+
+        return _language_questions(subject, encode(subject.prompts.tokenizer, list(prompts), "held_out", begin_token))
+    rows = [toy_tokens(text, _toy(subject).shape.vocabulary) for text in prompts]
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError("the toy's prompts must be of one length")
+    if len(rows[0]) > subject.length:
+        raise UsageError(f"{len(rows[0])} tokens, but the toy takes {subject.length}", "give a shorter prompt")
+    tokens = torch.tensor(rows)
+    answers = torch.tensor([_follows_s(row, text, subject) for row, text in zip(rows, prompts, strict=True)])
+    looked = torch.zeros_like(tokens, dtype=torch.bool)
+    looked[:, -1] = True
+    return _toy_questions(subject, Batch(tokens, torch.ones_like(looked), looked, answers))
+
+
+def _toy(subject: Subject) -> Any:
+    assert subject.toy is not None
+    return subject.toy
+
+
+def _follows_s(row: list[int], text: str, subject: Subject) -> int:
+    s = _toy(subject).shape.vocabulary
+    if row[-1] != s or row.index(s) >= len(row) - 2 or row.count(s) > 2:
+        raise UsageError(f"the prompt {text!r} has no answer", "the toy's prompts are like '3 s 17 4 s': m is 17")
+    return row[row.index(s) + 1]
+
+
+def _language_questions(subject: Subject, prompts: Prompts) -> Questions:
+    batch = prompts.batch.to(subject.target.device)
+    at = prompts.answer_at.to(batch.tokens.device)
+    looked = torch.arange(batch.tokens.shape[1], device=at.device) == at[:, None]
+    return Questions(replace(batch, looked=looked), prompts.texts, prompts.answer_texts)
+
+
+def _toy_questions(subject: Subject, batch: Batch) -> Questions:
+    texts = [" ".join(subject.token_text(token) for token in row) for row in batch.tokens.tolist()]
+    assert batch.answers is not None
+    tokens = [subject.token_text(token) for token in batch.answers.tolist()]
+    return Questions(batch.to(subject.target.device), texts, tokens)
+
+
+@torch.no_grad()
+def predictions(target: Target, slices: SliceSet, clean: Clean, variants: Sequence[Variant]) -> dict[str, Tensor]:
+    """Next-token log-probabilities `[B, N]`, float64, of every fixed variant by name, each row at its looked-at place.
+
+    One plan for all: no model is copied, and no variant is run before its first changed block.
+    """
+    answers: dict[str, list[Tensor]] = {}
+    noise = Noise(torch.Generator(target.device))  # fixed masks never draw
+    sequences, positions = clean.place.shape
+    ordered = sorted(variants, key=lambda variant: variant.entry)
+    for chunk in chunks(ordered, sequences, row_costs(target, slices, positions), PLAN_BYTES):
+        asked = {n: a for n in slices.names if (a := ask(chunk, n, None, slices.delta, noise)) is not None}
+        hidden = plan_pass(target, slices, clean, chunk, asked)
+        for piece, rows in zip(chunk, hidden.split([len(piece) for piece in chunk]), strict=True):
+            looked = clean.batch.looked[piece.start : piece.stop]
+            answers.setdefault(piece.variant.loss, []).append(log_probabilities(target, rows[looked]))
+    return {name: torch.cat(parts) for name, parts in answers.items()}
+
+
+def log_probabilities(target: Target, hidden: Tensor) -> Tensor:
+    """The model's next-token log-probabilities `[n, N]`, float64, from `hidden` `[n, D]` after its last block."""
+    logits = F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
+    return logits.double().log_softmax(-1)
+
+
+def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list[dict[str, Any]]:
+    """The effects of a change, in the shape of `spd.suppress/1`; `before` and `after` are log-probabilities `[B, N]`.
+
+    `before` and `after` of an effect are probabilities of the answer and `ratio` is after / before; ranks count from
+    1, the likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution, in nats.
+    """
+    before, after = before.double(), after.double()
+    assert questions.batch.answers is not None
+    wanted = questions.batch.answers[:, None]
+    first, then = before.gather(1, wanted), after.gather(1, wanted)
+    columns = {
+        "before": first.exp()[:, 0],
+        "after": then.exp()[:, 0],
+        "ratio": (then - first).exp()[:, 0],
+        "rank_before": (before > first).sum(1) + 1,
+        "rank_after": (after > then).sum(1) + 1,
+        "kl": divergence(before, after),
+    }
+    listed = {name: column.tolist() for name, column in columns.items()}
+    return [
+        {"group": "prompt", "prompt": text, "token": token} | {name: values[row] for name, values in listed.items()}
+        for row, (text, token) in enumerate(zip(questions.texts, questions.tokens, strict=True))
+    ]
+
+
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL(before ‖ after) `[B]` in nats of log-probabilities `[B, N]`; rounding below 0 is 0."""
+    return (before.exp() * (before - after)).nan_to_num(0.0).sum(1).clamp(min=0)
+
+
+def measure_edits(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, list[dict[str, Any]]]:
+    """The effects of every edit by name, all in one plan on the unchanged model."""
+    clean = clean_pass(target, questions.batch, ())
+    slices, variants = edit_variants(target, edits)
+    after = predictions(target, slices, clean, variants)
+    return {name: compare_answers(questions, clean.log_probs, after[name]) for name in edits}
+
+
+def active_on(
+    subject: Subject, decomposition: Decomposition, questions: Questions, addresses: Sequence[Address]
+) -> list[list[str]]:
+    """Which of the slices are active (importance above 0) somewhere in each question: its *own* slices."""
+    g, _ = importances_of(subject, decomposition, questions.batch)
+    found: list[list[str]] = [[] for _ in questions.texts]
+    for name, index in by_matrix(addresses).items():
+        somewhere = (g[name][:, :, index] > 0).any(1)  # [B, r]
+        for row, column in somewhere.nonzero().tolist():
+            found[row].append(str(Address(name, index[column])))
+    return found
