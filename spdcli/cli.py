@@ -10,16 +10,18 @@ import typer
 
 from spdcli import __version__
 from spdcli.commands import recipe
+from spdcli.commands.ablate import ablate
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
 from spdcli.commands.reproduce import reproduce
+from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
 from spdcli.commands.train import train
 from spdcli.console import Console
 from spdcli.errors import Interrupted, SpdError
 
-BUILD, LOOK, RECIPES = "Build", "Look", "Recipes"
+BUILD, LOOK, CHANGE, RECIPES = "Build", "Look", "Change", "Recipes"
 
 app = typer.Typer(
     name="spd",
@@ -77,6 +79,21 @@ COMMANDS = (
         svd,
         LOOK,
         "spd svd run\nspd svd run --tolerance 1e-4 --method greedy_svd\nspd svd run --json | jq .result.spd",
+    ),
+    (
+        "ablate",
+        ablate,
+        CHANGE,
+        "spd ablate run --slice h.0.mlp.c_fc:12\nspd ablate run --slice h.0.mlp.c_fc:12 --others importance --json"
+        "\nspd ablate run --mlp all",
+    ),
+    (
+        "suppress",
+        suppress,
+        CHANGE,
+        "spd suppress run --slice h.0.mlp.c_fc:12 --patch edit.safetensors\n"
+        "spd suppress run --apply edit.safetensors --save edited\n"
+        "spd suppress run --revert edit.safetensors --base edited --save restored",
     ),
 )
 for name, function, panel, examples in COMMANDS:

@@ -107,7 +107,7 @@ def projections(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
 
 def overlaps(read: Tensor, write: Tensor) -> Tensor:
     """G `[r, r]`: <E_j, E_k> = (û_jᵀ û_k)(v̂_jᵀ v̂_k)."""
-    return (read.t() @ read) * (write @ write.t())
+    return ((read.t() @ read) * (write @ write.t())).fill_diagonal_(1.0)
 
 
 def jointly(gram: Tensor, p: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ def touched_weights(target: Target, edit: Edit) -> Weights:
     return {name: target.matrices[name].weight.detach().cpu().clone() for name in edit}
 
 
+def edited_weights(target: Target, edit: Edit) -> Weights:
+    """What those weights are after the edit."""
+    return {name: subtract(weight, edit[name]) for name, weight in touched_weights(target, edit).items()}
+
+
 @torch.no_grad()
 def set_weights(target: Target, weights: Mapping[str, Tensor]) -> None:
     """Put `weights` into the target's own modules."""
@@ -99,7 +104,7 @@ def restored(after: Tensor, factors: Factors, restore: Tensor) -> Tensor:
         raise ValueError(f"not compressed bytes: {error}") from error
     if len(planes) != after.numel() * size:
         raise ValueError("of another shape")
-    raw = np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(size, -1).T)
+    raw = np.frombuffer(planes, np.uint8).reshape(size, -1).T.copy()
     coded = torch.from_numpy(raw).view(INTEGERS[size])[:, 0]
     # The sign bit is shifted in by >>: masking it off makes the shift the logical one that zigzag needs.
     gap = ((coded >> 1) & torch.iinfo(coded.dtype).max) ^ -(coded & 1)
@@ -123,7 +128,7 @@ def make_patch(target: Target, edit: Edit, slices: Sequence[str], evidence: Mapp
 
 def save_patch(path: Path, patch: Patch) -> None:
     """Write a patch atomically."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, factors in patch.edit.items():
         tensors |= {
             f"read.{name}": factors.read,
@@ -147,9 +152,14 @@ def load_patch(path: Path) -> Patch:
         about = json.loads(metadata[KEY])
         if about["format"] != FORMAT:
             raise SpdError(f"{path}: a patch of format {about['format']}; this spd reads format {FORMAT}")
-        names = [name for name, entry in about["matrices"].items() if {"before", "after", "dtype"} <= entry.keys()]
-        edit = {name: Factors(tensors[f"read.{name}"], tensors[f"write.{name}"]) for name in names}
-        return Patch(edit, {name: tensors[f"restore.{name}"] for name in names}, about)
+        patch = Patch(
+            {name: Factors(tensors[f"read.{name}"], tensors[f"write.{name}"]) for name in about["matrices"]},
+            {name: tensors[f"restore.{name}"] for name in about["matrices"]},
+            about,
+        )
+        if not patch.edit or not (patch.hashes("before") and patch.hashes("after")):
+            raise KeyError("matrices")
+        return patch
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"its parts are not all there ({type(error).__name__}: {error})") from error
 

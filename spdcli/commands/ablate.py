@@ -1,0 +1,140 @@
+"""`spd ablate`: what a model says without some of its slices, matrices or MLP layers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spdcli.commands.change import (
+    Prompt,
+    Sequences,
+    SliceAddress,
+    alone_table,
+    ask_questions,
+    effects_table,
+    listed,
+    mark_active,
+    quiet_lines,
+    read_prompts,
+    warn_of_span,
+)
+from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
+from spdcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from spdcli.analysis.ablation import Zeroed
+    from spdcli.analysis.effects import Questions
+    from spdcli.engine.target import Target
+    from spdcli.loading import LoadedRun
+
+
+class Others(StrEnum):
+    """The masks of the slices that stay, without importing `analysis.ablation`."""
+
+    on = "on"
+    importance = "importance"
+    sampled = "sampled"
+
+
+MatrixName = Annotated[
+    list[str] | None,
+    typer.Option("--matrix", "-m", help="Zero this whole matrix; may be repeated.", show_default=False),
+]
+Mlp = Annotated[
+    list[str] | None,
+    typer.Option("--mlp", help="Zero this MLP layer, from 0; 'all' is each; may be repeated.", show_default=False),
+]
+OthersOption = Annotated[
+    Others | None,
+    typer.Option("--others", help="Masks of the other slices: 1, their importance g, or U(g, 1).", show_default="on"),
+]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of --others sampled.")]
+
+
+def ablate(
+    run: RunPath,
+    slice: SliceAddress = None,
+    matrix: MatrixName = None,
+    mlp: Mlp = None,
+    others: OthersOption = None,
+    samples: Samples = 16,
+    prompt: Prompt = None,
+    sequences: Sequences = 16,
+    device: Device = None,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Take slices out of the decomposed model, or matrices and MLP layers out of the target.
+
+    Slices get the mask 0 in the decomposed model, the others --others. Without
+    --slice, the target itself runs with the matrices or MLP layers zeroed
+    (Figure 9). Several things are taken away together, then each alone.
+    """
+    console = make_console(json, quiet, verbose)
+    if not (slice or matrix or mlp):
+        raise UsageError("nothing to ablate", "give --slice ADDRESS, --matrix NAME or --mlp N")
+    if others and not slice:
+        raise UsageError("--others is about the slices of a decomposed model, and no --slice is given")
+    from spdcli.loading import load
+
+    texts = read_prompts(prompt)
+    loaded = load(run, device)
+    console.debug(str(loaded))
+    seed = loaded.recipe.seed if seed is None else seed
+    questions = ask_questions(loaded.subject, loaded.recipe, texts, sequences, seed)
+    if slice:
+        warn_of_span(console, loaded.recipe, texts)
+    mode = (others or Others.on).value if slice else None
+    found = take_away(loaded, questions, slice or [], matrix or [], mlp or [], mode, samples, seed)
+    if mode == "on" and not loaded.decomposition.delta:
+        console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
+    head = {"schema": "spd.suppress/1", "run": str(run)}
+    data = head | found | {"facts": None, "expectations": [], "saved": None}
+    title = f"Without {listed(data['slices'] + data['zeroed'])}" + (f" (others {mode})" if mode else "")
+    together = [] if mlp and "all" in mlp else [effects_table(title, data["effects"])]
+    console.show(data, *together, *alone_table(data["alone"]))
+    quiet_lines(console, data["effects"])
+
+
+def take_away(
+    loaded: LoadedRun,
+    questions: Questions,
+    slices: list[str],
+    matrices: list[str],
+    mlps: list[str],
+    others: str | None,
+    samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The effects of what the options name, and their names."""
+    from spdcli.analysis.ablation import ablate, zeroed_matrix
+    from spdcli.analysis.edits import find_slices
+
+    target = loaded.subject.target
+    addresses = find_slices(loaded.decomposition, slices)
+    zeroed = [zeroed_matrix(target, name) for name in dict.fromkeys(matrices)] + mlp_layers(target, mlps)
+    way = others or Others.on.value
+    found = ablate(loaded.subject, loaded.decomposition, questions, addresses, zeroed, way, samples, seed)
+    if addresses:
+        mark_active(loaded, questions, addresses, found["effects"])
+    names = {"slices": [str(address) for address in addresses], "zeroed": [one.label for one in zeroed]}
+    return {**names, "others": others, **found}
+
+
+def mlp_layers(target: Target, wanted: list[str]) -> list[Zeroed]:
+    """The MLP layers that `--mlp` names."""
+    from spdcli.analysis.ablation import zeroed_mlp
+
+    layers: list[int] = []
+    for text in wanted:
+        if text == "all":
+            layers += range(len(target.blocks))
+        elif text.removeprefix("-").isdecimal():
+            layers.append(int(text))
+        else:
+            raise UsageError(f"--mlp {text}: not a layer", f"give 0 to {len(target.blocks) - 1}, or all")
+    return [zeroed_mlp(target, layer) for layer in dict.fromkeys(layers)]

@@ -1,0 +1,139 @@
+"""What `spd ablate` and `spd suppress` share: options, prompts, and tables of effects."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spdcli.console import Console
+from spdcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from spdcli.analysis.edits import Address
+    from spdcli.analysis.effects import Questions
+    from spdcli.loading import LoadedRun
+    from spdcli.recipe import Recipe
+    from spdcli.subject import Subject
+
+Effects = list[dict[str, Any]]
+SliceAddress = Annotated[
+    list[str] | None,
+    typer.Option("--slice", "-s", help="MATRIX:INDEX, as spd inspect shows it; may be repeated.", show_default=False),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="Ask this instead of the run's prompts; its last token is the answer. '-' reads lines from stdin.",
+        show_default=False,
+    ),
+]
+Sequences = Annotated[int, typer.Option("--sequences", min=1, help="Fresh toy sequences to measure on.")]
+SHOWN_ALONE = 6  # prompts that a table has a column for
+SHOWN_NAMES = 3  # in a title
+
+
+def read_prompts(prompts: Sequence[str] | None) -> list[str]:
+    """The texts of `--prompt`, with standard input's lines, one a prompt, in the place of `-`."""
+    texts: list[str] = []
+    for text in prompts or ():
+        if text != "-":
+            texts.append(text)
+            continue
+        lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        if not lines:
+            raise UsageError("--prompt -: standard input has no prompt", "give one a line")
+        texts += lines
+    return texts
+
+
+def ask_questions(subject: Subject, recipe: Recipe, texts: Sequence[str], sequences: int, seed: int) -> Questions:
+    """The questions of a run, or of `texts` where there are any."""
+    from spdcli.analysis.effects import given_questions, own_questions
+
+    if not texts:
+        return own_questions(subject, sequences, seed)
+    return given_questions(subject, texts, recipe.data is not None and recipe.data.begin_token)
+
+
+def warn_of_span(console: Console, recipe: Recipe, texts: Sequence[str]) -> None:
+    """Say so where importances are read off text that a run's gates do not see whole."""
+    if texts and recipe.importance.basis == "span":
+        console.warn("this run's gates see only the span of its own prompts; on other text they are a projection")
+
+
+def mark_active(loaded: LoadedRun, questions: Questions, addresses: Sequence[Address], effects: Effects) -> None:
+    """Add to every effect which of the slices are active in its prompt; null for text too long for the gates."""
+    from spdcli.analysis.effects import active_on
+
+    try:
+        found: Sequence[list[str] | None] = active_on(loaded.subject, loaded.decomposition, questions, addresses)
+    except UsageError:
+        found = [None] * len(effects)
+    for effect, active in zip(effects, found, strict=True):
+        effect["active"] = active
+
+
+def effects_table(title: str, effects: Effects) -> RenderableType:
+    """One row a prompt; * marks those in which one of the slices is active."""
+    from rich.table import Table
+
+    table = Table(title=title, expand=True)
+    table.add_column("prompt", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("*")
+    for name in ("answer", "before", "after", "change", "rank", "KL"):
+        table.add_column(name, justify="left" if name == "answer" else "right", no_wrap=True)
+    for effect in effects:
+        table.add_row(
+            effect["prompt"],
+            "*" if effect.get("active") else "",
+            repr(effect["token"]),
+            _probability(effect["before"]),
+            _probability(effect["after"]),
+            f"{effect['ratio'] - 1:+.1%}",
+            f"{effect['rank_before']} → {effect['rank_after']}",
+            f"{effect['kl']:.4f}",
+        )
+    return table
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a title; many are only counted."""
+    return ", ".join(names) if len(names) <= SHOWN_NAMES else f"{len(names)} at once"
+
+
+def _probability(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
+
+
+def alone_table(alone: Mapping[str, Effects]) -> list[RenderableType]:
+    """What each change does by itself: a row a change, a column a prompt, or two columns over many prompts."""
+    from rich.table import Table
+
+    if not alone:
+        return []
+    table = Table(title="Each alone: change of the answer's probability")
+    table.add_column("", no_wrap=True)
+    first = next(iter(alone.values()))
+    few = len(first) <= SHOWN_ALONE
+    for name in [repr(effect["token"]) for effect in first] if few else ["median", "lowest", "highest"]:
+        table.add_column(name, justify="right")
+    for label, effects in alone.items():
+        ratios = [effect["ratio"] for effect in effects]
+        shown = ratios if few else [statistics.median(ratios), min(ratios), max(ratios)]
+        table.add_row(label, *(f"{ratio - 1:+.1%}" for ratio in shown))
+    return [table]
+
+
+def quiet_lines(console: Console, effects: Effects) -> None:
+    """With `-q`, a line a prompt: the answer's probability before and after, and the KL, apart by tabs."""
+    if console.quiet:
+        for effect in effects:
+            console.result(f"{effect['before']:.6g}\t{effect['after']:.6g}\t{effect['kl']:.6g}")
