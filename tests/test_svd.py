@@ -17,7 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spdcli.analysis import evaluation, rank_curves
 from spdcli.analysis.evaluation import evaluate
-from spdcli.analysis.rank_curves import Bench, Point, by_mean_importance, by_threshold, counts, open_bench, within
+from spdcli.analysis.rank_curves import (
+    Bench,
+    Point,
+    by_kept_and_masked,
+    by_mean_importance,
+    by_threshold,
+    counts,
+    open_bench,
+    within,
+)
 from spdcli.analysis.svd import (
     LEGEND,
     METHODS,
@@ -421,6 +430,21 @@ def test_at_threshold_0_the_masked_model_is_that_of_eval(tmp_path, monkeypatch, 
     )
     assert curve[-1].rank == 0
     assert len(curve) > 5
+
+
+@torch.no_grad()
+def test_all_active_slices_masked_are_the_model_of_eval_and_fewer_are_fewer(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 3)
+    subject, decomposition, bench = toy_bench(tmp_path, ALL)
+    curve = by_kept_and_masked(bench, quiet)
+    found = evaluate(subject, decomposition, SEQUENCES, 0.0, SEED)
+    assert curve[0].rank == found["total_active"]
+    assert curve[0].kl == pytest.approx(found["metrics"]["recon"], **FLOAT32)
+    assert [point.rank for point in curve] == list(range(found["total_active"], -1, -1))
+    # With one slice left, it is the one of the largest mean importance; masks of the others are 0.
+    means = {n: torch.cat([g[n] for _, g in bench.importances()]).mean((0, 1)) for n in bench.names}
+    best = max(means, key=lambda name: means[name].max().item())
+    assert curve[-2].ranks == {name: int(name == best) for name in bench.names}
 
 
 @torch.no_grad()

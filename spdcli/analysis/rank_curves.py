@@ -1,10 +1,11 @@
 """How the KL of a model grows as less of its decomposed matrices is kept: the curves of Figure 2, for a run's slices.
 
     spd                 slices removed at every position, those of the smallest mean importance first
+    spd_masked          the same, and those kept are masked by their importance, as SPD means them
     spd_per_position    slices removed where their importance is at most a threshold, position by position
 
-Rank is for the first the number of slices that the model is made of; for the second the mean number that a position
-uses, so that its slices may differ from position to position. Both leave the delta out. The greedy methods that they
+Rank is for the first two the number of slices that the model is made of; for the third the mean number that a position
+uses, so that its slices may differ from position to position. All leave the delta out. The greedy methods that they
 are compared with are in `svd.py`. B sequences, T positions, C slices.
 """
 
@@ -110,21 +111,53 @@ def by_mean_importance(bench: Bench) -> list[Point]:
     The least important go first, over all matrices together; of equal ones, the first in order. A matrix is the sum
     of its kept slices: without the delta, even where it keeps them all. One plan for the whole curve.
     """
+    order = removal_order(bench)
+    total = sum(len(places) for places in order.values())
+    dtype = bench.target.unembedding.dtype
+    variants, ranks = [], {}
+    for kept in counts(total):
+        masks = {name: (places >= total - kept).to(dtype) for name, places in order.items()}
+        variants.append(fixed_variant(str(kept), masks, bench.blocks, delta=0.0))
+        ranks[str(kept)] = {name: int(mask.sum()) for name, mask in masks.items()}
+    kl = bench.mean_kl([bench.kl_sums(bench.decomposition, clean, variants, {}) for clean in bench.cleans])
+    return [Point(ranks[kept], value) for kept, value in kl.items()]
+
+
+def by_kept_and_masked(bench: Bench, report: Callable[[int, int], None]) -> list[Point]:
+    """The masked model with fewer and fewer slices: a kept slice's mask is g, in the order of `by_mean_importance`.
+
+    Rank is the number of slices kept, from all that are active anywhere on the data (the unique slices of Table 1): the
+    model there is the one whose `recon` `spd eval` reports.
+    """
+    order = removal_order(bench)
+    total = sum(len(places) for places in order.values())
+    active = {name: torch.zeros_like(places, dtype=torch.bool) for name, places in order.items()}
+    for clean, g in bench.importances():
+        for name, values in g.items():
+            active[name] |= (values[clean.batch.valid] > 0).any(0)
+    kept_counts = counts(sum(int(somewhere.sum()) for somewhere in active.values()))
+    variants = draw_variants(["recon"], bench.blocks, 1, "forward", (0, 0), torch.Generator())
+    kl = dict.fromkeys(kept_counts, 0.0)
+    for done, (clean, g) in enumerate(bench.importances()):
+        report(done, len(bench.cleans))
+        for kept in kept_counts:
+            cut = {name: values * (order[name] >= total - kept) for name, values in g.items()}
+            kl[kept] += bench.kl_sums(bench.decomposition, clean, variants, cut)["recon"]
+    return [
+        Point({n: int((places >= total - kept).sum()) for n, places in order.items()}, kl[kept] / bench.looked_at)
+        for kept in kept_counts
+    ]
+
+
+def removal_order(bench: Bench) -> dict[str, Tensor]:
+    """When each slice goes, `[C]` a matrix: first, 0, is that of the smallest mean importance over real positions."""
     means: dict[str, Tensor] = {}
     for clean, g in bench.importances():
         for name, values in g.items():
             total = values[clean.batch.valid].double().sum(0)
             means[name] = means[name] + total if name in means else total
-    sizes = [len(mean) for mean in means.values()]
     left_at = torch.cat(list(means.values())).argsort(stable=True).argsort()
-    dtype = bench.target.unembedding.dtype
-    variants, ranks = [], {}
-    for kept in counts(sum(sizes)):
-        masks = dict(zip(means, (left_at >= sum(sizes) - kept).to(dtype).split(sizes), strict=True))
-        variants.append(fixed_variant(str(kept), masks, bench.blocks, delta=0.0))
-        ranks[str(kept)] = {name: int(mask.sum()) for name, mask in masks.items()}
-    kl = bench.mean_kl([bench.kl_sums(bench.decomposition, clean, variants, {}) for clean in bench.cleans])
-    return [Point(ranks[kept], value) for kept, value in kl.items()]
+    return dict(zip(means, left_at.split([len(mean) for mean in means.values()]), strict=True))
 
 
 def counts(total: int) -> list[int]:

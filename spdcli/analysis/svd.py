@@ -5,7 +5,7 @@ mean KL(target ‖ what is left) over the looked-at positions of data that is dr
 
     greedy_svd          W = U S V; the smallest singular value of some matrix goes, a round at a time (Algorithm 2)
     weighted_svd        the same on singular triples that are weighted by the matrix's inputs on the data
-    spd, spd_per_position    the run's slices: see `rank_curves.py`
+    spd, spd_masked, spd_per_position    the run's slices: see `rank_curves.py`
 
 For the greedy methods rank is the matrices' own, summed. I d_in, O d_out, C singular triples of a matrix.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdcli.analysis.rank_curves import Bench, Point, by_mean_importance, by_threshold, within
+from spdcli.analysis.rank_curves import Bench, Point, by_kept_and_masked, by_mean_importance, by_threshold, within
 from spdcli.engine.forward import Clean, ask, clean_pass, replaced
 from spdcli.engine.plan import Piece, fixed_variant
 from spdcli.engine.subcomponents import Slices, SliceSet
@@ -180,11 +180,13 @@ METHODS: dict[str, Callable[[Bench, int | None, Report], list[Point]]] = {
     "greedy_svd": lambda bench, step, report: greedy(bench, plain_set(bench), step, report),
     "weighted_svd": lambda bench, step, report: greedy(bench, weighted_set(bench), step, report),
     "spd": lambda bench, step, report: by_mean_importance(bench),
+    "spd_masked": lambda bench, step, report: by_kept_and_masked(bench, report),
     "spd_per_position": lambda bench, step, report: by_threshold(bench, report),
 }
 LEGEND = {  # what rank means to each
     "greedy_svd": "greedy SVD: total rank",
     "weighted_svd": "activation-weighted SVD: total rank",
     "spd": "SPD: slices kept everywhere",
+    "spd_masked": "SPD: slices kept, masked by importance",
     "spd_per_position": "SPD: mean active slices a position",
 }

@@ -21,6 +21,7 @@ class Method(StrEnum):
     greedy_svd = "greedy_svd"
     weighted_svd = "weighted_svd"
     spd = "spd"
+    spd_masked = "spd_masked"
     spd_per_position = "spd_per_position"
 
 
@@ -58,6 +59,7 @@ def svd(
     greedy_svd and weighted_svd remove, round by round, the singular value that
     matters least; the second weights them by what the matrices read. spd removes
     slices everywhere, the least important first: its rank is their number.
+    spd_masked removes them likewise and masks those kept by their importance.
     spd_per_position removes them where their importance is below a threshold:
     its rank is the mean number of slices that a position uses.
 
