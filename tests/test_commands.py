@@ -446,8 +446,12 @@ def test_a_missing_run_is_one_line(spd, recipe, tmp_path, command):
     code, printed, err = spd(command[0], tmp_path / "nowhere", *command[1:])
     assert (code, printed) == (1, "")
     one_line(err, f"{tmp_path / 'nowhere'}: no run here")
-    assert spd("decompose", recipe, "--out", tmp_path / "run", "--set", 'slices.matrices=["X"]')[0] == 2
-    code, printed, err = spd(command[0], tmp_path / "run", *command[1:])
+    assert spd("train", recipe, "--out", tmp_path / "toy")[0] == 0
+    code, printed, err = spd(command[0], tmp_path / "toy", *command[1:])
+    assert (code, printed) == (1, "")
+    one_line(err, f"{tmp_path / 'toy'} holds a trained toy and no decomposition")
+    (tmp_path / "toy" / TOY_WEIGHTS).rename(tmp_path / "elsewhere")
+    code, printed, err = spd(command[0], tmp_path / "toy", *command[1:])
     assert (code, printed) == (1, "")
     one_line(err, "decomposition.safetensors: no such file")
 
