@@ -18,7 +18,7 @@ from small_runs import MODEL, ROOT, TOY, one_line, save_toy, spd_here, spd_proce
 import spdcli
 from spdcli.commands.decompose import flat
 from spdcli.engine.forward import clean_pass
-from spdcli.runs import CHECKPOINT, DECOMPOSITION, RunDirectory, load_tensors
+from spdcli.runs import CHECKPOINT, DECOMPOSITION, TOY_WEIGHTS, RunDirectory, load_tensors
 
 GIB = 2**30
 
