@@ -33,8 +33,8 @@ class Clean:
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
     looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them, `spots` `[n]` are their places in the
-    flat `[B * T]`, and those of sequence i start at `firsts[i]`. `patterns[b]` `[B, H, T, T]` are block b's attention
-    log-probabilities, when they were asked for.
+    flat `[B * T]`, and those of sequence i start at `firsts[i]`; `ends` says that they are the last positions, and no
+    others. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when they were asked for.
     """
 
     batch: Batch
@@ -45,6 +45,7 @@ class Clean:
     place: Tensor
     spots: Tensor
     firsts: list[int]
+    ends: bool
     patterns: list[Tensor] = field(default_factory=list)
 
 
@@ -78,7 +79,8 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
     place = batch.looked.flatten().cumsum(0).sub(1).view_as(batch.looked)
     spots = batch.looked.flatten().nonzero()[:, 0]
     firsts = [0, *batch.looked.sum(1).cumsum(0).tolist()]
-    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, recorded)
+    ends = firsts == list(range(len(batch.looked) + 1)) and bool(batch.looked[:, -1].all())
+    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, ends, recorded)
 
 
 def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
@@ -208,9 +210,17 @@ def rows_of(value: Any, sequences: int, index: Tensor) -> Any:
 
 
 def plan_pass(
-    target: Target, slices: SliceSet, clean: Clean, chunk: Sequence[Piece], asked: Mapping[str, Asked]
+    target: Target,
+    slices: SliceSet,
+    clean: Clean,
+    chunk: Sequence[Piece],
+    asked: Mapping[str, Asked],
+    ends: bool = False,
 ) -> Tensor:
-    """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces."""
+    """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces.
+
+    With `ends`, and a target that can, those at the last position alone, `[R, 1, D]`.
+    """
     device = clean.place.device
     sequences = len(clean.place)
     rows = [torch.arange(piece.start, piece.stop, device=device) for piece in chunk]
@@ -225,19 +235,26 @@ def plan_pass(
                 hidden = torch.cat([hidden, fresh])
                 alive += entering
             args, kwargs = rows_of(clean.calls[number], sequences, index[:alive])
-            hidden = _hidden(target.blocks[number](hidden, *args, **kwargs))
+            block: Callable[..., Any] = target.blocks[number]
+            if ends and target.last_block is not None and number == len(target.blocks) - 1:
+                block = target.last_block
+            hidden = _hidden(block(hidden, *args, **kwargs))
     return hidden
 
 
 def row_divergences(
     target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool
 ) -> list[Tensor]:
-    """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order."""
-    positions = hidden.shape[1]
+    """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order.
+
+    `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives.
+    """
+    positions, missing = hidden.shape[1], clean.place.shape[1] - hidden.shape[1]
+    looked = clean.spots - missing * (clean.spots // clean.place.shape[1] + 1)  # places in the flat [B * positions]
     spots, index, first = [], [], 0
     for piece in chunk:
         known = slice(clean.firsts[piece.start], clean.firsts[piece.stop])
-        spots.append(clean.spots[known] + (first - piece.start) * positions)
+        spots.append(looked[known] + (first - piece.start) * positions)
         index.append(torch.arange(known.start, known.stop, device=hidden.device))
         first += len(piece)
     finished = target.finish(hidden.flatten(0, 1).index_select(0, torch.cat(spots)))
