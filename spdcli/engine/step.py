@@ -163,7 +163,7 @@ def backward_step(
     Backward runs chunk by chunk against detached importances; their summed gradient then goes through the importance
     functions once, together with faithfulness and minimality.
     """
-    lower, upper = decomposition.importance(clean.inputs, clean.batch.valid)
+    lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
     terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
     direct: dict[str, Tensor] = {}
