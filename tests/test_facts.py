@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 
 import pytest
 import torch
-from small_runs import MODEL, one_line, spd_here
+from small_runs import MODEL, model_recipe, one_line, spd_here
 
-from spdcli.analysis.effects import present_answers, question_groups
-from spdcli.analysis.facts import bootstrap, collateral, fact_questions, known_mask, mark_known, relative_change
+from spdcli.analysis import ablation
+from spdcli.analysis.edits import find_slices
+from spdcli.analysis.effects import given_questions, present_answers, question_groups
+from spdcli.analysis.facts import (
+    bootstrap,
+    check_facts,
+    collateral,
+    fact_questions,
+    known_mask,
+    mark_known,
+    relative_change,
+)
+from spdcli.engine.target import Batch
 from spdcli.errors import RecipeError
 from spdcli.facts import BUILTIN, Known, dump_facts, first_comments, load_facts
+from spdcli.subject import language_subject, start_decomposition
 from spdcli.targets.huggingface import build_target, load_model
 
 FEW = """\
@@ -170,8 +183,6 @@ def test_groups_hold_every_question_once_within_their_bound(tokens):
     lengths = torch.tensor([5, 2, 7, 2, 3, 5])
     valid = torch.arange(7) < lengths[:, None]
     ids = torch.arange(42).view(6, 7)
-    from spdcli.engine.target import Batch
-
     seen = []
     for rows, batch in question_groups(Batch(ids, valid, valid, torch.arange(6)), tokens):
         longest = int(lengths[rows].max())
@@ -352,8 +363,6 @@ def test_ls_lists(spd, few):
 @pytest.mark.slow
 def test_the_shipped_notes_are_right(smollm2):
     """Every note on SmolLM2, and every answer of a fact is a whole word."""
-    from spdcli.analysis.facts import check_facts
-
     facts = load_facts()
     report = check_facts(
         build_target(smollm2, False), smollm2.tokenizer, facts, False, "SmolLM2-135M-Instruct", facts.known
@@ -414,12 +423,6 @@ def test_a_prompt_that_is_asked_is_no_fact(spd, run, few):
 
 def test_masks_of_many_facts_are_drawn_in_groups(tiny_gpt2_dir, tmp_path, monkeypatch):
     """However the questions are grouped, an ablation is the one of each question alone."""
-    from small_runs import model_recipe
-
-    from spdcli.analysis import ablation
-    from spdcli.analysis.edits import find_slices
-    from spdcli.analysis.effects import given_questions
-
     recipe = model_recipe(tiny_gpt2_dir, "target.dtype='float64'", "slices.init='svd'", folder=tmp_path)
     subject = language_subject(recipe, torch.device("cpu"))
     decomposition = start_decomposition(recipe, subject, ["h.0.mlp.c_fc", "h.2.mlp.c_proj"]).requires_grad_(False)

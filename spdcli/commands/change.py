@@ -116,9 +116,8 @@ def facts_tables(found: dict[str, Any] | None, effects: Effects, verbose: bool) 
     if not found["known"]:
         return [f"Of {found['asked']} facts this model knows none."]
     level = f"{found['level']:.0%} interval"
-    table = Table(
-        title=f"The {found['known']} known of {found['asked']} other facts: relative change |after / before - 1|"
-    )
+    title = f"The {found['known']} known of {found['asked']} other facts: |after / before - 1| of each"
+    table = Table()
     for name in ("", "change", level):
         table.add_column(name, justify="right" if name else "left")
     for name, bounds in found["interval"].items():
@@ -126,7 +125,7 @@ def facts_tables(found: dict[str, Any] | None, effects: Effects, verbose: bool) 
         table.add_row(name, f"{found[f'{name}_relative_change']:.2%}", f"{low:.2%} to {high:.2%}")
     worst = ", ".join(f"{fact['prompt']} {fact['ratio'] - 1:+.1%}" for fact in found["worst"])
     every = [effects_table("Facts", [e for e in effects if e["group"] == "fact"])] if verbose else []
-    return [table, f"most moved: {worst}", *every]
+    return [title, table, f"most moved: {worst}", *every]
 
 
 def prompts_only(effects: Effects) -> Effects:
