@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import statistics
 
 import pytest
@@ -440,11 +439,12 @@ def test_masks_of_many_facts_are_drawn_in_groups(tiny_gpt2_dir, tmp_path, monkey
             assert found["after"] == pytest.approx(alone["after"], rel=1e-9)
 
 
-def test_facts_that_are_too_long_are_left_out_aloud(spd, run):
-    code, out, err = spd("suppress", run, "--slice", "h.1.mlp.c_fc:0")
+def test_facts_that_are_too_long_are_left_out_aloud(spd, run, few):
+    few.write_text(f'{FEW}\n[[fact]]\ncategory = "long"\nprompt = "{"x" * 65}"\n')
+    code, out, err = spd("suppress", run, "--slice", "h.1.mlp.c_fc:0", "--facts", few)
     assert code == 0
-    assert re.search(r"warning: \d+ facts are longer than this model takes", err)
-    assert "this model knows none" in out
+    assert err == "warning: 1 facts are longer than this model takes, and are left out\n"
+    assert "Of 1 facts this model knows none" in out
 
 
 def test_facts_on_the_terminal(spd, run, few):
