@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def planted(tiny_gpt2_dir, tmp_path_factory):
     return subject, decomposition, activity, own, facts
 
 
-def search(planted, facts=True, **settings):
+def search_all(planted, facts=True, **settings):
     subject, decomposition, activity, own, known = planted
     wanted = Search(**settings)
     found = candidates(decomposition, activity, 0, wanted)
@@ -80,7 +81,7 @@ def test_candidates_are_the_slices_active_in_the_prompt(planted):
 
 @pytest.mark.parametrize("statistic", ["mean", "median", "max"])
 def test_slices_are_ranked_by_what_changed_weights_say(planted, statistic):
-    found = search(planted, statistic=statistic, paired=0)
+    found = search_all(planted, statistic=statistic, paired=0)
     assert {entry["slice"] for entry in found["slices"]} == active_in_prompt(0)
     assert (found["prompt"], found["token"]) == ("Kobe Bryant plays professional basketball", " basketball")
     assert found["candidates"] == len(found["slices"]) == 5
@@ -103,7 +104,7 @@ def test_slices_are_ranked_by_what_changed_weights_say(planted, statistic):
 
 
 def test_pairs_are_those_that_do_more_than_their_sum(planted):
-    found = search(planted, pairs=99)
+    found = search_all(planted, pairs=99)
     single = {entry["slice"]: entry for entry in found["slices"]}
     wanted = {}
     for one, other in itertools.combinations(single, 2):
@@ -121,12 +122,18 @@ def test_pairs_are_those_that_do_more_than_their_sum(planted):
         assert entry["collateral"] is not None
     excesses = [entry["excess"] for entry in found["pairs"]]
     assert excesses == sorted(excesses)
-    assert len(search(planted, pairs=1)["pairs"]) == 1
-    assert search(planted, paired=3)["pairs_measured"] == 3
+    assert len(search_all(planted, pairs=1)["pairs"]) == 1
+    assert search_all(planted, paired=3)["pairs_measured"] == 3
 
 
 @pytest.mark.parametrize("facts", [True, False])
-def test_a_limit_passes_over_what_moves_the_others(planted, facts):
+@pytest.mark.parametrize(("group", "kept"), [(256, 4096), (4, 4096), (4, 0)])
+@pytest.mark.parametrize("statistic", ["mean", "median", "max"])
+def test_a_limit_passes_over_what_moves_the_others(planted, facts, group, kept, statistic, monkeypatch):
+    """Whether facts are asked at once or by and by, and whether their clean passes are kept."""
+    monkeypatch.setattr("spdcli.analysis.locate.FACT_TOKENS", group)
+    monkeypatch.setattr("spdcli.analysis.locate.KEPT_TOKENS", kept)
+    search = partial(search_all, statistic=statistic)
     free = search(planted, facts, paired=0)["slices"]
     limit = statistics.median(entry["collateral"] for entry in free) + 1e-9
     found = search(planted, facts, limit=limit, top=1)
