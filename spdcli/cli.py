@@ -9,12 +9,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from spdcli import __version__
-from spdcli.commands import recipe
+from spdcli.commands import facts, recipe
 from spdcli.commands.ablate import ablate
 from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
+from spdcli.commands.locate import locate
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
@@ -83,6 +84,13 @@ COMMANDS = (
         "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'",
     ),
     (
+        "locate",
+        locate,
+        LOOK,
+        "spd locate run --prompt 1 --token basketball\nspd locate run --matrices 'layers.0.mlp.*' --others-limit 0.02"
+        "\nspd locate run --no-facts --json | jq '.pairs[0]'",
+    ),
+    (
         "svd",
         svd,
         LOOK,
@@ -100,12 +108,13 @@ COMMANDS = (
         suppress,
         CHANGE,
         "spd suppress run --slice h.0.mlp.c_fc:12 --patch edit.safetensors\n"
-        "spd suppress run --apply edit.safetensors --save edited\n"
+        "spd suppress run --script edits.toml --dry-run\n"
         "spd suppress run --revert edit.safetensors --base edited --save restored",
     ),
 )
 for name, function, panel, examples in COMMANDS:
     app.command(name, rich_help_panel=panel, epilog=examples)(function)
+app.add_typer(facts.app, name="facts", rich_help_panel=LOOK)
 app.add_typer(recipe.app, name="recipe", rich_help_panel=RECIPES)
 
 
