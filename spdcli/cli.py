@@ -11,6 +11,7 @@ import typer
 from spdcli import __version__
 from spdcli.commands import recipe
 from spdcli.commands.ablate import ablate
+from spdcli.commands.bench import bench
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
@@ -79,6 +80,12 @@ COMMANDS = (
         svd,
         LOOK,
         "spd svd run\nspd svd run --tolerance 1e-4 --method greedy_svd\nspd svd run --json | jq .result.spd",
+    ),
+    (
+        "bench",
+        bench,
+        LOOK,
+        "spd bench step --case toy-64\nspd bench importance --threads 1\nspd bench step --json | jq .ratios",
     ),
     (
         "ablate",
