@@ -33,9 +33,9 @@ def data():
 def gate_loop(gate, c, read, activation):
     """One slice's MLP on what it reads, a vector."""
     act = {"relu": F.relu, "gelu": F.gelu}[activation]
-    width = gate.w2.shape[1]
-    own = slice(c * width, (c + 1) * width)
-    return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[c] + gate.b2[c]
+    slices = gate.w2.shape[1]
+    own = slice(c, None, slices)  # unit g of slice c is column g * C + c
+    return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[:, c] + gate.b2[c]
 
 
 def slow(importances, inputs, read, kind, activation, causal, valid):
@@ -59,7 +59,7 @@ def slow(importances, inputs, read, kind, activation, causal, valid):
                 columns.append(act(x @ gate.w1 + gate.b1) @ gate.w2[:, c] + gate.b2[c])
             else:
                 inner = (x * read[name][:, c]).sum(-1, keepdim=True)
-                columns.append(act(inner * gate.w1[c] + gate.b1[c]) @ gate.w2[c] + gate.b2[c])
+                columns.append(act(inner * gate.w1[:, c] + gate.b1[:, c]) @ gate.w2[:, c] + gate.b2[c])
         out[name] = torch.stack(columns, -1)
     return out
 
@@ -171,7 +171,7 @@ def test_pruned_slices_are_off_for_good():
     assert (upper_leaky(after)[..., [1, 2, 4]] == 0).all()
     after.sum().backward()
     gate = importances.gates["h/1/c"]
-    assert [bool(row.any()) for row in gate.w2.grad] == [True, False, False, True, False]
+    assert [bool(row.any()) for row in gate.w2.grad.t()] == [True, False, False, True, False]
     other = build("vector")
     other.load_state_dict(importances.state_dict())  # a saved run stays pruned
     assert torch.equal(other(inputs, read)["h.1.c"], after)

@@ -78,9 +78,9 @@ class VectorGates(nn.Module):
     def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
         width = settings.gate_width
-        self.w1 = nn.Parameter(torch.randn(d_in, slices * width) / math.sqrt(d_in))
-        self.b1 = nn.Parameter(torch.zeros(slices * width))
-        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(slices, width) / math.sqrt(width))
+        self.w1 = nn.Parameter(torch.randn(d_in, width * slices) / math.sqrt(d_in))
+        self.b1 = nn.Parameter(torch.zeros(width * slices))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
 
@@ -96,9 +96,9 @@ class ScalarGates(nn.Module):
     def __init__(self, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
         width = settings.gate_width
-        self.w1 = nn.Parameter(torch.randn(slices, width))
-        self.b1 = nn.Parameter(torch.zeros(slices, width))
-        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(slices, width) / math.sqrt(width))
+        self.w1 = nn.Parameter(torch.randn(width, slices))
+        self.b1 = nn.Parameter(torch.zeros(width, slices))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
 
