@@ -73,15 +73,15 @@ def whole_run(target: Target, tokens: Tensor, valid: Tensor) -> Tensor:
 
 
 def whole_vector_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
-    """`engine.gates.vector_gates` with `[N, C, G]` made whole and left to autograd."""
+    """`engine.gates.vector_gates` with the hidden layer `[N, G, C]` made whole and left to autograd."""
     hidden = (x @ w1 + b1).unflatten(-1, w2.shape)
-    return torch.einsum("ncg,cg->nc", ACTIVATIONS[activation](hidden), w2) + b2
+    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation](hidden), w2) + b2
 
 
 def whole_scalar_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
-    """`engine.gates.scalar_gates` with `[N, C, G]` made whole and left to autograd."""
-    hidden = x[..., None] * w1 + b1
-    return torch.einsum("ncg,cg->nc", ACTIVATIONS[activation](hidden), w2) + b2
+    """`engine.gates.scalar_gates` with the hidden layer `[N, G, C]` made whole and left to autograd."""
+    hidden = x[:, None] * w1 + b1
+    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation](hidden), w2) + b2
 
 
 @contextmanager
