@@ -36,8 +36,7 @@ Cases = Annotated[
     list[str] | None,
     typer.Option("--case", "-c", help="Only cases whose names begin like this; * is wild.", show_default=False),
 ]
-Rounds = Annotated[int, typer.Option("--rounds", "-n", min=1, help="Steps of every case that are measured, in turns.")]
-WarmUp = Annotated[int, typer.Option("--warm-up", min=0, help="Steps of every case before that.")]
+Rounds = Annotated[int, typer.Option("--rounds", "-n", min=1, help="Steps of every case that are measured, in turns, after a first one.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of every process; torch's choice if not given.")
 ]
@@ -58,7 +57,6 @@ def bench(
     what: What,
     case: Cases = None,
     rounds: Rounds = 3,
-    warm_up: WarmUp = 1,
     batch: Batch = None,
     lengths: Lengths = "16,64,1024,10240",
     per_loss: PerLoss = False,
@@ -88,7 +86,7 @@ def bench(
     for group in groups:
         console.debug(" | ".join(one.name for one in group.cases))
     with console.live() as live:
-        found = measure(groups, Conditions(rounds, warm_up, chosen.type, threads), live.update)
+        found = measure(groups, Conditions(rounds, chosen.type, threads), live.update)
     machine = describe(chosen) | ({} if threads is None else {"threads": threads})
     console.show(
         {"schema": "spd.bench/1", "benchmark": what.value, "machine": machine, **found},

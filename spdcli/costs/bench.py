@@ -1,6 +1,6 @@
 """Benchmarks: cases measured in processes of their own, side by side, in rounds that take turns.
 
-Every case is warmed up, then each round asks every process of a group for one step in turn (A B A B ...), so that
+The first step of every case is its warm-up, in which its operations are counted; then each round asks every process of a group for one step in turn (A B A B ...), so that
 what else the machine does falls on all of them alike; medians over the rounds are told. A square matrix product runs
 in a process of its own as one more member of every group: the machine's own rate, at the same time.
 """
@@ -18,6 +18,7 @@ from spdcli.costs.worker import Case, serve
 from spdcli.errors import SpdError
 
 PRODUCT = Case("matrix product", "", way="product")
+LONG_STEP = 30.0  # seconds; a case whose first step takes longer is measured by that step alone
 Say = Callable[[str, int, int], None]
 
 
@@ -35,10 +36,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a benchmark is run: rounds and warm-up steps of every case, device, threads (None: torch's own choice)."""
+    """How a benchmark is run: measured steps of every case, device, threads (None: torch's own choice)."""
 
     rounds: int = 3
-    warm_up: int = 1
     device: str = "cpu"
     threads: int | None = None
 
@@ -56,7 +56,18 @@ class Member:
         self.process.start()
         theirs.close()
         self.seconds: list[float] = []
+        self.counted: dict[str, Any] = {}
         self.base = self._answer()["ready"]
+
+    def step(self, first: bool) -> None:
+        """Make one step: the first is counted, and measured only if it is a LONG_STEP; then no other follows."""
+        if first:
+            self.counted = self.ask("count")
+            seconds = self.counted.pop("seconds")
+            if seconds >= LONG_STEP:
+                self.seconds = [seconds]
+        elif self.seconds[:1] < [LONG_STEP]:
+            self.seconds.append(self.ask("step")["seconds"])
 
     def ask(self, what: str) -> dict[str, Any]:
         """The process's answer to `what`; SpdError, naming the case, where it failed."""
@@ -102,20 +113,17 @@ def measure(groups: Sequence[Group], conditions: Conditions, say: Say) -> dict[s
     """
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
-    total = sum(len(group.cases) for group in groups) * (conditions.rounds + conditions.warm_up)
+    total = sum(len(group.cases) for group in groups) * (conditions.rounds + 1)
     done = 0
     for group in groups:
         with started([PRODUCT, *group.cases], conditions) as members:
-            for number in range(-conditions.warm_up, conditions.rounds):
+            for number in range(conditions.rounds + 1):
                 for member in members:
                     say(member.case.name, done, total)
-                    seconds = member.ask("step")["seconds"]
-                    if number >= 0:
-                        member.seconds.append(seconds)
-                    done += member.case.way != "product"
-            found = {member.case.name: row(member, members[0]) for member in members}
-        product = found.pop(PRODUCT.name)
-        rows += [one | {"product_flops_per_second": product["flops_per_second"]} for one in found.values()]
+                    member.step(first=number == 0)
+                    done += member is not members[0]
+            found = {member.case.name: row(member, members[0]) for member in members[1:]}
+        rows += found.values()
         for name, (above, below) in group.ratios.items():
             ratios[name] = found[above]["seconds"] / found[below]["seconds"]
         for name, (above, below) in group.memory.items():
@@ -124,22 +132,21 @@ def measure(groups: Sequence[Group], conditions: Conditions, say: Say) -> dict[s
 
 
 def row(member: Member, product: Member) -> dict[str, Any]:
-    """What a member has measured, its operations counted in one step more, after its peak was taken."""
+    """What a member has measured."""
     case, seconds = member.case, statistics.median(member.seconds)
-    peak = member.ask("peak")["peak_bytes"]
-    counted = member.ask("count")
-    rate = counted["flops"] / seconds
-    of_product = rate * statistics.median(product.seconds) / product.ask("count")["flops"]
+    rate = member.counted["flops"] / seconds
+    product_rate = product.counted["flops"] / statistics.median(product.seconds)
     return {
         "name": case.name,
         "seconds": seconds,
-        "peak_bytes": peak,
+        "peak_bytes": member.ask("peak")["peak_bytes"],
         "steps": len(member.seconds),
         "fastest": min(member.seconds),
         "base_bytes": member.base,
-        **counted,
+        **member.counted,
         "flops_per_second": rate,
-        "product_share": of_product,
+        "product_flops_per_second": product_rate,
+        "product_share": rate / product_rate,
         "way": case.way,
         "recipe": case.recipe,
         "settings": list(case.settings),

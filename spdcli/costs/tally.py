@@ -35,7 +35,7 @@ class Tally(TorchDispatchMode):
 
     def note(self, function: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Count one operation that has been done."""
-        if getattr(function, "is_view", False):
+        if getattr(function, "is_view", False) or not hasattr(function, "overloadpacket"):
             return
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]

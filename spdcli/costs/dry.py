@@ -1,0 +1,97 @@
+"""A step without numbers: the engine's own step on tensors that have shapes and no storage.
+
+Floating-point tensors live on torch's `meta` device; whole numbers and truths (tokens, rows, positions) are real,
+because shapes depend on them. So every size of model is stepped through in a moment, by the code that will do the
+work, and what it would cost is counted: operations, bytes, and the most memory alive at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from spdcli.costs.tally import Tally
+from spdcli.engine.forward import Noise
+from spdcli.engine.plan import Piece
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")
+NEW_WHOLE = {"aten::new_zeros": torch.zeros, "aten::new_ones": torch.ones, "aten::new_empty": torch.empty}
+Watch = Callable[[Any, Any, Any], None]
+
+
+class NoNoise(Noise):
+    """Random numbers that are shapes alone."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.Generator())
+
+    def __call__(self, piece: Piece, name: str, kind: str, shape: Sequence[int]) -> Tensor:
+        return torch.rand(shape, device=META)
+
+
+class Dry(Tally):
+    """A Tally under which floating-point tensors need no storage, while whole numbers and truths keep theirs.
+
+    A tensor of whole numbers that is asked for on the meta device is made on the processor; an operation that mixes
+    both kinds sees the shapes of the whole numbers alone; one number taken out of a tensor without storage is 1.
+    `watch`, if given, is told of every operation that is no view: function, arguments, keyword arguments.
+    """
+
+    def __init__(self, watch: Watch | None = None) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function.name().startswith("aten::_local_scalar_dense") and args[0].is_meta:
+            return 1.0 if args[0].is_floating_point() else 1
+        if self.watch is not None and not function.is_view:
+            self.watch(function, args, kwargs)
+        function, args, kwargs = _without_storage(function, args, kwargs)
+        out = function(*args, **kwargs)
+        self.note(function, args, kwargs, out)
+        return out
+
+
+def _without_storage(function: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The operation as it can be done on shapes."""
+    name = function.name().partition(".")[0]
+    if _makes_whole_numbers(name, args, kwargs):
+        if name in NEW_WHOLE:
+            return NEW_WHOLE[name], args[1:2], {"dtype": kwargs["dtype"]}
+        return function, args, kwargs | {"device": CPU}
+    if name in INDEXED:
+        args = (args[0], [number for index in args[1] for number in _by_number(index)], *args[2:])
+    if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves((args, kwargs))):
+        return function, *tree_map(_shape_alone, (args, kwargs))
+    return function, args, kwargs
+
+
+def _makes_whole_numbers(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this would put whole numbers or truths onto the meta device."""
+    dtype = kwargs.get("dtype")
+    if name in NEW_WHOLE:
+        return dtype is not None and not dtype.is_floating_point and args[0].is_meta
+    if kwargs.get("device") != META:
+        return False
+    if name == "aten::_to_copy":
+        return not args[0].is_meta and not args[0].is_floating_point()
+    if name == "aten::arange" and dtype is None:
+        return not any(isinstance(bound, float) for bound in args)
+    return dtype is not None and not dtype.is_floating_point
+
+
+def _by_number(index: Tensor | None) -> list[Tensor | None]:
+    """An index by truths as one by numbers, an index a dimension: its shape is known before anything is looked up."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return list(index.nonzero().unbind(1))
+
+
+def _shape_alone(value: Any) -> Any:
+    return value.to(META) if isinstance(value, Tensor) and not value.is_meta else value
