@@ -74,20 +74,15 @@ class ToyBlock(nn.Module):
         normed = self.norm(hidden)
         placed = normed + positions
         asking, hidden = (placed[:, -1:], hidden[:, -1:]) if last else (placed, hidden)
-        mixed = self.mixed(self.q(asking), self.k(placed), self.v(normed))
-        hidden = hidden + self.o(mixed.transpose(-2, -3).flatten(-2))
+        query, key, value = self.q(asking), self.k(placed), self.v(normed)
+        if self.recorded is not None:
+            self.recorded.append(self.scores(query, key).log_softmax(-1))
+        q, k, v = self.split(query), self.split(key), self.split(value)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not last).transpose(-2, -3).flatten(-2)
+        hidden = hidden + self.o(mixed)
         if self.feed_forward:
             hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
         return hidden
-
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The heads' outputs `[B, H, t, K]`, of the queries and keys that `scores` takes and values `v` `[B, T, D]`."""
-        if self.recorded is None and q.shape[1] == k.shape[1]:  # torch's kernel never makes [T, T]
-            return F.scaled_dot_product_attention(self.split(q), self.split(k), self.split(v), is_causal=True)
-        scores = self.scores(q, k)
-        if self.recorded is not None:
-            self.recorded.append(scores.log_softmax(-1))
-        return scores.softmax(-1) @ self.split(v)
 
     def split(self, flat: Tensor) -> Tensor:
         return flat.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # [B, H, T, K]
@@ -122,7 +117,7 @@ class InductionToy(nn.Module):
             hidden, places = hidden + places, torch.zeros_like(places)
         for block in self.blocks[:-1]:
             hidden = block(hidden, places)
-        return self.blocks[-1](hidden, places, last)
+        return self.blocks[-1](hidden, places, last=last)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits at the last position, `[B, N]`."""
@@ -167,6 +162,7 @@ def toy_target(toy: InductionToy) -> Target:
         embedding=toy.embed.weight,
         matrices=matrices,
         record_patterns=lambda: recorded_patterns(toy),
+        last_block=lambda hidden, positions, last: toy.blocks[-1](hidden, positions, last=True),
     )
 
 
