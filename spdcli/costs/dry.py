@@ -7,7 +7,7 @@ work, and what it would cost is counted: operations, bytes, and the most memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ class NoNoise(Noise):
     def __init__(self) -> None:
         super().__init__(torch.Generator())
 
-    def __call__(self, piece: Piece, name: str, kind: str, shape: Sequence[int]) -> Tensor:
-        return torch.rand(shape, device=META)
+    def __call__(self, out: Tensor, piece: Piece, name: str, kind: str) -> None:
+        out.uniform_()
 
 
 class Dry(Tally):
