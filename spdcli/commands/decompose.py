@@ -220,7 +220,8 @@ def show_progress(live: LiveLine, record: Record, steps: int) -> None:
 
 def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
     """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
-    from spdcli.subject import free_bytes, parameter_counts
+    from spdcli.costs.machine import free_bytes
+    from spdcli.subject import parameter_counts
 
     slices, gates = parameter_counts(recipe, subject, names)
     element = subject.target.unembedding.element_size()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spdcli.costs.heap import Heap
 from spdcli.costs.tally import Tally
 from spdcli.engine.forward import Noise
 from spdcli.engine.plan import Piece
@@ -42,8 +43,8 @@ class Dry(Tally):
     `watch`, if given, is told of every operation that is no view: function, arguments, keyword arguments.
     """
 
-    def __init__(self, watch: Watch | None = None) -> None:
-        super().__init__()
+    def __init__(self, heap: Heap | None = None, watch: Watch | None = None) -> None:
+        super().__init__(heap)
         self.watch = watch
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

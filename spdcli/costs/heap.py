@@ -21,7 +21,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 class Heap:
-    """glibc's heap, asked for blocks that stay untouched; `grown` is by how many bytes it would have grown.
+    """glibc's heap, asked for blocks that stay untouched; `grown` is by how many bytes it has grown at most.
 
     Without glibc (2.33 or later) `grown` is what was alive at once. Blocks are known by a number each.
     """
@@ -30,7 +30,6 @@ class Heap:
         self._libc = _glibc()
         self._blocks: dict[int, tuple[ctypes.c_void_p | None, int]] = {}
         self._next = self._alive = 0
-        self._at_start = self._in_use()
         self._size_at_start = self._size()
         self.grown = 0
 
@@ -56,9 +55,10 @@ class Heap:
             assert self._libc is not None
             self._libc.free(block)
 
-    def _in_use(self) -> int:
-        """Bytes of the heap that hold something now: what is free between them can be used again."""
-        return 0 if self._libc is None else self._libc.mallinfo2().uordblks + self._libc.mallinfo2().hblkhd
+    def close(self) -> None:
+        """Give everything back."""
+        for number in list(self._blocks):
+            self.give_back(number)
 
     def _size(self) -> int:
         if self._libc is None:

@@ -12,17 +12,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from spdcli.costs.heap import Heap
+
 
 class Tally(TorchDispatchMode):
     """Watches every operation inside it, backward included, on real tensors or on tensors without storage.
 
     `flops` are those of matrix products and attention (two a multiply-add); `bytes` what the operations read and
     write, each on its own, as if no cache kept anything between them; `peak` the most bytes that tensors made inside
-    it held at once, and `alive` what they hold now.
+    it held at once, and `alive` what they hold now. A `heap`, if given, is asked for a block for each of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heap: Heap | None = None) -> None:
         super().__init__()
+        self.heap = heap
         self.flops = self.bytes = self.operations = 0
         self.alive = self.peak = 0
         self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
@@ -54,12 +57,15 @@ class Tally(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._known[storage] = size
-        weakref.finalize(storage, self._forget, size)
+        block = None if self.heap is None else self.heap.take(size)
+        weakref.finalize(storage, self._forget, size, block)
         self.alive += size
         self.peak = max(self.peak, self.alive)
 
-    def _forget(self, size: int) -> None:
+    def _forget(self, size: int, block: int | None) -> None:
         self.alive -= size
+        if self.heap is not None and block is not None:
+            self.heap.give_back(block)
 
 
 def size_of(tensor: Tensor) -> int:
