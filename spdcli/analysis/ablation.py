@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from spdcli.analysis.edits import Address, by_matrix, find_matrix
 from spdcli.analysis.effects import Questions, compare_answers, divergence, log_probabilities
 from spdcli.analysis.inspection import importances_of
-from spdcli.engine.forward import Asked, Clean, clean_pass, plan_pass
+from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.plan import Piece, Variant
+from spdcli.engine.product import Asked
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import UsageError
