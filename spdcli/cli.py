@@ -15,6 +15,7 @@ from spdcli.commands.bench import bench
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
+from spdcli.commands.plan import plan
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
@@ -60,6 +61,12 @@ COMMANDS = (
         BUILD,
         "spd decompose induction-quick --out run\nspd decompose recipes/gpt2.toml --set target.model=./gpt2"
         "\nspd decompose recipes/gpt2.toml --out run --resume",
+    ),
+    (
+        "plan",
+        plan,
+        BUILD,
+        "spd plan recipes/gpt2.toml\nspd plan induction --set decompose.batch=64\nspd plan smollm2 --json | jq .bytes",
     ),
     (
         "reproduce",

@@ -225,7 +225,7 @@ def shape_of_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -
             rows = int(subject.prompts.batch.valid.sum())
             bases = {name: torch.empty(min(m.d_in, rows), m.d_in) for name, m in matrices.items()}
         importances = _importances(recipe, subject, names, bases)
-    return Decomposition(slices, importances, recipe.slices.delta).to(subject.target.unembedding.dtype)
+    return Decomposition(slices, importances, recipe.slices.delta).to("meta", subject.target.unembedding.dtype)
 
 
 def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from spdcli.runs import TOY_WEIGHTS, save_tensors
 from spdcli.subject import (
     choose_device,
     fit_settings,
-    free_bytes,
     language_subject,
     load_decomposition,
     load_toy,

@@ -44,12 +44,12 @@ class Heap:
                 block = None  # more than the system gives to anybody: then only `alive` tells
         self._blocks[self._next] = (block, size)
         if size >= WORTH_LOOKING:
-            self.grown = max(self.grown, self._alive, self._size() - self._at_start)
+            self.grown = max(self.grown, self._alive, self._size() - self._size_at_start)
         return self._next
 
     def give_back(self, number: int) -> None:
         """Free a block."""
-        block, size = self._blocks.pop(number)
+        block, size = self._blocks.pop(number, (None, 0))  # nothing, after `close`
         self._alive -= size
         if block is not None:
             assert self._libc is not None
