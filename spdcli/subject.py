@@ -33,6 +33,7 @@ from spdcli.targets.routes import Route
 if TYPE_CHECKING:
     from spdcli.prompts import Prompts
 
+AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster
 START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
 
@@ -271,8 +272,10 @@ def loss_settings(recipe: Recipe) -> LossSettings:
     )
 
 
-def fit_settings(recipe: Recipe) -> FitSettings:
+def fit_settings(recipe: Recipe, free: int = 8 * 2**30) -> FitSettings:
+    """A recipe's [decompose] and [losses]; `free` bytes of memory are left for a plan whose budget is found (auto)."""
     section = recipe.decompose
+    budget = min(AUTO_PLAN, free / 2) if section.plan_memory == "auto" else section.plan_memory * 2**30
     return FitSettings(
         steps=section.steps,
         clip_slices=section.clip_slices,
@@ -280,6 +283,6 @@ def fit_settings(recipe: Recipe) -> FitSettings:
         log_every=section.log_every,
         prune_step=None if section.prune_at is None else round(section.prune_at * section.steps),
         prune_below=section.prune_below,
-        plan_bytes=section.plan_memory * 2**30,
+        plan_bytes=budget,
         losses=loss_settings(recipe),
     )

@@ -36,7 +36,10 @@ Cases = Annotated[
     list[str] | None,
     typer.Option("--case", "-c", help="Only cases whose names begin like this; * is wild.", show_default=False),
 ]
-Rounds = Annotated[int, typer.Option("--rounds", "-n", min=1, help="Steps of every case that are measured, in turns, after a first one.")]
+Rounds = Annotated[
+    int,
+    typer.Option("--rounds", "-n", min=1, help="Steps of every case that are measured, in turns, after a first one."),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of every process; torch's choice if not given.")
 ]

@@ -1,8 +1,9 @@
 """Benchmarks: cases measured in processes of their own, side by side, in rounds that take turns.
 
-The first step of every case is its warm-up, in which its operations are counted; then each round asks every process of a group for one step in turn (A B A B ...), so that
-what else the machine does falls on all of them alike; medians over the rounds are told. A square matrix product runs
-in a process of its own as one more member of every group: the machine's own rate, at the same time.
+The first step of every case is its warm-up, in which its operations are counted; then each round asks every process
+of a group for one step in turn (A B A B ...), so that what else the machine does falls on all of them alike; medians
+over the rounds are told. A square matrix product runs in a process of its own as one more member of every group: the
+machine's own rate, at the same time.
 """
 
 from __future__ import annotations

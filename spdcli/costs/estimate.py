@@ -11,6 +11,7 @@ from spdcli.costs.dry import META, Dry, NoNoise
 from spdcli.costs.heap import Heap
 from spdcli.costs.machine import describe, free_bytes, used_bytes
 from spdcli.costs.replay import Replay, optimiser_seconds
+from spdcli.costs.states import STATES, unborn_bytes
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.step import backward_step
@@ -19,8 +20,6 @@ from spdcli.recipe import InductionTarget, Recipe
 from spdcli.recipe_file import LoadedRecipe, select_matrices
 from spdcli.subject import Subject, fit_settings, language_subject, shape_of_decomposition, toy_shape, toy_subject
 from spdcli.targets.induction import InductionToy
-
-STATES = 3  # of every trained parameter besides its value: its gradient and Adam's two moments
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,6 @@ class Need:
         return self.process + self.weights + self.optimizer + self.activations
 
 
-def training_bytes(parameters: int, element: int) -> int:
-    """Bytes of trained parameters with their gradients and moments: what a run needs whatever its batch is."""
-    return (1 + STATES) * element * parameters
-
-
 def shapes_subject(recipe: Recipe) -> Subject:
     """The subject of a recipe as shapes: weights are not read, prompts are."""
     if isinstance(recipe.target, InductionTarget):
@@ -54,7 +48,7 @@ def shapes_subject(recipe: Recipe) -> Subject:
 
 def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> dict[str, Any]:
     """What `spd plan --json` shows. `seconds` False leaves out what has to be tried on the machine."""
-    recipe, settings = loaded.recipe, fit_settings(loaded.recipe)
+    recipe = loaded.recipe
     heap, replay = Heap(), Replay()
     try:
         with Dry(heap) as state:
@@ -65,6 +59,8 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
             moments = [torch.empty_like(p) for p in trained for _ in range(STATES - 1)]
         held = state.alive
         process = used_bytes(device)
+        free = free_bytes(device) + process  # this process goes, the other comes
+        settings = fit_settings(recipe, free - process - held - unborn_bytes(decomposition))
         step = _dry_step(subject, decomposition, settings, heap, replay)
         grown = heap.grown
     finally:
@@ -72,10 +68,9 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
     element = subject.target.unembedding.element_size()
     parameters = sum(p.numel() for p in trained)
     gates = sum(p.numel() for p in decomposition.importances.parameters() if p.requires_grad)
-    optimizer = STATES * element * parameters
+    optimizer = unborn_bytes(decomposition)
     weights = held - sum(m.numel() for m in moments) * element
     needed = Need(process, weights, optimizer, max(0, grown - weights - optimizer))
-    free = free_bytes(device) + process  # this process goes, the other comes
     found = {
         "recipe": recipe.name,
         "matrices": len(names),
@@ -133,7 +128,7 @@ def changes(recipe: Recipe, needed: Need, free: int, gates_largest: bool) -> lis
     found = []
     state = needed.weights + needed.optimizer
     if needed.activations > state:
-        found += [f"decompose.plan_memory={max(0.1, recipe.decompose.plan_memory / 4):g}", "a smaller decompose.batch"]
+        found += ["decompose.plan_memory=auto", "a smaller decompose.batch"]
     spannable = recipe.importance.kind == "vector" and recipe.target.kind == "huggingface"
     if gates_largest and spannable and recipe.importance.basis != "span":
         found.append("importance.basis=span")

@@ -13,11 +13,11 @@ ALIGNMENT = 64  # of torch's tensors on a processor
 WORTH_LOOKING = 1 << 20  # bytes; only larger blocks move the heap's size enough to look at it
 
 
+FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
 class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]  # noqa: RUF012
 
 
 class Heap:

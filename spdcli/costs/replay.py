@@ -1,4 +1,4 @@
-"""How long a step would take here: its operations, seen in a dry run, are tried on this machine, each kind for a moment."""
+"""How long a step would take here: the operations of a dry run, tried on this machine, each kind for a moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spdcli.costs.machine import synchronise
-from spdcli.costs.tally import size_of
 
 SECONDS = 8.0  # for trying operations, all kinds together
 FLOPS_RATE, BYTES_RATE = 3e10, 6e9  # a first guess, by which kinds are ordered: the largest share is tried first
@@ -29,7 +28,9 @@ class Shape:
 
     def make(self, device: torch.device) -> Tensor:
         """A tensor of this shape: random, or zeros for whole numbers, which are then valid as indices."""
-        extent = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) if 0 not in self.size else 0
+        extent = (
+            1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) if 0 not in self.size else 0
+        )
         if self.dtype.is_floating_point:
             return torch.rand(extent, dtype=self.dtype, device=device).as_strided(self.size, self.stride)
         return torch.zeros(extent, dtype=self.dtype, device=device).as_strided(self.size, self.stride)
