@@ -8,10 +8,12 @@ work, and what it would cost is counted: operations, bytes, and the most memory 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spdcli.costs.heap import Heap
@@ -35,6 +37,20 @@ class NoNoise(Noise):
         out.uniform_()
 
 
+class _ProcessorsAttention(TorchFunctionMode):
+    """On the meta device torch writes attention out; this is the kernel that a processor would take."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
+            q, k, v = args
+            if q.is_meta and q.shape[:-2] == k.shape[:-2]:
+                causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
+                kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+                return kernel(q, k, v, 0.0, causal, scale=scale)[0]
+        return function(*args, **kwargs)
+
+
 class Dry(Tally):
     """A Tally under which floating-point tensors need no storage, while whole numbers and truths keep theirs.
 
@@ -46,6 +62,16 @@ class Dry(Tally):
     def __init__(self, heap: Heap | None = None, watch: Watch | None = None) -> None:
         super().__init__(heap)
         self.watch = watch
+        self._attention = _ProcessorsAttention()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._attention.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._attention.__exit__(*error)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -17,7 +17,7 @@ FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
 
 
 class _Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
 class Heap:
