@@ -15,6 +15,7 @@ from spdcli.costs.machine import synchronise
 SECONDS = 8.0  # for trying operations, all kinds together
 FLOPS_RATE, BYTES_RATE = 3e10, 6e9  # a first guess, by which kinds are ordered: the largest share is tried first
 TRIES = 3
+SMALL = 1000  # operations on next to nothing
 OPTIMISED = 1 << 22  # parameters that an optimizer's step is tried on
 
 
@@ -79,7 +80,7 @@ class Replay:
         self.kinds[key].count += 1
 
     def seconds(self, device: torch.device, limit: float = SECONDS) -> float:
-        """Estimated seconds of all operations, one after the other.
+        """Estimated seconds of all operations, one after the other, with what Python and autograd add to each.
 
         Kinds are tried from the largest guessed share on until `limit` seconds are spent; the rest count by their
         guess, corrected by what trying the others has shown.
@@ -96,7 +97,8 @@ class Replay:
                 guessed += kind.guess * kind.count
             except (RuntimeError, TypeError, IndexError):  # it wants values that shapes do not tell
                 left += kind.guess * kind.count
-        return known + (left * known / guessed if guessed else left)
+        around = operation_seconds(device) * sum(kind.count for kind in self.kinds.values())
+        return around + known + (left * known / guessed if guessed else left)
 
 
 def _shape_of(value: Any) -> Any:
@@ -119,6 +121,21 @@ def _elements(shape: Shape) -> int:
     for size, step in zip(shape.size, shape.stride, strict=True):
         product *= size if step else 1
     return product
+
+
+def operation_seconds(device: torch.device) -> float:
+    """Seconds that an operation takes on next to nothing, its backward counted as another: what surrounds the work."""
+    best = float("inf")
+    for _ in range(TRIES):
+        x = torch.ones(1, device=device, requires_grad=True)
+        begun = time.perf_counter()
+        y = x
+        for _ in range(SMALL):
+            y = y * 1.0
+        y.backward()
+        synchronise(device)
+        best = min(best, (time.perf_counter() - begun) / (2 * SMALL))
+    return best
 
 
 def optimiser_seconds(parameters: int, device: torch.device, dtype: torch.dtype) -> float:
