@@ -139,7 +139,9 @@ class Decompose(Optimisation):
     prune_below: Annotated[float, Field(gt=0, lt=1)] = 0.01  # rare: active in fewer than this share of sequences
     slice_rate: Rate = 1.0  # multiplies the learning rate of U and V
     checkpoint_every: Positive = 500
-    plan_memory: Rate = 4.0  # GiB that the activations of one chunk of a plan may take
+    # GiB that the activations of one chunk of a plan may take; auto: half of what is free, at most 4. How a plan is cut
+    # decides which random number goes where: a run that another machine shall repeat names a size.
+    plan_memory: Rate | Literal["auto"] = 4.0
 
 
 class Recipe(Section):
