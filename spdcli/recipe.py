@@ -141,6 +141,8 @@ class Decompose(Optimisation):
     checkpoint_every: Positive = 500
     # GiB that the activations of one chunk of a plan may take; auto: half of what is free, at most 4. How a plan is cut
     # decides which random number goes where: a run that another machine shall repeat names a size.
+    # float32: products as torch does them; tf32: on a GPU, its tensor cores; bf16: in the blocks, losses in float32.
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
     plan_memory: Rate | Literal["auto"] = 4.0
 
 

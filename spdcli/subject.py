@@ -68,6 +68,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def allow_tensor_cores(precision: str) -> None:
+    """Let float32 products on a GPU round their factors to TF32, unless `precision` is float32."""
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+
+
 def optimiser_settings(section: Optimisation) -> OptimiserSettings:
     return OptimiserSettings(
         optimizer=section.optimizer,
@@ -269,6 +274,7 @@ def loss_settings(recipe: Recipe) -> LossSettings:
         reverse_kl=section.kl == "variant_to_target",
         layerwise_matrices=section.layerwise_matrices,
         faithfulness_probes=section.faithfulness_probes,
+        half=recipe.decompose.precision == "bf16",
     )
 
 

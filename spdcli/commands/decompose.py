@@ -146,9 +146,10 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
     from spdcli.recipe_file import select_matrices
     from spdcli.runs import CHECKPOINT
-    from spdcli.subject import fit_settings, optimiser_settings, start_decomposition
+    from spdcli.subject import allow_tensor_cores, fit_settings, optimiser_settings, start_decomposition
 
     recipe = loaded.recipe
+    allow_tensor_cores(recipe.decompose.precision)
     names = select_matrices(loaded, list(subject.target.matrices))
     console.debug(f"{len(names)} matrices, {recipe.slices.C} slices each, on {subject.target.device}")
     refuse_too_large(recipe, subject, names)
