@@ -21,7 +21,7 @@ GATE_KINDS = (
     ("attention", "flex"),
 )
 ALL_LOSSES = tuple(f"losses.{name}=1" for name in RECONSTRUCTION)
-TOY = ("importance.kind=vector", *ALL_LOSSES)  # on induction.toml: 6 matrices, C 100, gate width 16
+TOY = ("importance.kind=vector",)  # on induction.toml: 6 matrices, C 100, gate width 16, the losses of Table 4
 SHARED = ("importance.kind=shared",)  # on gpt2.toml: 48 matrices, gate width 64, its six losses
 CHEAP = ("losses.layerwise_matrices=8", "losses.faithfulness_probes=32")
 
@@ -69,12 +69,14 @@ def step_groups(wanted: Wanted) -> list[Group]:
     groups = [
         _ways("toy-256", "induction", (*TOY, "decompose.batch=256"), ("plan", "one by one", "plain")),
         _ways("toy-64", "induction", (*TOY, "decompose.batch=64"), ("plan", "one by one", "plain")),
+        _ways("toy-256 all six", "induction", (*TOY, *ALL_LOSSES, "decompose.batch=256"), ("plan", "one by one")),
         _ways("gpt2-C64", "gpt2", (*SHARED, "slices.C=64"), ("plan", "one by one"), cheap=True),
         _ways("gpt2-C768", "gpt2", (*SHARED, "slices.C=768"), ("plan", "one by one"), cheap=True),
     ]
     if not wanted.per_loss:
         return groups
-    return [alone for group in groups for loss in RECONSTRUCTION for alone in _of_one_loss(group, loss)]
+    several = groups[2:]  # the toy with every loss, and GPT-2
+    return [alone for group in several for loss in RECONSTRUCTION for alone in _of_one_loss(group, loss)]
 
 
 def _ways(name: str, recipe: str, settings: tuple[str, ...], ways: Sequence[str], cheap: bool = False) -> Group:

@@ -41,7 +41,7 @@ def one_by_one_step(
 ) -> dict[str, Tensor]:
     """All losses of a step on `variants`, and their gradients in the parameters."""
     batch = clean.batch
-    lower, upper = decomposition.importance(clean.inputs, batch.valid)
+    lower, upper = decomposition.importance(clean.inputs, clean.padding)
     losses: dict[str, Tensor] = {}
     for variant in variants:
         piece = Piece(variant, 0, len(batch.tokens))
