@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.importance import Importances, lower_leaky, upper_leaky
+from spdcli.engine.importance import Importances, leaky
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 
@@ -191,7 +191,8 @@ class Decomposition(SliceSet):
         read = {name: self.of(name).U for name in self.names}
         padded = valid is not None and not bool(valid.all())
         raw = self.importances(inputs, read, valid if padded else None)
-        return {n: lower_leaky(r) for n, r in raw.items()}, {n: upper_leaky(r) for n, r in raw.items()}
+        both = {name: leaky(values) for name, values in raw.items()}
+        return {n: lower for n, (lower, _) in both.items()}, {n: upper for n, (_, upper) in both.items()}
 
 
 def start_slices(
