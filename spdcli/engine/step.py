@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention pattern
 
 @dataclass(frozen=True)
 class LossSettings:
-    """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses]."""
+    """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses].
+
+    `delta_mask` is that of every variant; 0 leaves it to the masks' source.
+    """
 
     coefficients: Mapping[str, float]
     samples: int = 1
@@ -29,10 +32,20 @@ class LossSettings:
     epsilon: float = 1e-12
     subset: str = "forward"
     reverse_kl: bool = False
+    delta_mask: float = 0.0
 
     @property
     def reconstruction(self) -> list[str]:
         return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
+
+    def on_stream(self, share: float) -> LossSettings:
+        """The losses of a targeted decomposition on broad text, `share` times those on the prompts.
+
+        The delta stays fully on, so that a variant is the target minus what its masks take away: a slice that is not
+        important there must not matter there, and has no way to bring in what the target does not do.
+        """
+        own = ("minimality", *RECONSTRUCTION)
+        return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
 
     def p(self, step: int, steps: int) -> float:
         """The power of minimality at `step` (from 0)."""
@@ -186,7 +199,7 @@ def _plan_terms(
 
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.place.shape[1])
-    variants = draw_variants(wanted, blocks, settings.samples, settings.subset, shape, generator)
+    variants = draw_variants(wanted, blocks, settings.samples, settings.subset, shape, generator, settings.delta_mask)
     watch = attend if attention > 0 else None
     reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl, watch)
     return sums
