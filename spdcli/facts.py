@@ -63,7 +63,7 @@ class Facts(Section):
         """The paraphrases and reversals of one fact, by its prompt."""
         return [entry for entry in self.related if entry.of == prompt]
 
-    def without(self, prompts: list[str]) -> list[Fact]:
+    def without(self, prompts: Sequence[str]) -> list[Fact]:
         """The facts whose text is none of `prompts`."""
         return [fact for fact in self.fact if fact.prompt not in prompts]
 
