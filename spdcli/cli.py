@@ -66,7 +66,7 @@ COMMANDS = (
         reproduce,
         BUILD,
         "spd reproduce induction\nspd reproduce induction --seeds 5 --out five\n"
-        "spd reproduce induction --seeds 3 --same-toy --out same",
+        "spd reproduce induction --seeds 3 --same-toy --out same\nspd reproduce facts --seeds 3 --out facts",
     ),
     ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
     (
