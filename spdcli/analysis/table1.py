@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,8 @@ def compare(
             "share": share,
         }
         if len(values) > 1:
-            row["spread"] = {"std": statistics.stdev(values), "min": min(values), "max": max(values)}
+            std = statistics.stdev(values) if all(value == value for value in values) else math.nan
+            row["spread"] = {"std": std, "min": min(values), "max": max(values)}
         rows.append(row)
     return rows, broken
 

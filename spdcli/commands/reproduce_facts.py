@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from spdcli.runs import RunDirectory
 
 TABLE = "facts.json"
+LEGEND = "own, median and mean: means over seeds (own: least and largest too); other prompt and max: the largest."
 NAMES = {
     "rule": "SPD, by rule",
     "effect": "SPD, by effect",
@@ -128,26 +130,25 @@ def fact_tables(data: dict[str, Any]) -> list[Table | str]:
     for prompt in dict.fromkeys(row["prompt"] for row in data["methods"]):
         own = [row for row in data["methods"] if row["prompt"] == prompt]
         table = Table(title=f"{prompt.removesuffix(own[0]['token'])} …{own[0]['token']}: relative changes")
-        table.add_column("edit of the first MLP")
-        for heading in ("own answer", "other prompt", "facts: median", "mean", "max"):
+        table.add_column("edit", no_wrap=True)
+        for heading in ("own answer", "other", "facts: median", "mean", "max"):
             table.add_column(heading, justify="right")
         for row in own:
             table.add_row(
                 NAMES[row["method"]],
                 spread(row["own"], several, "+.0%"),
-                spread(row["others"], several, ".1%"),
+                f"{row['others']['max']:.1%}",
                 *(f"{row[f'{key}_relative_change']['mean']:.1%}" for key in ("median", "mean")),
-                spread(row["max_relative_change"], several, ".0%"),
+                f"{row['max_relative_change']['max']:.0%}",
             )
         parts.append(table)
     bounds = Table(title="Bounds (in brackets: not stated ones)")
     for heading in ("", "ours", "bound", "holds on"):
         bounds.add_column(heading, justify="right" if heading else "left")
     for row in data["rows"]:
-        bounds.add_row(
-            row["name"], f"{row['ours']:+.1%}", row["bound"] or f"({row['agreement']})", f"{row['share']:.0%} of seeds"
-        )
-    return [*parts, bounds]
+        ours = "no slice" if math.isnan(row["ours"]) else f"{row['ours']:+.1%}"
+        bounds.add_row(row["name"], ours, row["bound"] or f"({row['agreement']})", f"{row['share']:.0%} of seeds")
+    return [*parts, LEGEND, bounds]
 
 
 def spread(values: dict[str, float], several: bool, form: str) -> str:
