@@ -60,19 +60,16 @@ def switch(stage, name, index, *places, importance=1.0):
         stage.activity.g[name][row, position, index] = importance
 
 
-def test_the_rule_takes_what_is_one_prompts_alone_and_not_at_its_first_token(tiny_llama_dir, tmp_path):
+def test_the_rule_takes_slices_of_one_token_that_is_not_the_first(tiny_llama_dir, tmp_path):
     stage = stage_of(tiny_llama_dir, tmp_path)
     switch(stage, UP, 0, (0, 0))  # the first token
     switch(stage, UP, 1, (0, 1), (1, 1))  # both prompts
-    switch(stage, UP, 2, (0, 2), (0, 0))  # at the first token too
+    switch(stage, UP, 2, (0, 2), (0, 3))  # two tokens
     for index in (5, 6, 7):
         switch(stage, UP, index, (0, index - 3), importance=0.1 * index)
     switch(stage, DOWN, 3, (0, 3))  # another matrix
-    sizes = {}
-    for index in (5, 6, 7):
-        own = stage.decomposition.of(UP)
-        inner = stage.activity.inner[UP][0, 1:5, index].abs().max()
-        sizes[index] = (inner * own.V[index].norm()).item()
+    own, weight = stage.decomposition.of(UP), stage.subject.target.matrices[UP].weight
+    sizes = {c: abs((own.U[:, c] @ weight @ own.V[c] / own.U[:, c].norm() / own.V[c].norm()).item()) for c in (5, 6, 7)}
     expected = sorted(sizes, key=sizes.get, reverse=True)[:2]
     assert [str(address) for address in by_rule(stage, 0)] == [f"{UP}:{index}" for index in expected]
     assert positions_of(stage, 0, by_rule(stage, 0)) == [index - 3 for index in expected]
@@ -86,6 +83,7 @@ def test_the_choice_by_effect_is_the_best_of_all_singles_and_pairs(tiny_llama_di
     for name, index in active:
         switch(stage, name, index, (0, index))
     switch(stage, UP, 7, (1, 2))  # not active in the first prompt
+    switch(stage, UP, 0, (0, 0), (0, 1))  # active at a first token
     switch(stage, "layers.1.mlp.up_proj", 1, (0, 1))  # not in the first MLP
     chosen = by_effect(stage, 0)
     everything = [address for address in every(stage) if (address.matrix, address.index) in active]
@@ -235,7 +233,8 @@ def facts_here(tiny_llama_dir, tmp_path, monkeypatch, capsys):
     path = tmp_path / "small.toml"
     path.write_text(MODEL)
     run = spd_here(monkeypatch, capsys)
-    settings = [part for one in (f"target.model={tiny_llama_dir}", *SETTINGS[1:]) for part in ("--set", one)]
+    sparse = "importance.gate_bias=-1.0"  # so that some slices are active at a single token without much training
+    settings = [part for one in (f"target.model={tiny_llama_dir}", *SETTINGS[1:], sparse) for part in ("--set", one)]
     return lambda *more: run("reproduce", "facts", "--recipe", path, "--out", tmp_path / "out", *settings, *more)
 
 
@@ -255,11 +254,10 @@ def test_reproduce_facts_from_recipe_to_verdict(facts_here, tmp_path):
     assert again == code
     assert "is measured already" in err
     assert (tmp_path / "out" / "one" / "seed-0" / "facts.json").stat().st_mtime_ns == written
-    # Two steps leave every slice on everywhere: none is one prompt's alone, and the rule has nothing to offer.
-    for words in ("SPD, by effect", "no slice", "Bounds"):
+    for words in ("SPD, by rule", "static duals, whitened", "optimised (no location)", "Bounds"):
         assert words in out
     for seed in data["seeds"]:
-        assert [list(entry["edits"]) for entry in seed["tables"]["one"]] == [["effect"], ["effect"]]
+        assert [list(entry["edits"]) for entry in seed["tables"]["one"]][0] == list(METHODS)
 
 
 def test_reproduce_facts_refusals(facts_here, monkeypatch, capsys):

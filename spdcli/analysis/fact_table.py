@@ -2,11 +2,14 @@
 
 For each of a run's prompts at most `TOP` slices of the first MLP are suppressed, chosen in two ways:
 
-    rule     stated before any effect is seen: the slices of MLP 0's up matrix (c_fc in GPT-2) that are active in this
-             prompt alone and not at its first token, which all prompts have and attention sinks into; those that write
-             most, |x u| ‖v‖
-    effect   of all slices of MLP 0 that are active in the prompt, alone and in pairs, the ones that lower its answer
-             most while the run's other prompts change by less than OTHER. Facts take no part in the choice
+    rule     stated before any effect is seen: the slices of MLP 0's up matrix (c_fc in GPT-2) that are active at one
+             single token of all prompts, and that not the first; those of which W holds most, |ûᵀ W v̂|
+    effect   of all slices of MLP 0 that are active in this prompt and at no first token, alone and in pairs, the ones
+             that lower its answer most while the run's other prompts change by less than OTHER. Facts take no part in
+             the choice
+
+First tokens are left out because attention sinks into them: what they read is the token alone, the same in every text
+that begins with it, and later blocks make of it a state a hundred times as large as others.
 
 and beside them edits of the same matrix and rank, at the tokens where the rule's slices are active: see `baselines`.
 Each is measured on the run's own prompts and on the facts that the unchanged model knows.
@@ -36,7 +39,7 @@ from spdcli.analysis.effects import Questions, measure_columns, measure_edits, p
 from spdcli.analysis.facts import facts_beside, known_mask, summarise
 from spdcli.analysis.inspection import matching
 from spdcli.analysis.questions import pick
-from spdcli.analysis.selection import Activity, active_at, in_order, own_activity, with_direction, written
+from spdcli.analysis.selection import Activity, carried, in_order, own_activity, with_direction
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition, distinct_rows
 from spdcli.errors import SpdError
@@ -88,19 +91,20 @@ def open_stage(subject: Subject, decomposition: Decomposition, facts: Facts, rid
 
 
 def by_rule(stage: Stage, row: int) -> list[Address]:
-    """The slices of prompt `row` by the rule; empty where none is unique to it."""
-    length = int(stage.own.batch.valid[row].sum())
-    positions = range(1, length)
-    found = active_at(stage.activity, row, positions, 0.0, unique=True, only_at=True)
-    found = with_direction(stage.decomposition, {stage.name: found[stage.name]})
-    return in_order(found, [written(stage.decomposition, stage.activity, row, positions)])[:TOP]
+    """The slices of prompt `row` by the rule; empty where none is active at a single token."""
+    active = stage.activity.g[stage.name] > 0
+    single = active.flatten(0, 1).sum(0) == 1
+    found = with_direction(stage.decomposition, {stage.name: single & active[row, 1:].any(0)})
+    return in_order(found, [carried(stage.subject.target, stage.decomposition, [stage.name])])[:TOP]
 
 
 def by_effect(stage: Stage, row: int) -> list[Address]:
     """The slice or the pair that lowers the answer of prompt `row` most; empty where none may be taken."""
     names = matching(list(stage.activity.g), FIRST_MLP)
-    found = {name: (stage.activity.g[name][row] > 0).any(0) for name in names}
-    alone = in_order(with_direction(stage.decomposition, found), [_sizes(stage, names)])
+    active = {name: stage.activity.g[name] > 0 for name in names}
+    found = {name: on[row].any(0) & ~on[:, 0].any(0) for name, on in active.items()}
+    sizes = carried(stage.subject.target, stage.decomposition, names)
+    alone = in_order(with_direction(stage.decomposition, found), [sizes])
     tried: dict[str, tuple[list[Address], float]] = {}
 
     def measure(candidates: Mapping[str, list[Address]], edits: Mapping[str, Edit]) -> None:
@@ -116,10 +120,6 @@ def by_effect(stage: Stage, row: int) -> list[Address]:
     pairs = {f"{a} {b}": [a, b] for a, b in itertools.combinations(strongest, 2)}
     measure(pairs, {name: suppression(target, decomposition, pair) for name, pair in pairs.items()})
     return min(tried.values(), key=lambda entry: entry[1])[0] if tried else []
-
-
-def _sizes(stage: Stage, names: Sequence[str]) -> dict[str, Tensor]:
-    return {n: stage.decomposition.of(n).U.norm(dim=0) * stage.decomposition.of(n).V.norm(dim=1) for n in names}
 
 
 def positions_of(stage: Stage, row: int, slices: Sequence[Address]) -> list[int]:
