@@ -11,6 +11,7 @@ import typer
 from spdcli import __version__
 from spdcli.commands import facts, recipe
 from spdcli.commands.ablate import ablate
+from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
@@ -68,6 +69,13 @@ COMMANDS = (
         "spd reproduce induction\nspd reproduce induction --seeds 5 --out five\n"
         "spd reproduce induction --seeds 3 --same-toy --out same\nspd reproduce facts --seeds 3 --out facts",
     ),
+    (
+        "compare",
+        compare,
+        LOOK,
+        "spd compare induction-quick --with losses.layerwise_matrices=2 --with losses.faithfulness_probes=4\n"
+        "spd compare smollm2 --with importance.basis=full --set decompose.steps=200",
+    ),
     ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
     (
         "inspect",
@@ -101,7 +109,6 @@ COMMANDS = (
         CHANGE,
         "spd suppress run --slice h.0.mlp.c_fc:12 --patch edit.safetensors\n"
         "spd suppress run --script edits.toml --dry-run\n"
-        "spd suppress run --apply edit.safetensors --save edited\n"
         "spd suppress run --revert edit.safetensors --base edited --save restored",
     ),
 )

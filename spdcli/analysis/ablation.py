@@ -31,8 +31,9 @@ from spdcli.analysis.effects import (
     question_groups,
 )
 from spdcli.analysis.inspection import importances_of
-from spdcli.engine.forward import Asked, Clean, clean_pass, plan_pass
+from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.plan import Piece, Variant
+from spdcli.engine.product import Asked
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import UsageError

@@ -85,7 +85,7 @@ def evaluate(
     found: dict[str, Any] = {}
     for batch in evaluation_batches(subject, sequences, seed):
         clean = clean_pass(subject.target, batch, decomposition.names)
-        g, _ = decomposition.importance(clean.inputs, batch.valid)
+        g, _ = decomposition.importance(clean.inputs, clean.padding)
         _count_active(tally, g, batch, threshold)
         _reconstruct(tally, subject.target, decomposition, clean, g, noise)
         logits = masked_logits(subject.target, decomposition, clean, importance_masks(g, decomposition.delta))

@@ -16,7 +16,7 @@ and a pair is told when it is below 0 (the paper's "obe" and " Bryant").
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 
 from spdcli.analysis.edits import Address, Edit, suppression, suppressions
-from spdcli.analysis.effects import Questions, measure_columns, present_answers
+from spdcli.analysis.effects import Questions, measure_columns, measure_group, present_answers, question_groups
 from spdcli.analysis.facts import AskedFacts, known_mask, relative_change, statistics
 from spdcli.analysis.inspection import matching
 from spdcli.analysis.questions import join, pick
 from spdcli.analysis.selection import Activity, in_order, with_direction, written
+from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import UsageError
 from spdcli.subject import Subject
 
-Columns = Mapping[str, Mapping[str, Tensor]]
+FACT_TOKENS = 256  # of one group of facts: an edit that is beyond the limit is given up between groups
+KEPT_TOKENS = 4096  # of facts whose hidden states are kept
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Beside:
         self.target, self.facts, self.search = subject.target, facts, search
         self.asked = question if others is None else join([question, others])
         self.edits: dict[str, Edit] = {}
+        self.kept: list[Clean] = []
 
     def measure(self, edits: Mapping[str, Edit]) -> dict[str, dict[str, Any]]:
         """Every edit on the question and the other prompts: probabilities, `fall` log(after / before), changes."""
@@ -176,10 +179,33 @@ class Beside:
         return told
 
     def _facts(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The facts' changes by edit; an edit that cannot be within the limit is given up as soon as that is sure."""
         if self.facts is None:
-            return {name: torch.zeros(0) for name in names}
-        measured = measure_columns(self.target, self.facts, {name: self.edits[name] for name in names})
-        return {name: relative_change(columns["ratio"]) for name, columns in measured.items()}
+            return {name: torch.zeros(0, dtype=torch.float64) for name in names}
+        changes: dict[str, Tensor] = {name: torch.zeros(0, dtype=torch.float64) for name in names}
+        for clean in self._fact_groups():
+            for name, columns in measure_group(
+                self.target, clean, {name: self.edits[name] for name in changes}
+            ).items():
+                changes[name] = torch.cat([changes[name], relative_change(columns["ratio"]).cpu()])
+            changes = {name: seen for name, seen in changes.items() if self.within(self._at_least(seen))}
+            if not changes:
+                break
+        return changes
+
+    def _at_least(self, seen: Tensor) -> Tensor:
+        """The facts' changes if those not asked yet did not move: no statistic of them can turn out lower."""
+        assert self.facts is not None
+        return torch.cat([seen, seen.new_zeros(len(self.facts.texts) - len(seen))])
+
+    def _fact_groups(self) -> Iterable[Clean]:
+        """The facts' clean passes; kept between calls unless they are many."""
+        assert self.facts is not None
+        made = (clean_pass(self.target, batch, ()) for _, batch in question_groups(self.facts.batch, FACT_TOKENS))
+        if int(self.facts.batch.valid.sum()) > KEPT_TOKENS:
+            return made
+        self.kept = self.kept or list(made)
+        return self.kept
 
 
 def summary(changes: Tensor) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -114,13 +114,15 @@ def fit(
 
     `batches(generator)` gives the next minibatch; when it gives the same object again the clean pass is not
     repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. Raises SpdError, naming
-    step and term, as soon as a loss or a gradient is not finite; the parameters are then those of the step before.
+    step and term, when a loss or a gradient is not finite: at once on a processor, at the next record on a GPU, which
+    is not waited for in between. The parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
     groups = {
         name: group["params"] for name, group in zip(("slices", "gates"), state.optimiser.param_groups, strict=True)
     }
     limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
+    watch = _Watch(state.optimiser, target.device)
     begun = time.monotonic() - state.seconds
     clean: Clean | None = None
     while state.step < settings.steps:
@@ -144,7 +146,10 @@ def fit(
             name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True)
             for name in groups
         }
-        _refuse_non_finite(state.step + 1, done, norms)
+        due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
+        watch.see(state.step + 1, done, norms)
+        if due or target.device.type != "cuda":
+            watch.check(done.losses)
         rate = set_rate(state.optimiser, state.schedule, state.step)
         state.optimiser.step()
         state.step += 1
@@ -152,7 +157,6 @@ def fit(
             kept = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
             decomposition.importances.prune(kept)
         state.seconds = time.monotonic() - begun
-        due = state.step % settings.log_every == 0 or state.step in (1, settings.steps)
         yield _record(state, done, norms, settings, rate, p) if due else None
 
 
@@ -173,7 +177,7 @@ def frequent_slices(
             break
         batch = drawn
         clean = clean_pass(target, batch, decomposition.names)
-        g, _ = decomposition.importance(clean.inputs, batch.valid)
+        g, _ = decomposition.importance(clean.inputs, clean.padding)
         sequences += len(batch.tokens)
         for name, values in g.items():
             active = ((values > 0) & batch.valid[..., None]).any(1).sum(0)
@@ -181,15 +185,35 @@ def frequent_slices(
     return {name: count >= share * sequences for name, count in counts.items()}
 
 
-def _refuse_non_finite(step: int, done: Step, norms: dict[str, Tensor]) -> None:
-    if bool(torch.stack([*norms.values(), *done.losses.values()]).isfinite().all()):
-        return
-    bad = [name for name, loss in done.losses.items() if not bool(loss.isfinite())]
-    what = f"loss {bad[0]} is {done.losses[bad[0]].item()}" if bad else "the gradient is not finite"
-    raise SpdError(
-        f"step {step}: {what}; stopped before the parameters changed",
-        "lower decompose.learning_rate, or set decompose.clip_slices and decompose.clip_gates",
-    )
+class _Watch:
+    """Notices what is not finite without waiting for the device: from that step on the optimizer changes nothing."""
+
+    def __init__(self, optimiser: torch.optim.Optimizer, device: torch.device) -> None:
+        self.broken = torch.zeros((), device=device)  # 1 once something was
+        self.step = torch.zeros((), dtype=torch.long, device=device)
+        self.values: Tensor | None = None  # every loss of that step
+        optimiser.found_inf = self.broken  # type: ignore[attr-defined]  # what fused optimizers look at
+
+    def see(self, step: int, done: Step, norms: dict[str, Tensor]) -> None:
+        losses = torch.stack([loss.double() for loss in done.losses.values()])
+        bad = ~(losses.isfinite().all() & torch.stack(list(norms.values())).isfinite().all())
+        fresh = bad & (self.broken == 0)
+        self.step = torch.where(fresh, step, self.step)
+        self.values = losses if self.values is None else torch.where(fresh, losses, self.values)
+        self.broken.copy_(torch.maximum(self.broken, bad.to(self.broken)))
+
+    def check(self, names: Iterable[str]) -> None:
+        """SpdError where something was not finite, naming step and loss."""
+        if not bool(self.broken) or self.values is None:
+            return
+        bad = [
+            (name, value) for name, value in zip(names, self.values.tolist(), strict=True) if not math.isfinite(value)
+        ]
+        what = f"loss {bad[0][0]} is {bad[0][1]}" if bad else "the gradient is not finite"
+        raise SpdError(
+            f"step {int(self.step)}: {what}; stopped before the parameters changed",
+            "lower decompose.learning_rate, or set decompose.clip_slices and decompose.clip_gates",
+        )
 
 
 def _record(

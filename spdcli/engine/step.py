@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from spdcli.engine.forward import Clean, Noise, ask, plan_pass, recording, row_divergences
-from spdcli.engine.losses import RECONSTRUCTION, annealed_p, attention_divergence, faithfulness, minimality
+from spdcli.engine.losses import (
+    RECONSTRUCTION,
+    annealed_p,
+    attention_divergence,
+    faithfulness,
+    minimality,
+    probed_faithfulness,
+)
 from spdcli.engine.plan import Piece, Variant, chunks, draw_variants
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
@@ -21,6 +28,8 @@ ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention pattern
 class LossSettings:
     """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses].
 
+    `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses, and
+    `faithfulness_probes` random vectors for the exact faithfulness; None is exact.
     `delta_mask` is that of every variant; 0 leaves it to the masks' source.
     """
 
@@ -32,6 +41,8 @@ class LossSettings:
     epsilon: float = 1e-12
     subset: str = "forward"
     reverse_kl: bool = False
+    layerwise_matrices: int | None = None
+    faithfulness_probes: int | None = None
     delta_mask: float = 0.0
 
     @property
@@ -123,10 +134,21 @@ def attention_errors(
 
 def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
     """Faithfulness of all decomposed matrices (Eq. 1)."""
-    pairs = {}
-    for name in slices.names:
-        pairs[name] = (target.matrices[name].weight, slices.of(name).U, slices.of(name).V)
-    return faithfulness(pairs)
+    return faithfulness(_weights_and_slices(target, slices))
+
+
+def estimated_faithfulness(target: Target, slices: SliceSet, probes: int, generator: torch.Generator) -> Tensor:
+    """Faithfulness by `probes` random sign vectors a matrix, drawn from `generator` on the CPU."""
+    pairs = _weights_and_slices(target, slices)
+    signs = {}
+    for name, (weight, _, _) in pairs.items():
+        drawn = torch.randint(2, (probes, weight.shape[0]), generator=generator)
+        signs[name] = (2 * drawn - 1).to(weight, non_blocking=True)
+    return probed_faithfulness(pairs, signs)
+
+
+def _weights_and_slices(target: Target, slices: SliceSet) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    return {name: (target.matrices[name].weight, slices.of(name).U, slices.of(name).V) for name in slices.names}
 
 
 @dataclass(eq=False)
@@ -152,12 +174,17 @@ def backward_step(
     Backward runs chunk by chunk against detached importances; their summed gradient then goes through the importance
     functions once, together with faithfulness and minimality.
     """
-    lower, upper = decomposition.importance(clean.inputs, clean.batch.valid)
+    lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
     terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
     direct: dict[str, Tensor] = {}
     if settings.coefficients.get("faithfulness", 0) > 0:
-        direct["faithfulness"] = exact_faithfulness(target, decomposition)
+        probes = settings.faithfulness_probes
+        direct["faithfulness"] = (
+            exact_faithfulness(target, decomposition)
+            if probes is None
+            else estimated_faithfulness(target, decomposition, probes, generator)
+        )
     if settings.coefficients.get("minimality", 0) > 0:
         direct["minimality"] = minimality(upper, clean.batch.valid, p, settings.epsilon)
     carried = [name for name in leaves if leaves[name].grad is not None]
@@ -199,7 +226,16 @@ def _plan_terms(
 
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.place.shape[1])
-    variants = draw_variants(wanted, blocks, settings.samples, settings.subset, shape, generator, settings.delta_mask)
+    variants = draw_variants(
+        wanted,
+        blocks,
+        settings.samples,
+        settings.subset,
+        shape,
+        generator,
+        settings.layerwise_matrices,
+        settings.delta_mask,
+    )
     watch = attend if attention > 0 else None
     reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl, watch)
     return sums

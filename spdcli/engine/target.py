@@ -91,8 +91,8 @@ class Target:
     returns does not matter. `finish` is the final norm (identity where there is none).
     `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts
     of one module are neighbours and together cover all its columns. While `record_patterns()` is open, every block
-    that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell). `last_block`, called
-    like the last block, gives its output at the last position alone, `[R, 1, D]` (None where it cannot).
+    that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell). `last_block`,
+    called like the last block, gives its output at the last position alone, `[R, 1, D]` (None where it cannot).
     """
 
     model: nn.Module

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError, UsageError
@@ -111,6 +112,7 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
             f"target.split_attention = true, but '{model.config.model_type}' keeps q, k and v apart already",
             "leave split_attention out",
         )
+    fuse_activations(model)
     head = model.get_submodule(language_model.architecture.head)
 
     def run(tokens: Tensor, valid: Tensor) -> object:
@@ -128,6 +130,14 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
         embedding=base.get_submodule(language_model.architecture.embedding).get_parameter("weight"),
         matrices={matrix.name: matrix for matrix, _, _ in walk_matrices(language_model, split_attention)},
     )
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Put torch's own GELU where transformers writes the same formula out, an operation at a time (GPT-2)."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def walk_matrices(
