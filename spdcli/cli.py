@@ -75,7 +75,7 @@ COMMANDS = (
         reproduce,
         BUILD,
         "spd reproduce induction\nspd reproduce induction --seeds 5 --out five\n"
-        "spd reproduce induction --seeds 3 --same-toy --out same",
+        "spd reproduce induction --seeds 3 --same-toy --out same\nspd reproduce facts --seeds 3 --out facts",
     ),
     (
         "compare",

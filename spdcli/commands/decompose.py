@@ -146,7 +146,13 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
     from spdcli.recipe_file import select_matrices
     from spdcli.runs import CHECKPOINT
-    from spdcli.subject import allow_tensor_cores, fit_settings, optimiser_settings, start_decomposition
+    from spdcli.subject import (
+        allow_tensor_cores,
+        fit_settings,
+        optimiser_settings,
+        start_decomposition,
+        stream_batches,
+    )
 
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)
@@ -169,7 +175,8 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
         console.note(f"faithfulness {reached:.1e} after {recipe.slices.faithfulness_warmup} steps of warm-up")
     run.start_metrics(after=state.step)
     free = free_bytes(subject.target.device) - unborn_bytes(decomposition)
-    steps = fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe, free))
+    broad = stream_batches(recipe, subject)
+    steps = fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe, free), broad)
     with console.live() as live, stop_asked() as asked:
         for record in steps:
             if record is not None:

@@ -17,6 +17,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 
+ON_STREAM = "stream_"  # before a loss's name: its value on broad text
 PRUNE_BATCHES = 128  # what a slice's frequency is counted on
 
 
@@ -51,6 +52,7 @@ class FitSettings:
     """`steps`, what to clip (None: nothing), how often to record, the memory of a plan's chunk in bytes.
 
     After `prune_step` steps (None: never), slices active in fewer than `prune_below` of the sequences are switched off.
+    `targeted` is what the losses on the broad stream count, times those on the prompts.
     """
 
     steps: int
@@ -61,6 +63,7 @@ class FitSettings:
     prune_step: int | None = None
     prune_below: float = 0.01
     losses: LossSettings = field(default_factory=lambda: LossSettings({}))
+    targeted: float = 0.0
 
 
 def start_fit(
@@ -105,12 +108,14 @@ def fit(
     batches: Callable[[torch.Generator], Batch],
     state: FitState,
     settings: FitSettings,
+    stream: Callable[[torch.Generator], Batch] | None = None,
 ) -> Iterator[Record | None]:
     """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
 
     `batches(generator)` gives the next minibatch; when it gives the same object again the clean pass is not
-    repeated. Raises SpdError, naming step and term, when a loss or a gradient is not finite: at once on a processor, at
-    the next record on a GPU, which is not waited for in between. The parameters are then those of the step before.
+    repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. Raises SpdError, naming
+    step and term, when a loss or a gradient is not finite: at once on a processor, at the next record on a GPU, which
+    is not waited for in between. The parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
     groups = {
@@ -130,6 +135,13 @@ def fit(
         done = backward_step(
             target, decomposition, clean, settings.losses, p, state.generators["plan"], noise, settings.plan_bytes
         )
+        if stream is not None and settings.targeted > 0:
+            broad = clean_pass(target, stream(state.generators["data"]), decomposition.names)
+            beside = settings.losses.on_stream(settings.targeted)
+            also = backward_step(
+                target, decomposition, broad, beside, p, state.generators["plan"], noise, settings.plan_bytes
+            )
+            done = Step(done.losses | {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}, done.active)
         norms = {
             name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True)
             for name in groups
@@ -145,7 +157,7 @@ def fit(
             kept = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
             decomposition.importances.prune(kept)
         state.seconds = time.monotonic() - begun
-        yield _record(state, done, norms, settings.losses, rate, p) if due else None
+        yield _record(state, done, norms, settings, rate, p) if due else None
 
 
 @torch.no_grad()
@@ -205,13 +217,15 @@ class _Watch:
 
 
 def _record(
-    state: FitState, done: Step, norms: dict[str, Tensor], losses: LossSettings, rate: float, p: float
+    state: FitState, done: Step, norms: dict[str, Tensor], settings: FitSettings, rate: float, p: float
 ) -> Record:
     terms = {name: loss.item() for name, loss in done.losses.items()}
+    broad = settings.losses.on_stream(settings.targeted).coefficients
+    coefficients = {**settings.losses.coefficients, **{f"{ON_STREAM}{name}": share for name, share in broad.items()}}
     return Record(
         step=state.step,
         losses=terms,
-        total=sum(losses.coefficients[name] * value for name, value in terms.items()),
+        total=sum(coefficients[name] * value for name, value in terms.items()),
         active={name: value.item() for name, value in done.active.items()},
         gradients={name: norm.item() for name, norm in norms.items()},
         rate=rate,

@@ -112,7 +112,8 @@ class Noise:
 def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise: Noise) -> Asked | None:
     """What a chunk asks of matrix `name`, or None when no variant in it replaces that matrix.
 
-    Importance masks are g `[B, T, C]` with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1). Where
+    Importance masks are g `[B, T, C]` with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1); a
+    variant's own delta mask, where it has one, stands instead. Where
     a variant leaves the target alone both are 1, which is the target's own matrix. Fixed masks need no g, and a chunk
     has them in all its variants or in none.
     """
@@ -137,7 +138,9 @@ def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise:
                 noise(drawn[part], piece, name, "mask")
             else:
                 drawn[part] = 0.0
-        if keep is not None and delta and piece.variant.source == "stochastic":
+        if keep is not None and piece.variant.delta:
+            keep[part] = piece.variant.delta
+        elif keep is not None and delta and piece.variant.source == "stochastic":
             noise(keep[part], piece, name, "delta")
         if piece.variant.routed is not None and drawn is not None and keep is not None:
             left_alone = ~piece.variant.routed[name][piece.start : piece.stop, :, None].to(g.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class LossSettings:
     `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses, and
     `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the plan
     pass multiply in bfloat16; importances and losses stay as they are.
+    `delta_mask` is that of every variant; 0 leaves it to the masks' source.
     """
 
     coefficients: Mapping[str, float]
@@ -45,10 +46,20 @@ class LossSettings:
     layerwise_matrices: int | None = None
     faithfulness_probes: int | None = None
     half: bool = False
+    delta_mask: float = 0.0
 
     @property
     def reconstruction(self) -> list[str]:
         return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
+
+    def on_stream(self, share: float) -> LossSettings:
+        """The losses of a targeted decomposition on broad text, `share` times those on the prompts.
+
+        The delta stays fully on, so that a variant is the target minus what its masks take away: a slice that is not
+        important there must not matter there, and has no way to bring in what the target does not do.
+        """
+        own = ("minimality", *RECONSTRUCTION)
+        return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
 
     def p(self, step: int, steps: int) -> float:
         """The power of minimality at `step` (from 0)."""
@@ -223,7 +234,14 @@ def _plan_terms(
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.place.shape[1])
     variants = draw_variants(
-        wanted, blocks, settings.samples, settings.subset, shape, generator, settings.layerwise_matrices
+        wanted,
+        blocks,
+        settings.samples,
+        settings.subset,
+        shape,
+        generator,
+        settings.layerwise_matrices,
+        settings.delta_mask,
     )
     watch = attend if attention > 0 else None
     reverse = settings.reverse_kl
