@@ -17,6 +17,7 @@ from spdcli.commands.inspect import inspect
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
+from spdcli.commands.trace import trace
 from spdcli.commands.train import train
 from spdcli.console import Console
 from spdcli.errors import Interrupted, SpdError
@@ -79,6 +80,13 @@ COMMANDS = (
         svd,
         LOOK,
         "spd svd run\nspd svd run --tolerance 1e-4 --method greedy_svd\nspd svd run --json | jq .result.spd",
+    ),
+    (
+        "trace",
+        trace,
+        LOOK,
+        "spd trace run --subject 'Kobe Bryant' --subject 'Tiger Woods'\n"
+        "spd trace openai-community/gpt2 --prompt 'Kobe Bryant plays the sport of basketball' --subject 'Kobe Bryant'",
     ),
     (
         "ablate",
