@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from spdcli import __version__
-from spdcli.commands import recipe
+from spdcli.commands import facts, recipe
 from spdcli.commands.ablate import ablate
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
@@ -106,6 +106,7 @@ COMMANDS = (
 )
 for name, function, panel, examples in COMMANDS:
     app.command(name, rich_help_panel=panel, epilog=examples)(function)
+app.add_typer(facts.app, name="facts", rich_help_panel=LOOK)
 app.add_typer(recipe.app, name="recipe", rich_help_panel=RECIPES)
 
 

@@ -84,8 +84,8 @@ def load_recipe(
     as text. `seed` and `device` are the options of those names. Raises RecipeError with every mistake.
     """
     path = find_recipe(path_or_name)
-    text = _read(path)
-    raw = _parse(text, str(path))
+    text = read_toml(path)
+    raw = parse_toml(text, str(path))
     applied = [_parse_override(override) for override in overrides]
     if seed is not None:
         applied.append(Override(f"--seed {seed}", ("seed",), seed))
@@ -172,20 +172,22 @@ def _nearest(pattern: str, names: Sequence[str]) -> str:
     return f"it has {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
-def _read(path: Path) -> str:
+def read_toml(path: Path, kind: str = "a recipe") -> str:
+    """The text of a file that `kind`, in words, is; RecipeError when it cannot be read."""
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         message = f"not a text file in UTF-8: {error.reason} at byte {error.start}"
     except IsADirectoryError:
         run_recipe = path / "recipe.toml"
-        message = "a directory, not a recipe" + (f" (did you mean '{run_recipe}'?)" if run_recipe.is_file() else "")
+        message = f"a directory, not {kind}" + (f" (did you mean '{run_recipe}'?)" if run_recipe.is_file() else "")
     except OSError as error:
         message = f"cannot be read: {error.strerror}"
-    raise RecipeError([RecipeProblem(str(path), None, "", message)], "a recipe is a TOML file")
+    raise RecipeError([RecipeProblem(str(path), None, "", message)], f"{kind} is a TOML file")
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """TOML as tables; RecipeError with line and column where it is none. `source` is the file's name."""
     try:
         return tomli.loads(text)
     except tomli.TOMLDecodeError as error:

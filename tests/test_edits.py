@@ -216,7 +216,7 @@ def test_an_edit_is_held_once_a_matrix(tiny_gpt2_dir, request, tmp_path):
 
 def test_compare_answers_by_hand():
     batch = SimpleNamespace(answers=torch.tensor([1]))
-    questions = SimpleNamespace(batch=batch, texts=["x"], tokens=["y"])
+    questions = SimpleNamespace(batch=batch, texts=["x"], tokens=["y"], group="prompt")
     before, after = torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([[0.5, 0.125, 0.375]])
     (effect,) = compare_answers(questions, before.log(), after.log())
     kl = 0.25 * torch.tensor(0.5).log() + 0.5 * torch.tensor(4.0).log() + 0.25 * torch.tensor(2 / 3).log()

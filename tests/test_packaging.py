@@ -1,4 +1,4 @@
-"""What is shipped: the wheel with its recipes, the pins, the make targets."""
+"""What is shipped: the wheel with its recipes and facts, the pins, the make targets."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def test_the_wheel_carries_the_package_and_its_recipes(wheel: zipfile.ZipFile) -
     names = set(wheel.namelist())
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "spdcli").rglob("*.py")}
     assert sources <= names
+    assert wheel.read("spdcli/facts.toml") == (ROOT / "spdcli/facts.toml").read_bytes()
     for recipe in (ROOT / "recipes").glob("*.toml"):
         assert wheel.read(f"spdcli/recipes/{recipe.name}") == recipe.read_bytes()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"spdcli", "spd_cli"}

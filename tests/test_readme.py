@@ -54,7 +54,7 @@ def shown_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", shown_commands())
 def test_shown_commands_exist(line):
-    known = {name for name, *_ in COMMANDS} | {"recipe"}
+    known = {name for name, *_ in COMMANDS} | {"facts", "recipe"}
     assert shlex.split(line, comments=True)[1] in known
 
 

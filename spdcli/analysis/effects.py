@@ -5,7 +5,7 @@ A *question* is a prompt of which one position's next token is the answer. B que
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +28,20 @@ if TYPE_CHECKING:
     from spdcli.prompts import Prompts
 
 PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave the processor's cache
+GROUP_TOKENS = 1024  # that one clean pass keeps the hidden states of
 
 
 @dataclass(frozen=True, eq=False)
 class Questions:
     """Sequences and their answers: `batch` looks at one position a sequence, `batch.answers` `[B]` is what follows.
 
-    `texts` and `tokens` (the answers) are for people.
+    `texts` and `tokens` (the answers) are for people; `group` says what they are asked for: prompt or fact.
     """
 
     batch: Batch
     texts: list[str]
     tokens: list[str]
+    group: str = "prompt"
 
 
 def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
@@ -85,10 +87,15 @@ def _follows_s(row: list[int], text: str, subject: Subject) -> int:
 
 
 def _language_questions(subject: Subject, prompts: Prompts) -> Questions:
-    batch = prompts.batch.to(subject.target.device)
+    return prompt_questions(prompts, subject.target.device)
+
+
+def prompt_questions(prompts: Prompts, device: torch.device, group: str = "prompt") -> Questions:
+    """Prompts of a language model as questions about their last token."""
+    batch = prompts.batch.to(device)
     at = prompts.answer_at.to(batch.tokens.device)
     looked = torch.arange(batch.tokens.shape[1], device=at.device) == at[:, None]
-    return Questions(replace(batch, looked=looked), prompts.texts, prompts.answer_texts)
+    return Questions(replace(batch, looked=looked), prompts.texts, prompts.answer_texts, group)
 
 
 def _toy_questions(subject: Subject, batch: Batch) -> Questions:
@@ -98,13 +105,22 @@ def _toy_questions(subject: Subject, batch: Batch) -> Questions:
     return Questions(batch.to(subject.target.device), texts, tokens)
 
 
-@torch.no_grad()
-def predictions(target: Target, slices: SliceSet, clean: Clean, variants: Sequence[Variant]) -> dict[str, Tensor]:
-    """Next-token log-probabilities `[B, N]`, float64, of every fixed variant by name, each row at its looked-at place.
+def log_probabilities(target: Target, hidden: Tensor) -> Tensor:
+    """The model's next-token log-probabilities `[n, N]`, float64, from `hidden` `[n, D]` after its last block."""
+    logits = F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
+    return logits.double().log_softmax(-1)
 
-    One plan for all: no model is copied, and no variant is run before its first changed block.
+
+@torch.no_grad()
+def predictions(
+    target: Target, slices: SliceSet, clean: Clean, variants: Sequence[Variant]
+) -> Iterator[tuple[str, slice, Tensor]]:
+    """Next-token log-probabilities of every fixed variant, each row at its looked-at place.
+
+    Yields a variant's name, some of its questions and their `[n, N]` in float64, in the order of the plan: a variant
+    may come in parts. One plan for all: no model is copied, no variant is run before its first changed block, and no
+    more than a chunk of distributions is held at once.
     """
-    answers: dict[str, list[Tensor]] = {}
     noise = Noise(torch.Generator(target.device))  # fixed masks never draw
     sequences, positions = clean.place.shape
     ordered = sorted(variants, key=lambda variant: variant.entry)
@@ -112,28 +128,19 @@ def predictions(target: Target, slices: SliceSet, clean: Clean, variants: Sequen
         asked = {n: a for n in slices.names if (a := ask(chunk, n, None, slices.delta, noise)) is not None}
         hidden = plan_pass(target, slices, clean, chunk, asked)
         for piece, rows in zip(chunk, hidden.split([len(piece) for piece in chunk]), strict=True):
-            looked = clean.batch.looked[piece.start : piece.stop]
-            answers.setdefault(piece.variant.loss, []).append(log_probabilities(target, rows[looked]))
-    return {name: torch.cat(parts) for name, parts in answers.items()}
+            own = slice(piece.start, piece.stop)
+            yield piece.variant.loss, own, log_probabilities(target, rows[clean.batch.looked[own]])
 
 
-def log_probabilities(target: Target, hidden: Tensor) -> Tensor:
-    """The model's next-token log-probabilities `[n, N]`, float64, from `hidden` `[n, D]` after its last block."""
-    logits = F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
-    return logits.double().log_softmax(-1)
+def answer_columns(answers: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """What becomes of the answers `[n]` between log-probabilities `before` and `after` `[n, N]`, a column a number.
 
-
-def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list[dict[str, Any]]:
-    """The effects of a change, in the shape of `spd.suppress/1`; `before` and `after` are log-probabilities `[B, N]`.
-
-    `before` and `after` of an effect are probabilities of the answer and `ratio` is after / before; ranks count from
-    1, the likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution, in nats.
+    `before` and `after` are probabilities of the answer and `ratio` is after / before; ranks count from 1, the
+    likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution, in nats.
     """
     before, after = before.double(), after.double()
-    assert questions.batch.answers is not None
-    wanted = questions.batch.answers[:, None]
-    first, then = before.gather(1, wanted), after.gather(1, wanted)
-    columns = {
+    first, then = before.gather(1, answers[:, None]), after.gather(1, answers[:, None])
+    return {
         "before": first.exp()[:, 0],
         "after": then.exp()[:, 0],
         "ratio": (then - first).exp()[:, 0],
@@ -141,11 +148,22 @@ def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list
         "rank_after": (after > then).sum(1) + 1,
         "kl": divergence(before, after),
     }
+
+
+def effect_rows(questions: Questions, columns: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Effects in the shape of `spd.suppress/1`, one a question, from `answer_columns`."""
     listed = {name: column.tolist() for name, column in columns.items()}
     return [
-        {"group": "prompt", "prompt": text, "token": token} | {name: values[row] for name, values in listed.items()}
+        {"group": questions.group, "prompt": text, "token": token}
+        | {name: values[row] for name, values in listed.items()}
         for row, (text, token) in enumerate(zip(questions.texts, questions.tokens, strict=True))
     ]
+
+
+def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list[dict[str, Any]]:
+    """The effects of a change; `before` and `after` are log-probabilities `[B, N]` (see `answer_columns`)."""
+    assert questions.batch.answers is not None
+    return effect_rows(questions, answer_columns(questions.batch.answers, before, after))
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
@@ -153,12 +171,64 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     return (before.exp() * (before - after)).nan_to_num(0.0).sum(1).clamp(min=0)
 
 
+def question_groups(batch: Batch, tokens: int = GROUP_TOKENS) -> Iterator[tuple[Tensor, Batch]]:
+    """The questions of a batch, shortest first, in groups of at most `tokens` fed tokens (or of one question).
+
+    Yields the rows of a group and their batch, padded no further than its own longest.
+    """
+    lengths = batch.valid.sum(1)
+    order = lengths.argsort(stable=True)
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * int(lengths[order[stop]]) <= tokens:
+            stop += 1
+        rows = order[start:stop]
+        yield rows, _cut(batch.select(rows), int(lengths[rows].max()))
+        start = stop
+
+
+def _cut(batch: Batch, length: int) -> Batch:
+    """The first `length` positions of a batch."""
+    return batch.map(lambda tensor: tensor[:, :length] if tensor.dim() > 1 else tensor)
+
+
 def measure_edits(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, list[dict[str, Any]]]:
     """The effects of every edit by name, all in one plan on the unchanged model."""
-    clean = clean_pass(target, questions.batch, ())
+    return {
+        name: effect_rows(questions, columns) for name, columns in measure_columns(target, questions, edits).items()
+    }
+
+
+@torch.no_grad()
+def measure_columns(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, dict[str, Tensor]]:
+    """`answer_columns` of every edit by name, each column `[B]`.
+
+    Questions of different lengths are asked in groups, so that memory does not grow with their number.
+    """
     slices, variants = edit_variants(target, edits)
-    after = predictions(target, slices, clean, variants)
-    return {name: compare_answers(questions, clean.log_probs, after[name]) for name in edits}
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in edits}
+    for rows, batch in question_groups(questions.batch):
+        clean = clean_pass(target, batch, ())
+        for name, own, after in predictions(target, slices, clean, variants):
+            assert batch.answers is not None
+            for key, part in answer_columns(batch.answers[own], clean.log_probs[own], after).items():
+                column = found[name].setdefault(key, part.new_empty(len(questions.texts)))
+                column[rows[own]] = part
+    return found
+
+
+@torch.no_grad()
+def present_answers(target: Target, questions: Questions) -> dict[str, Tensor]:
+    """Probability and rank of every answer in the model as it is, each `[B]`."""
+    p = torch.zeros(len(questions.texts), dtype=torch.float64, device=target.device)
+    rank = torch.zeros(len(questions.texts), dtype=torch.long, device=target.device)
+    for rows, batch in question_groups(questions.batch):
+        assert batch.answers is not None
+        log_p = clean_pass(target, batch, ()).log_probs.double()
+        own = log_p.gather(1, batch.answers[:, None])
+        p[rows], rank[rows] = own.exp()[:, 0], (log_p > own).sum(1) + 1
+    return {"p": p, "rank": rank}
 
 
 def active_on(
