@@ -93,7 +93,7 @@ COMMANDS = (
         ablate,
         CHANGE,
         "spd ablate run --slice h.0.mlp.c_fc:12\nspd ablate run --slice h.0.mlp.c_fc:12 --others importance --json"
-        "\nspd ablate run --mlp all",
+        "\nspd ablate run --mlp all --figure",
     ),
     (
         "suppress",

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from spdcli import figures_facts
-from spdcli.figures_facts import save_trace
+from spdcli.figures_facts import save_trace, save_zeroed, shortened
 
 
 def grey(path):
@@ -61,3 +61,24 @@ def test_a_trace_names_its_tokens_and_its_kinds(tmp_path, monkeypatch):
     for axes, kind in zip(panels, ("state", "mlp", "attention"), strict=True):
         assert axes.images[0].get_array().tolist() == traced((1, 2))["sites"][kind]["probability"]
         assert axes.images[0].get_clim() == (0.1, 0.9)
+
+
+def test_zeroed_layers_are_a_line_under_a_dashed_one(tmp_path, monkeypatch):
+    effect = lambda token, after: {"prompt": f"a b{token}", "token": token, "before": 0.5, "after": after}  # noqa: E731
+    alone = {f"mlp {layer}": [effect(" c", 0.1 * layer), effect(" d", 0.4)] for layer in (0, 1, 3)}
+    grey(save_zeroed(alone, tmp_path)[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp-zeroed.png", "mlp-zeroed.svg"]
+    kept = []
+    monkeypatch.setattr(figures_facts, "save", lambda figure, directory, name: kept.append(figure) or [])
+    save_zeroed(alone, tmp_path)
+    panels = kept[0].axes
+    assert [axes.get_title() for axes in panels] == ["a b c", "a b d"]
+    line, whole = panels[0].get_lines()
+    assert line.get_xdata().tolist() == [0, 1, 3]
+    assert line.get_ydata().tolist() == pytest.approx([0.0, 0.1, 0.3])
+    assert list(whole.get_ydata()) == [0.5, 0.5]
+    assert whole.get_linestyle() == "--"
+    assert panels[1].get_lines()[0].get_ydata().tolist() == [0.4] * 3
+    save_zeroed({label: effects * 2 for label, effects in alone.items()}, tmp_path)
+    assert len(kept[1].axes) == 6  # two rows of three, of which two are empty
+    assert shortened("x" * 50) == "x" * 43 + "…"

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
-from spdcli.analysis.tracing import TraceSettings, prompt_question, trace
+from spdcli.analysis.tracing import TraceSettings, find_questions, trace
 from spdcli.prompts import encode
 from spdcli.targets.huggingface import build_target, load_model
 
@@ -44,8 +44,7 @@ def test_a_model_is_traced_as_the_analysis_does(spd, tmp_path, tiny_llama_dir):
     assert (data["schema"], data["layers"], data["seed"]) == ("spd.trace/1", 3, 3)
     [entry] = data["prompts"]
     language_model = load_model(str(tiny_llama_dir), "float32")
-    prompts = encode(language_model.tokenizer, [KOBE])
-    question = prompt_question(prompts, 0, ["Kobe Bryant"])
+    question = find_questions(encode(language_model.tokenizer, [KOBE]), ["Kobe Bryant"])[0]
     wanted = trace(build_target(language_model, False), question, TraceSettings(samples=2, window=1, seed=3))
     for key in ("clean", "corrupted", "sites", "best", "sigma"):
         assert entry[key] == wanted[key]
@@ -83,21 +82,22 @@ def test_a_wide_window_is_told(spd, run):
     assert err.startswith("warning: a window of 10 blocks of 3")
 
 
+def test_the_facts_name_subjects(spd, run):
+    data, _ = answer(spd, run, *FEW)
+    assert [entry["subject"] for entry in data["prompts"]] == [[0, 1, 2], [0, 1, 2]]
+    data, _ = answer(spd, run, "--subject", "Bryant", *FEW)
+    assert [entry["subject"] for entry in data["prompts"]] == [[2], [0, 1, 2]]
+
+
 def test_what_is_missing_is_asked_for(spd, run, tmp_path, tiny_gpt2_dir):
     for arguments, said in (
-        ([run], "which words of 'Kobe Bryant plays professional basketball' are its subject?"),
-        ([run, "--subject", "Kobe"], "which words of 'Tiger Woods plays the sport of golf'"),
+        ([run, "--prompt", "the sport of golf"], "which words of 'the sport of golf' are its subject?"),
+        ([run, "--subject", "Koby"], "no prompt has the subject 'Koby'"),
         ([tiny_gpt2_dir, "--subject", "Kobe"], "--prompt TEXT"),
     ):
-        code, out, err = spd("trace", *arguments)
+        code, out, err = spd("trace", *arguments, *FEW)
         assert (code, out) == (2, "")
-        one_line(
-            err.replace(
-                "warning: a window of 10 blocks of 3 is nearly the same one everywhere; --window 3 tells more apart\n",
-                "",
-            ),
-            said,
-        )
+        one_line(err, said)
     code, _, err = spd("trace", tmp_path / "nowhere" / "x", "--prompt", KOBE, "--subject", "Kobe")
     assert code == 1
     one_line(err, "there is no model at")

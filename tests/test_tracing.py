@@ -15,8 +15,8 @@ from spdcli.analysis.tracing import (
     Question,
     TraceSettings,
     embedding_sigma,
+    find_questions,
     open_runs,
-    prompt_question,
     standard_error,
     trace,
     window_of,
@@ -185,25 +185,30 @@ PROMPTS = ["Kobe Bryant plays basketball", "Tiger Woods plays the sport of Tiger
 def test_subjects_are_found_by_text(tiny_gpt2_dir):
     language_model = load_model(str(tiny_gpt2_dir), "float64")
     prompts = encode(language_model.tokenizer, PROMPTS)
-    ask = lambda number, *subjects: prompt_question(prompts, number, subjects)  # noqa: E731
+    found = lambda *subjects: [question.subject for question in find_questions(prompts, subjects)]  # noqa: E731
     assert prompts.pieces[0] == ["K", "obe", " Bryant", " plays"]
-    assert ask(0, "Kobe Bryant").subject == (0, 1, 2)
-    assert ask(0, "Kobe").subject == (0, 1)
-    assert ask(0, "Bryant").subject == ask(0, " Bryant").subject == (2,)
-    twice = ask(1, "Kobe Bryant", "Tiger Woods").subject
-    pieces = prompts.pieces[1]
-    assert [pieces[at] for at in twice] == ["T", "iger", " Woods", " ", "T", "iger", " Woods"]
-    question = ask(0, "Kobe Bryant")
-    assert question.tokens.tolist() == prompts.fed(0)
-    assert question.answer == language_model.tokenizer(" basketball")["input_ids"][0]
-    for subjects in ((), ("Tiger Woods",), ("Brya",)):
-        with pytest.raises(
-            UsageError, match=r"which words of 'Kobe Bryant plays basketball' are its subject\?"
-        ) as wrong:
-            ask(0, *subjects)
-        assert "\n" not in wrong.value.message
-    found = trace(build_target(language_model, True), ask(1, "Tiger Woods"), TraceSettings(samples=1, window=1))
-    assert [best["where"] for best in found["best"]] == ["subject"] * 3  # the subject is last: nothing comes after it
+    assert found("Kobe Bryant", "Tiger Woods")[0] == (0, 1, 2)
+    assert found("Tiger", "Kobe", "Kobe Bryant")[0] == (0, 1)  # the first that it has
+    assert found(" Bryant", "Tiger")[0] == found("Bryant", "Tiger")[0] == (2,)
+    twice = found("Kobe Bryant", "Tiger Woods")[1]
+    assert [prompts.pieces[1][at] for at in twice] == ["T", "iger", " Woods", " ", "T", "iger", " Woods"]
+    first, second = find_questions(prompts, ["Kobe"], ["the", "Tiger", "Kobe Bryant"])
+    assert first.subject == (0, 1)
+    assert [prompts.pieces[1][at] for at in second.subject] == [" the"]
+    assert first.tokens.tolist() == prompts.fed(0)
+    assert first.answer == language_model.tokenizer(" basketball")["input_ids"][0]
+    for subjects in ((), ("Tiger Woods",)):
+        with pytest.raises(UsageError, match=r"^which words of 'Kobe Bryant plays basketball' are its subject\?$"):
+            find_questions(prompts, subjects)
+    for subject in ("Koby", "Brya", "basketball", ""):
+        with pytest.raises(UsageError, match=f"^no prompt has the subject '{subject}' as whole tokens$"):
+            find_questions(prompts, [subject], ["Kobe", "Tiger"])
+    question = find_questions(prompts, ["Kobe", "Woods"])[1]
+    found = trace(build_target(language_model, True), question, TraceSettings(samples=1, window=1))
+    assert [best["where"] for best in found["best"]] == ["subject", "after"] * 3
+    ends = Question(question.tokens[:3], 1, (0, 1, 2))  # the subject is last: nothing comes after it
+    found = trace(build_target(language_model, True), ends, TraceSettings(samples=1, window=1))
+    assert [best["where"] for best in found["best"]] == ["subject"] * 3
 
 
 def test_a_toy_is_refused(tmp_path):

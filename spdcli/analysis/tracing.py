@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ from spdcli.engine.forward import clean_pass
 from spdcli.engine.patching import KINDS, STATE, Patch, Recorded, Site, patched_run, recorded_run
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
-
-if TYPE_CHECKING:
-    from spdcli.prompts import Prompts
+from spdcli.prompts import Prompts, find_spans, listing
 
 CHUNK_BYTES = 2.0**28  # of activations at once; larger chunks leave the processor's cache
 Progress = Callable[[int, int], object]
@@ -208,21 +206,28 @@ def best_sites(runs: Runs, question: Question, window: int, mean: Tensor, error:
     return [entry | {"reverse": p} for entry, p in zip(found, reverse, strict=True)]
 
 
-def prompt_question(prompts: Prompts, number: int, subjects: Sequence[str]) -> Question:
-    """One prompt and where its subject is: every occurrence of the first of `subjects` that it has.
+def find_questions(prompts: Prompts, subjects: Sequence[str], known: Sequence[str] = ()) -> list[Question]:
+    """Every prompt and where its subject is: all occurrences of the first of `subjects`, then `known`, that it has.
 
-    `prompts` hold their answers out. Raises UsageError, asking for the subject, where there is none of them.
+    `prompts` hold their answers out. Raises UsageError for one of `subjects` that is in no prompt, and for a prompt
+    without a subject.
     """
-    from spdcli.prompts import find_spans, listing
-
-    fed = prompts.fed(number)
     for subject in subjects:
-        positions = sorted({at for span in find_spans(prompts, number, subject.strip()) for at in span})
-        if positions:
-            assert prompts.batch.answers is not None
-            return Question(torch.tensor(fed), int(prompts.batch.answers[number]), tuple(positions))
-    text = prompts.texts[number]
-    raise UsageError(
-        f"which words of {text!r} are its subject? " + ("none is given" if not subjects else f"not {subjects[-1]!r}"),
-        "name whole tokens, as in --subject 'Kobe Bryant'; " + listing(prompts),
-    )
+        if not any(subject_positions(prompts, number, subject) for number in range(len(prompts.texts))):
+            raise UsageError(f"no prompt has the subject {subject!r} as whole tokens", listing(prompts))
+    assert prompts.batch.answers is not None
+    questions = []
+    for number, text in enumerate(prompts.texts):
+        places = [subject_positions(prompts, number, subject) for subject in [*subjects, *known]]
+        own = next((positions for positions in places if positions), None)
+        if own is None:
+            raise UsageError(f"which words of {text!r} are its subject?", "give them, as in --subject 'Kobe Bryant'")
+        questions.append(Question(torch.tensor(prompts.fed(number)), int(prompts.batch.answers[number]), own))
+    return questions
+
+
+def subject_positions(prompts: Prompts, number: int, subject: str) -> tuple[int, ...]:
+    """The positions of all occurrences of `subject` in one prompt."""
+    words = subject.strip()
+    spans = find_spans(prompts, number, words) if words else []
+    return tuple(sorted({position for span in spans for position in span}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,6 +51,9 @@ OthersOption = Annotated[
     Others | None,
     typer.Option("--others", help="Masks of the other slices: 1, their importance g, or U(g, 1).", show_default="on"),
 ]
+WithFigure = Annotated[
+    bool, typer.Option("--figure", help="With --mlp, draw P(answer) against the zeroed layer into RUN/figures.")
+]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of --others sampled.")]
 
 
@@ -60,6 +64,7 @@ def ablate(
     mlp: Mlp = None,
     others: OthersOption = None,
     samples: Samples = 16,
+    figure: WithFigure = False,
     prompt: Prompt = None,
     sequences: Sequences = 16,
     device: Device = None,
@@ -79,6 +84,8 @@ def ablate(
         raise UsageError("nothing to ablate", "give --slice ADDRESS, --matrix NAME or --mlp N")
     if others and not slice:
         raise UsageError("--others is about the slices of a decomposed model, and no --slice is given")
+    if figure and not (mlp and (len(mlp) > 1 or mlp == ["all"])):
+        raise UsageError("--figure draws one MLP layer after the other", "give --mlp all, or several --mlp")
     from spdcli.loading import load
 
     texts = read_prompts(prompt)
@@ -96,8 +103,22 @@ def ablate(
     data = head | found | {"facts": None, "expectations": [], "saved": None}
     title = f"Without {listed(data['slices'] + data['zeroed'])}" + (f" (others {mode})" if mode else "")
     together = [] if mlp and "all" in mlp else [effects_table(title, data["effects"])]
-    console.show(data, *together, *alone_table(data["alone"]))
+    drawn = draw_layers(loaded, data["alone"]) if figure else []
+    console.show(data | {"figures": drawn}, *together, *alone_table(data["alone"]))
     quiet_lines(console, data["effects"])
+    for path in drawn[:1]:
+        console.result(path)
+
+
+def draw_layers(loaded: LoadedRun, alone: dict[str, Any]) -> list[Path]:
+    """Figure 9 of the MLP layers among what was zeroed alone; a single layer of a model is all of them."""
+    from spdcli.figures_facts import save_zeroed
+    from spdcli.runs import FIGURES
+
+    layers = {label: effects for label, effects in alone.items() if label.startswith("mlp ")}
+    if not layers:
+        raise UsageError("--figure needs several layers, and this target has one")
+    return save_zeroed(layers, loaded.directory / FIGURES)
 
 
 def take_away(

@@ -28,7 +28,9 @@ ModelOrRun = Annotated[
 Subjects = Annotated[
     list[str] | None,
     typer.Option(
-        "--subject", help="The words to corrupt; may be repeated, for prompts about others.", show_default=False
+        "--subject",
+        help="The words to corrupt; may be repeated, for prompts about others.",
+        show_default="the subjects that the facts name",
     ),
 ]
 Noise = Annotated[float, typer.Option("--noise", min=0.0, help="Noise, in standard deviations of the embeddings.")]
@@ -123,9 +125,10 @@ def trace_prompts(
     console: Console, target: Target, prompts: Prompts, subjects: list[str], settings: TraceSettings
 ) -> list[dict[str, Any]]:
     """Every prompt's part of `spd.trace/1`, in order; all subjects are found before the first is traced."""
-    from spdcli.analysis.tracing import prompt_question, trace
+    from spdcli.analysis.tracing import find_questions, trace
+    from spdcli.facts import load_facts
 
-    questions = [prompt_question(prompts, number, subjects) for number in range(len(prompts.texts))]
+    questions = find_questions(prompts, subjects, load_facts().subjects())
     traced = []
     with console.live() as line:
         for number, question in enumerate(questions):
