@@ -16,6 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(pattern=r"\S")]
+GENERATED = "generated"  # the stream that is sampled from the model itself
 
 
 class Section(BaseModel):
@@ -61,6 +62,9 @@ class Data(Section):
     prompts: Annotated[list[Text], Field(min_length=1)]
     answers: Literal["held_out", "fed"] = "held_out"  # is a prompt's last token fed, or only predicted?
     begin_token: bool = False  # put the tokenizer's begin-of-sequence token before every prompt
+    stream: Text | None = None  # broad text: 'generated' (sampled from the model itself), or a text file
+    stream_sequences: Positive = 256  # how many sequences of it
+    stream_length: Annotated[int, Field(ge=2)] = 16  # and how many tokens each
 
 
 class Optimisation(Section):
@@ -85,7 +89,8 @@ class Slices(Section):
 
     C: Positive
     matrices: Annotated[list[Text], Field(min_length=1)] = ["*"]  # names or * patterns
-    init: Literal["random", "svd", "svd_span"] = "random"  # open in the paper
+    init: Literal["random", "svd", "svd_span", "dual", "dual_whitened"] = "random"  # open in the paper
+    ridge: Rate = 0.3  # dual_whitened: added to the stream's second moment, as a share of its mean eigenvalue
     delta: bool = False  # W - UV as one more component with a mask of its own
     faithfulness_warmup: Annotated[int, Field(ge=0)] = 0  # steps on faithfulness alone before the run
 
@@ -225,6 +230,22 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _dual_fits(recipe: Sections) -> Iterator[Contradiction]:
+    init = recipe["slices"]["init"]
+    if not init.startswith("dual"):
+        return
+    if recipe["target"]["kind"] == "induction":
+        yield Contradiction(
+            ("slices.init", "target.kind"),
+            f"[slices] init = '{init}' needs a fixed set of prompts; the induction toy draws new sequences",
+        )
+    elif init == "dual_whitened" and recipe["data"] is not None and recipe["data"]["stream"] is None:
+        yield Contradiction(
+            ("slices.init", "data.stream"),
+            "[slices] init = 'dual_whitened' needs broad text to whiten by: [data] stream = 'generated', or a file",
+        )
+
+
 def _local_start_fits(recipe: Sections) -> Iterator[Contradiction]:
     importance = recipe["importance"]
     if importance["relative_start"] == "local" and importance["relative"] != "scalar":
@@ -277,6 +298,7 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
     _heads_divide_width,
     _span_fits,
+    _dual_fits,
     _local_start_fits,
     _backend_fits_device,
     _p_falls,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from spdcli.console import plain
 from spdcli.engine.fit import FitState
 from spdcli.errors import SpdError, UsageError
-from spdcli.recipe import Recipe
+from spdcli.recipe import GENERATED, Recipe, Section
 from spdcli.recipe_file import dump_recipe, load_recipe
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
@@ -98,11 +98,17 @@ def remove(path: Path) -> None:
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with its local paths made absolute, so that a run can be read from any directory."""
     key = "path" if recipe.target.kind == "induction" else "model"
-    given = getattr(recipe.target, key)
-    if given is None or not Path(given).expanduser().exists():
-        return recipe
-    target = recipe.target.model_copy(update={key: str(Path(given).expanduser().resolve())})
-    return recipe.model_copy(update={"target": target})
+    found: dict[str, Any] = {"target": _anchored_key(recipe.target, key)}
+    if recipe.data is not None:
+        found["data"] = _anchored_key(recipe.data, "stream")
+    return recipe.model_copy(update=found)
+
+
+def _anchored_key(section: Section, key: str) -> Section:
+    given = getattr(section, key)
+    if given in (None, GENERATED) or not Path(given).expanduser().exists():
+        return section
+    return section.model_copy(update={key: str(Path(given).expanduser().resolve())})
 
 
 class RunDirectory:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 from spdcli.recipe import HuggingFaceTarget, InductionTarget, Optimisation, Recipe
 from spdcli.runs import TOY_WEIGHTS, load_tensors
+from spdcli.stream import draw_stream, ridged, second_moments
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
 from spdcli.targets.routes import Route
 
@@ -42,7 +44,8 @@ class Subject:
     """A target in its setting.
 
     `batches(generator)` draws a training minibatch (the same object every time for a fixed set of prompts);
-    `length` is the longest sequence. `prompts` is set for a language model, `toy` for the toy.
+    `length` is the longest sequence. `prompts` is set for a language model, `toy` for the toy; `stream` draws the
+    broad text that a recipe names beside its prompts, the same one every time.
     """
 
     target: Target
@@ -52,6 +55,7 @@ class Subject:
     routes: dict[str, Route]
     toy: InductionToy | None = None
     prompts: Prompts | None = None
+    stream: Callable[[], Batch] | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -135,11 +139,12 @@ def language_subject(recipe: Recipe, device: torch.device) -> Subject:
     from spdcli.prompts import encode
     from spdcli.targets.huggingface import build_routes, build_target, load_model
 
+    data = recipe.data
     assert isinstance(recipe.target, HuggingFaceTarget)
-    assert recipe.data is not None
+    assert data is not None
     language_model = load_model(recipe.target.model, recipe.target.dtype)
     language_model.model.to(device)
-    prompts = encode(language_model.tokenizer, recipe.data.prompts, recipe.data.answers, recipe.data.begin_token)
+    prompts = encode(language_model.tokenizer, data.prompts, data.answers, data.begin_token)
     fixed = prompts.batch.to(device)
     if recipe.losses.last_token_only:
         rows = torch.arange(len(prompts.answer_at))
@@ -153,6 +158,13 @@ def language_subject(recipe: Recipe, device: torch.device) -> Subject:
             return fixed
         return fixed.select(torch.randperm(len(fixed.tokens), generator=generator)[:size].to(device))
 
+    @cache
+    def stream() -> Batch:
+        assert data.stream is not None
+        shape = (data.stream_sequences, data.stream_length)
+        drawn = draw_stream(data.stream, language_model.model, language_model.tokenizer, *shape, recipe.seed)
+        return drawn.to(device)
+
     split = recipe.target.split_attention
     return Subject(
         target=build_target(language_model, split),
@@ -161,6 +173,7 @@ def language_subject(recipe: Recipe, device: torch.device) -> Subject:
         token_text=language_model.token_text,
         routes=build_routes(language_model, split),
         prompts=replace(prompts, batch=fixed),
+        stream=None if data.stream is None else stream,
     )
 
 
@@ -189,10 +202,15 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
     """A decomposition of the matrices `names` as a recipe wants it, at step 0."""
     matrices = {name: subject.target.matrices[name] for name in names}
     spanned = recipe.importance.basis == "span"
-    inputs = None
-    if spanned or recipe.slices.init == "svd_span":
+    section = recipe.slices
+    inputs = moments = None
+    if spanned or section.init in ("svd_span", "dual", "dual_whitened"):
         inputs = _start_inputs(recipe, subject, names)
-    slices = start_slices(matrices, recipe.slices.C, recipe.slices.init, inputs, recipe.seed)
+    if section.init == "dual_whitened":
+        assert subject.stream is not None
+        found = second_moments(subject.target, subject.stream(), names)
+        moments = {name: ridged(moment, section.ridge) for name, moment in found.items()}
+    slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments)
     bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
     return _assemble(recipe, subject, slices, bases)
 

@@ -360,7 +360,7 @@ def test_a_slice_that_is_active_at_padding_alone_is_not_active(tmp_path, tiny_gp
     aim = torch.where(batch.valid, -1.0, 0.7).flatten()[:, None]
     gate = decomposition.importances.gates["h/1/mlp/c_fc"]
     gate.b2.zero_()
-    gate.w2.zero_()[2] = 1  # slice 2 alone, along the direction that tells padding from text
+    gate.w2.zero_()[:, 2] = 1  # slice 2 alone, along the direction that tells padding from text
     gate.w1[:, 2:3] = torch.linalg.lstsq(read.flatten(0, 1), aim, driver="gelsd").solution
     g, _ = decomposition.importance({"h.1.mlp.c_fc": read})
     assert g["h.1.mlp.c_fc"][~batch.valid][:, 2].tolist() == pytest.approx([0.7, 0.7], abs=1e-3)

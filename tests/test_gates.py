@@ -16,18 +16,18 @@ ACTIVATION = pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 
 
 def vector_twin(x, w1, b1, w2, b2, activation):
-    """`[N, C, G]` made whole."""
-    hidden = torch.einsum("ni,icg->ncg", x, w1.view(-1, *w2.shape)) + b1.view(w2.shape)
-    return (ACTIVATIONS[activation](hidden) * w2).sum(-1) + b2
+    """`[N, G, C]` made whole."""
+    hidden = torch.einsum("ni,igc->ngc", x, w1.view(-1, *w2.shape)) + b1.view(w2.shape)
+    return (ACTIVATIONS[activation](hidden) * w2).sum(1) + b2
 
 
 def scalar_twin(x, w1, b1, w2, b2, activation):
-    return (ACTIVATIONS[activation](x[:, :, None] * w1 + b1) * w2).sum(-1) + b2
+    return (ACTIVATIONS[activation](x[:, None] * w1 + b1) * w2).sum(1) + b2
 
 
 KINDS = {
-    "vector": (vector_gates, vector_twin, [(N, I), (I, C * G), (C * G,), (C, G), (C,)]),
-    "scalar": (scalar_gates, scalar_twin, [(N, C), (C, G), (C, G), (C, G), (C,)]),
+    "vector": (vector_gates, vector_twin, [(N, I), (I, C * G), (C * G,), (G, C), (C,)]),
+    "scalar": (scalar_gates, scalar_twin, [(N, C), (G, C), (G, C), (G, C), (C,)]),
 }
 KIND = pytest.mark.parametrize("kind", sorted(KINDS))
 
@@ -71,10 +71,10 @@ def test_an_input_without_gradient(kind, activation):
 
 def test_a_hand_worked_gate():
     x, w1, b1 = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, -1.0], [0.0, 3.0]]), torch.tensor([0.5, -2.0])
-    w2, b2 = torch.tensor([[10.0, 7.0]]), torch.tensor([0.25])
+    w2, b2 = torch.tensor([[10.0], [7.0]]), torch.tensor([0.25])
     # Hidden 2 + 0.5 = 2.5 and -2 + 3 - 2 = -1, which relu drops: 10 * 2.5 + 0.25.
     assert vector_gates(x, w1, b1, w2, b2, "relu").item() == 25.25
-    assert scalar_gates(x[:, :1], w1[:1], b1[None], w2, b2, "relu").item() == 25.25  # hidden 2.5 and -4
+    assert scalar_gates(x[:, :1], w1[:1].t(), b1[:, None], w2, b2, "relu").item() == 25.25  # hidden 2.5 and -4
 
 
 @KIND
@@ -82,8 +82,8 @@ def test_the_hidden_layer_never_exists_whole(kind, monkeypatch):
     tokens, width, slices, hidden = 512, 8, 16, 8
     monkeypatch.setattr(gates, "CHUNK_ELEMENTS", 4 * slices * hidden)
     shapes = {
-        "vector": [(tokens, width), (width, slices * hidden), (slices * hidden,), (slices, hidden), (slices,)],
-        "scalar": [(tokens, slices), (slices, hidden), (slices, hidden), (slices, hidden), (slices,)],
+        "vector": [(tokens, width), (width, slices * hidden), (slices * hidden,), (hidden, slices), (slices,)],
+        "scalar": [(tokens, slices), (hidden, slices), (hidden, slices), (hidden, slices), (slices,)],
     }
     given = [torch.randn(shape).requires_grad_() for shape in shapes[kind]]
     whole = tokens * slices * hidden * 4

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from twins import attention_loop, close, gradients
 
-from spdcli.engine.importance import GATES, Importances, ImportanceSettings, lower_leaky, span_basis, upper_leaky
+from spdcli.engine.importance import GATES, Importances, ImportanceSettings, leaky, span_basis
 
 WIDTHS = {"h.0.a": 4, "h.0.b": 6, "h.1.c": 4}  # two matrices share a width, and so a mixer
 SLICES = {"h.0.a": 3, "h.0.b": 2, "h.1.c": 5}
@@ -33,9 +33,9 @@ def data():
 def gate_loop(gate, c, read, activation):
     """One slice's MLP on what it reads, a vector."""
     act = {"relu": F.relu, "gelu": F.gelu}[activation]
-    width = gate.w2.shape[1]
-    own = slice(c * width, (c + 1) * width)
-    return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[c] + gate.b2[c]
+    slices = gate.w2.shape[1]
+    own = slice(c, None, slices)  # unit g of slice c is column g * C + c
+    return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[:, c] + gate.b2[c]
 
 
 def slow(importances, inputs, read, kind, activation, causal, valid):
@@ -59,7 +59,7 @@ def slow(importances, inputs, read, kind, activation, causal, valid):
                 columns.append(act(x @ gate.w1 + gate.b1) @ gate.w2[:, c] + gate.b2[c])
             else:
                 inner = (x * read[name][:, c]).sum(-1, keepdim=True)
-                columns.append(act(inner * gate.w1[c] + gate.b1[c]) @ gate.w2[c] + gate.b2[c])
+                columns.append(act(inner * gate.w1[:, c] + gate.b1[:, c]) @ gate.w2[:, c] + gate.b2[c])
         out[name] = torch.stack(columns, -1)
     return out
 
@@ -96,22 +96,32 @@ def test_every_kind_slice_by_slice(lengths, kind, relative, causal, activation):
     # Descent raises x where the gradient is -1. Below 0 only that leaks through; above 1 nothing does.
     [(-0.5, 0, -0.01, 0), (0.0, 0, -1, 1), (0.3, 0.3, -1, 1), (1.0, 1, -1, 1), (1.5, 1, 0, 0)],
 )
-def test_lower_leaky(x, value, raising, lowering):
+def test_importances_for_masks(x, value, raising, lowering):
     for gradient, expected in ((-1.0, raising), (1.0, lowering)):
         leaf = torch.tensor(x, requires_grad=True)
-        out = lower_leaky(leaf)
+        out, _ = leaky(leaf)
         out.backward(torch.tensor(gradient))
         assert out.item() == pytest.approx(value)
         assert leaf.grad.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("x", "value", "slope"), [(-0.5, 0, 0), (0.3, 0.3, 1), (1.5, 1.005, 0.01), (3.0, 1.02, 0.01)])
-def test_upper_leaky(x, value, slope):
+def test_importances_for_minimality(x, value, slope):
     leaf = torch.tensor(x, requires_grad=True)
-    out = upper_leaky(leaf)
+    _, out = leaky(leaf)
     out.backward()
     assert out.item() == pytest.approx(value)
     assert leaf.grad.item() == pytest.approx(slope)
+
+
+def test_both_importances_together():
+    """Their gradients add up, whichever are asked for."""
+    x = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+    down = torch.tensor([-1.0, 2.0, 3.0, -4.0, 5.0], dtype=torch.float64)
+    up = torch.tensor([7.0, -11.0, 13.0, 17.0, 19.0], dtype=torch.float64)
+    lower, upper = leaky(x)
+    (lower * down + upper * up).sum().backward()
+    assert x.grad.tolist() == pytest.approx([-0.01, 2 - 11, 3 + 13, -4 + 17, 0.19])
 
 
 def reach(importances, position):
@@ -167,11 +177,10 @@ def test_pruned_slices_are_off_for_good():
     importances.prune({"h.1.c": torch.tensor([True, True, False, True, True])})
     after = importances(inputs, read)["h.1.c"]
     assert torch.equal(after[..., [0, 3]], before[..., [0, 3]])
-    assert (lower_leaky(after)[..., [1, 2, 4]] == 0).all()
-    assert (upper_leaky(after)[..., [1, 2, 4]] == 0).all()
+    assert all((g[..., [1, 2, 4]] == 0).all() for g in leaky(after))
     after.sum().backward()
     gate = importances.gates["h/1/c"]
-    assert [bool(row.any()) for row in gate.w2.grad] == [True, False, False, True, False]
+    assert [bool(row.any()) for row in gate.w2.grad.t()] == [True, False, False, True, False]
     other = build("vector")
     other.load_state_dict(importances.state_dict())  # a saved run stays pruned
     assert torch.equal(other(inputs, read)["h.1.c"], after)

@@ -146,6 +146,20 @@ def test_span_needs_vector_gates_and_fixed_prompts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("init", ["dual", "dual_whitened"])
+def test_duals_need_fixed_prompts_and_whitened_ones_broad_text(init: str, tmp_path: Path) -> None:
+    assert complaints(tmp_path, VALID.replace("C = 4", f'C = 4\ninit = "{init}"', 1)) == [
+        f"10: [slices] init = '{init}' needs a fixed set of prompts; the induction toy draws new sequences",
+    ]
+    needs = "[slices] init = 'dual_whitened' needs broad text to whiten by: [data] stream = 'generated', or a file"
+    settings = [f"slices.init={init}"]
+    if init == "dual_whitened":
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("gpt2", settings)
+        assert caught.value.message == f"--set slices.init={init}: {needs}"
+    assert load_recipe("gpt2", [*settings, "data.stream=generated"]).recipe.slices.init == init
+
+
 def test_a_language_model_needs_prompts_and_no_training(tmp_path: Path) -> None:
     text = VALID.replace('kind = "induction"\nd_model = 16', 'kind = "huggingface"\nmodel = "gpt2"')
     assert complaints(tmp_path, text) == [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from small_runs import loud_toy, toy_recipe
+from small_runs import loud_toy, model_recipe, toy_recipe
 
 from spdcli.engine.fit import fit, start_fit
 from spdcli.errors import SpdError, UsageError
@@ -124,6 +124,19 @@ def test_a_run_holds_its_resolved_recipe_with_versions(tmp_path):
     text = (run / RECIPE).read_text()
     assert f"# torch: {torch.__version__}\n" in text
     assert 'schedule = "constant"' in text  # a default, written out
+
+
+def test_local_files_of_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("broad")
+    Path("generated").write_text("a file by the name of what is no file")
+    Path("model").mkdir()
+    for stream, kept in (("text.txt", str(tmp_path / "text.txt")), ("generated", "generated"), ("nowhere", "nowhere")):
+        recipe = model_recipe(Path("model"), f"data.stream={stream}", folder=tmp_path)
+        kept_recipe = RunDirectory.create(tmp_path / "runs" / stream, recipe).recipe
+        assert kept_recipe.data.stream == kept
+        assert kept_recipe.target.model == str(tmp_path / "model")
+        assert kept_recipe.data.prompts == recipe.data.prompts
 
 
 def fill(path: Path, names: list[str]) -> None:

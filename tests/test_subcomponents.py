@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from twins import close, gradients
 
-from spdcli.engine.subcomponents import STARTS, masked_product, start_slices
+from spdcli.engine.subcomponents import STARTS, distinct_rows, dual_directions, masked_product, start_slices
 from spdcli.engine.target import Matrix
+from spdcli.errors import SpdError
 
 
 def random(*shape, seed=0):
@@ -50,11 +51,19 @@ def test_a_hand_worked_product():
     torch.testing.assert_close(out, torch.tensor([[2.5, 0.2]]))
 
 
-def started(start, slices, shape=(6, 9), inputs=None, dtype=torch.float64):
+def broad(size=6, seed=12):
+    """A second moment, not near a multiple of 1."""
+    drawn = random(40, size, seed=seed) * torch.arange(1.0, size + 1).double()
+    return drawn.t() @ drawn / 40
+
+
+def started(start, slices, shape=(6, 9), inputs=None, dtype=torch.float64, moment=None):
     module = nn.Linear(*shape, bias=False)
     module.weight.data = random(shape[1], shape[0], seed=3).to(dtype)
     matrix = Matrix("m", module, 0, (0, shape[1]), transposed=True)
-    made = start_slices({"m": matrix}, slices, start, None if inputs is None else {"m": inputs}, seed=4)["m"]
+    data = None if inputs is None else {"m": inputs}
+    moments = {"m": broad(shape[0]) if moment is None else moment}
+    made = start_slices({"m": matrix}, slices, start, data, 4, moments)["m"]
     assert made.U.shape == (shape[0], slices)
     assert made.V.shape == (slices, shape[1])
     return matrix.weight.detach(), made.U.detach(), made.V.detach()
@@ -89,9 +98,65 @@ def test_svd_span_start_is_the_target_on_the_data():
     assert (V[3:] == 0).all()
 
 
-def test_svd_span_needs_the_data():
+@pytest.mark.parametrize("start", ["svd_span", "dual", "dual_whitened"])
+def test_a_start_that_needs_the_data_says_so(start):
     with pytest.raises(ValueError, match="inputs"):
-        started("svd_span", 3)
+        started(start, 3)
+
+
+@pytest.mark.parametrize("start", ["dual", "dual_whitened"])
+def test_a_dual_slice_is_its_own_tokens_share_of_the_target(start):
+    data = random(4, 6, seed=5)
+    weight, U, V = started(start, 7, inputs=data)
+    answers = data @ U  # [token, slice]
+    close(answers[:, :4], torch.diag(answers[:, :4].diagonal()))  # others read as 0
+    for token in range(4):
+        close(answers[token, token] * V[token], data[token] @ weight)
+    assert (V[4:] == 0).all()
+    assert (U[:, 4:].norm(dim=0) > 0.1).all()
+    close(U[:, :4].norm(dim=0), V[:4].norm(dim=1))
+
+
+def test_dual_reads_are_the_rows_of_the_pseudo_inverse():
+    data = random(4, 6, seed=5)
+    _, U, _ = started("dual", 4, inputs=data)
+    reads = U / (data @ U).diagonal()
+    close(reads, data.t() @ torch.linalg.inv(data @ data.t()))
+
+
+def test_whitened_reads_answer_least_to_broad_text():
+    data, moment = random(3, 6, seed=5), broad()
+    reads = dual_directions(data, moment)
+    close(data @ reads, torch.eye(3, dtype=torch.float64))
+    inverse = torch.linalg.inv(moment)
+    close(reads, inverse @ data.t() @ torch.linalg.inv(data @ inverse @ data.t()))
+    free = torch.linalg.qr(data.t(), mode="complete")[0][:, 3:]  # directions that the data does not show
+    for seed in range(5):
+        other = reads + 0.1 * free @ random(3, 3, seed=seed)
+        close(data @ other, torch.eye(3, dtype=torch.float64))
+        assert (other.t() @ moment @ other).trace() > (reads.t() @ moment @ reads).trace()
+    close(dual_directions(data, 3 * torch.eye(6).double()), dual_directions(data))  # nothing to whiten by
+
+
+def test_prompts_that_begin_alike_share_their_dual_slices():
+    data = random(4, 6, seed=5)
+    repeated = torch.cat([data[:2], data, data[:1] * (1 + 1e-5)])
+    close(distinct_rows(repeated), data)
+    for one, other in zip(started("dual", 6, inputs=repeated)[1:], started("dual", 6, inputs=data)[1:], strict=True):
+        close(one, other)
+
+
+def test_a_dual_start_without_room_is_refused():
+    with pytest.raises(SpdError, match="each of the data's 5 distinct inputs; there is room for 4"):
+        started("dual", 4, inputs=random(5, 6, seed=5))
+    with pytest.raises(SpdError, match="each of the data's 7 distinct inputs; there is room for 6"):
+        started("dual", 20, inputs=random(7, 6, seed=5))
+
+
+def test_a_whitened_dual_needs_a_second_moment():
+    matrix = Matrix("m", nn.Linear(6, 9, bias=False), 0, (0, 9), transposed=True)
+    with pytest.raises(ValueError, match="second moment"):
+        start_slices({"m": matrix}, 8, "dual_whitened", {"m": torch.randn(3, 6)}, 0)
 
 
 @pytest.mark.parametrize("slices", [1, 4, 20])
@@ -102,17 +167,17 @@ def test_random_start_has_the_norm_of_the_target(slices):
 
 @pytest.mark.parametrize("start", sorted(STARTS))
 def test_half_precision_starts_near_the_same_place(start):
-    data = random(10, 6, seed=5)
+    data = random(4 if start.startswith("dual") else 10, 6, seed=5)
     _, U, V = started(start, 6, inputs=data)
     weight, rough_U, rough_V = started(start, 6, inputs=data.bfloat16(), dtype=torch.bfloat16)
     assert weight.dtype == rough_U.dtype == rough_V.dtype == torch.bfloat16
-    if start != "random":  # drawn numbers differ by dtype; 8 bits each, and sums of six products
-        close(rough_U.double() @ rough_V.double(), U @ V, 0.02)
+    if start != "random":  # drawn numbers differ by dtype; 8 bits each, sums of six products, an inverse
+        close(rough_U.double() @ rough_V.double(), U @ V, 0.05 if start == "dual_whitened" else 0.02)
 
 
 @pytest.mark.parametrize("start", sorted(STARTS))
 def test_a_start_is_seeded(start):
-    data = random(10, 6, seed=5)
+    data = random(6, 6, seed=5)
     first, second = (started(start, 8, inputs=data) for _ in range(2))
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[2], second[2])

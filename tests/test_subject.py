@@ -171,6 +171,24 @@ def test_a_span_basis_spans_the_data(tmp_path, tiny_gpt2_dir):
         assert not basis.requires_grad
 
 
+def test_whitened_duals_of_a_recipe(tmp_path, tiny_llama_dir):
+    """Reads dual to the prompts' distinct tokens and least on the stream, whatever the order of the matrices."""
+    settings = ["slices.C=14", "slices.init=dual_whitened", "slices.ridge=0.5", "target.dtype='float64'"]
+    settings += ["data.stream=generated", "data.stream_sequences=20", "data.stream_length=6"]
+    subject = language_subject(model_recipe(tiny_llama_dir, *settings, folder=tmp_path), CPU)
+    names = ["layers.1.mlp.down_proj", "layers.0.mlp.up_proj"]
+    made = start_decomposition(model_recipe(tiny_llama_dir, *settings, folder=tmp_path), subject, names)
+    stream = inputs_of(subject, names, subject.stream())
+    for name, x in inputs_of(subject, names, subject.prompts.batch).items():
+        moment = stream[name].t() @ stream[name] / (20 * 6)
+        moment = moment + 0.5 * torch.linalg.eigvalsh(moment).mean() * torch.eye(len(moment))
+        inverse = torch.linalg.inv(moment)
+        reads = inverse @ x.t() @ torch.linalg.inv(x @ inverse @ x.t())  # all 12 tokens differ
+        U = made.of(name).U[:, :12]
+        torch.testing.assert_close(U / U.norm(dim=0), reads / reads.norm(dim=0))
+        torch.testing.assert_close(x @ U @ made.of(name).V[:12], x @ subject.target.matrices[name].weight)
+
+
 @pytest.mark.parametrize("init", ["random", "svd", "svd_span"])
 def test_the_seed_decides_the_start(tmp_path, init):
     def start(seed: int):

@@ -164,8 +164,8 @@ class KeyedNoise(Noise):
         self.sequences, self.seed = sequences, seed
         self.seen: dict[tuple, list[Variant]] = defaultdict(list)
 
-    def __call__(self, piece: Piece, name: str, kind: str, shape: Sequence[int]) -> Tensor:
-        return self.whole(piece.variant, name, kind, shape[1:])[piece.start : piece.stop]
+    def __call__(self, out: Tensor, piece: Piece, name: str, kind: str) -> None:
+        out.copy_(self.whole(piece.variant, name, kind, out.shape[1:])[piece.start : piece.stop])
 
     def whole(self, variant: Variant, name: str, kind: str, shape: Sequence[int]) -> Tensor:
         """The numbers for all sequences, `[B, *shape]`."""

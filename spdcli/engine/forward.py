@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.nn import functional as F
 
 from spdcli.engine.losses import unembed_kl
 from spdcli.engine.plan import Piece, Variant
-from spdcli.engine.subcomponents import SliceSet, masked_product
+from spdcli.engine.product import Asked, replaced_product
+from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Batch, Matrix, Target
 
 
@@ -31,8 +33,8 @@ class Clean:
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
     looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them, `spots` `[n]` are their places in the
-    flat `[B * T]`, and those of sequence i start at `firsts[i]`. `patterns[b]` `[B, H, T, T]` are block b's attention
-    log-probabilities, when they were asked for.
+    flat `[B * T]`, and those of sequence i start at `firsts[i]`; `ends` says that they are the last positions, and no
+    others. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when they were asked for.
     """
 
     batch: Batch
@@ -43,6 +45,7 @@ class Clean:
     place: Tensor
     spots: Tensor
     firsts: list[int]
+    ends: bool
     patterns: list[Tensor] = field(default_factory=list)
 
 
@@ -76,7 +79,8 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
     place = batch.looked.flatten().cumsum(0).sub(1).view_as(batch.looked)
     spots = batch.looked.flatten().nonzero()[:, 0]
     firsts = [0, *batch.looked.sum(1).cumsum(0).tolist()]
-    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, recorded)
+    ends = firsts == list(range(len(batch.looked) + 1)) and bool(batch.looked[:, -1].all())
+    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, ends, recorded)
 
 
 def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
@@ -92,85 +96,72 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@dataclass(eq=False)
-class Asked:
-    """Rows that want a matrix replaced: their numbers `[r]`, masks `[r, T, C]`, delta masks `[r, T, 1]` or None."""
-
-    rows: Tensor
-    mask: Tensor
-    delta: Tensor | None
-
-
 class Noise:
     """Uniform numbers for stochastic masks, from one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
-    def __call__(self, piece: Piece, name: str, kind: str, shape: Sequence[int]) -> Tensor:
-        """`shape` uniform numbers for matrix `name` of `piece`; `kind` is mask or delta."""
-        return torch.rand(shape, generator=self.generator, device=self.generator.device)
-
-
-def piece_mask(piece: Piece, name: str, g: Tensor | None, delta: bool, noise: Noise) -> tuple[Tensor, Tensor | None]:
-    """Mask `[r, T, C]` and delta mask `[r, T, 1]` of matrix `name` for the rows of one piece.
-
-    Importance masks are g with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1). Where the
-    variant leaves the target alone both are 1, which is the target's own matrix. Fixed masks are the same at every
-    position, so that T is 1; they need no g.
-    """
-    variant = piece.variant
-    if variant.fixed is not None:
-        fixed = variant.fixed[name].expand(len(piece), 1, -1)
-        return fixed, fixed.new_full((len(piece), 1, 1), variant.delta) if variant.delta else None
-    assert g is not None
-    mask, keep = g[piece.start : piece.stop], None
-    if piece.variant.source == "stochastic":
-        mask = mask + (1 - mask) * noise(piece, name, "mask", mask.shape).to(mask.dtype)
-        if delta:
-            keep = noise(piece, name, "delta", (*mask.shape[:-1], 1)).to(mask.dtype)
-    if delta and keep is None:
-        keep = mask.new_zeros(*mask.shape[:-1], 1)
-    if piece.variant.routed is not None:
-        routed = piece.variant.routed[name][piece.start : piece.stop, :, None].to(mask.device)
-        mask = torch.where(routed, mask, 1.0)
-        keep = torch.where(routed, 0.0 if keep is None else keep, 1.0).to(mask.dtype)
-    return mask, keep
+    def __call__(self, out: Tensor, piece: Piece, name: str, kind: str) -> None:
+        """Fill `out` with uniform numbers for matrix `name` of `piece`; `kind` is mask or delta."""
+        out.uniform_(generator=self.generator)
 
 
 def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise: Noise) -> Asked | None:
-    """What a chunk asks of matrix `name`, or None when no variant in it replaces that matrix."""
-    rows, masks, deltas = [], [], []
-    first = 0
-    for piece in chunk:
-        if name in piece.variant.matrices:
-            mask, keep = piece_mask(piece, name, g, delta, noise)
-            rows.append(torch.arange(first, first + len(piece), device=mask.device))
-            masks.append(mask)
-            deltas.append(keep)
-        first += len(piece)
-    if not rows:
+    """What a chunk asks of matrix `name`, or None when no variant in it replaces that matrix.
+
+    Importance masks are g `[B, T, C]` with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1). Where
+    a variant leaves the target alone both are 1, which is the target's own matrix. Fixed masks need no g, and a chunk
+    has them in all its variants or in none.
+    """
+    starts = [0, *accumulate(len(piece) for piece in chunk)]
+    wanted = [(first, piece) for first, piece in zip(starts, chunk, strict=False) if name in piece.variant.matrices]
+    if not wanted:
         return None
-    whole = None
-    if any(keep is not None for keep in deltas):
-        whole = torch.cat(
-            [m.new_zeros(*m.shape[:-1], 1) if d is None else d for m, d in zip(masks, deltas, strict=True)]
-        )
-    return Asked(torch.cat(rows), torch.cat(masks), whole)
+    if g is None:
+        return _ask_fixed(wanted, name)
+    rows = _ranges([(first, first + len(piece)) for first, piece in wanted], g)
+    origin = _ranges([(piece.start, piece.stop) for _, piece in wanted], g)
+    pieces = [piece for _, piece in wanted]
+    routed = any(piece.variant.routed is not None for piece in pieces)
+    stochastic = any(piece.variant.source == "stochastic" for piece in pieces)
+    drawn = g.new_empty(len(rows), *g.shape[1:]) if stochastic or routed else None
+    keep = g.new_zeros(len(rows), g.shape[1], 1) if delta or routed else None
+    done = 0
+    for piece in pieces:
+        part, done = slice(done, done + len(piece)), done + len(piece)
+        if drawn is not None:
+            if piece.variant.source == "stochastic":
+                noise(drawn[part], piece, name, "mask")
+            else:
+                drawn[part] = 0.0
+        if keep is not None and delta and piece.variant.source == "stochastic":
+            noise(keep[part], piece, name, "delta")
+        if piece.variant.routed is not None and drawn is not None and keep is not None:
+            left_alone = ~piece.variant.routed[name][piece.start : piece.stop, :, None].to(g.device)
+            drawn[part].masked_fill_(left_alone, 1.0)  # noise 1 is a mask of 1
+            keep[part].masked_fill_(left_alone, 1.0)
+    return Asked(rows, g, keep, origin, drawn)
 
 
-def replaced_output(x: Tensor, matrix: Matrix, U: Tensor, V: Tensor, asked: Asked) -> Tensor:
-    """The matrix's output `[R, T, O]` on all rows: masked slices on the rows asked for, the target's on the rest."""
-    count = x.shape[0]
-    if len(asked.rows) == count:
-        out = masked_product(x, matrix.weight, U, V, asked.mask, asked.delta)
-    else:
-        plain = torch.ones(count, dtype=torch.bool, device=x.device).index_fill(0, asked.rows, False).nonzero()[:, 0]
-        masked = masked_product(x.index_select(0, asked.rows), matrix.weight, U, V, asked.mask, asked.delta)
-        rest = x.index_select(0, plain) @ matrix.weight
-        back = torch.cat([asked.rows, plain]).argsort()
-        out = torch.cat([masked, rest]).index_select(0, back)
-    return out if matrix.bias is None else out + matrix.bias
+def _ask_fixed(wanted: Sequence[tuple[int, Piece]], name: str) -> Asked:
+    """What fixed variants ask of matrix `name`: one mask a variant."""
+    masks, deltas = [], []
+    for _, piece in wanted:
+        assert piece.variant.fixed is not None
+        masks.append(piece.variant.fixed[name])
+        deltas += [piece.variant.delta] * len(piece)
+    mask = torch.stack(masks)[:, None]
+    numbers = torch.arange(len(masks), device=mask.device)
+    counts = torch.tensor([len(piece) for _, piece in wanted], device=mask.device)
+    rows = _ranges([(first, first + len(piece)) for first, piece in wanted], mask)
+    delta = mask.new_tensor(deltas)[:, None, None] if any(deltas) else None
+    return Asked(rows, mask, delta, numbers.repeat_interleave(counts, output_size=len(rows)))
+
+
+def _ranges(bounds: Iterable[tuple[int, int]], like: Tensor) -> Tensor:
+    """The numbers of several ranges in a row, on the device of `like`."""
+    return torch.cat([torch.arange(start, stop) for start, stop in bounds]).to(like.device, non_blocking=True)
 
 
 @contextmanager
@@ -200,7 +191,7 @@ def replaced(target: Target, slices: SliceSet, asked: Mapping[str, Asked]) -> It
 def _part_output(x: Tensor, matrix: Matrix, slices: SliceSet, asked: Mapping[str, Asked]) -> Tensor:
     if matrix.name in asked:
         own = slices.of(matrix.name)
-        return replaced_output(x, matrix, own.U, own.V, asked[matrix.name])
+        return replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, asked[matrix.name])
     out = x @ matrix.weight
     return out if matrix.bias is None else out + matrix.bias
 
@@ -220,9 +211,17 @@ def rows_of(value: Any, sequences: int, index: Tensor) -> Any:
 
 
 def plan_pass(
-    target: Target, slices: SliceSet, clean: Clean, chunk: Sequence[Piece], asked: Mapping[str, Asked]
+    target: Target,
+    slices: SliceSet,
+    clean: Clean,
+    chunk: Sequence[Piece],
+    asked: Mapping[str, Asked],
+    ends: bool = False,
 ) -> Tensor:
-    """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces."""
+    """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces.
+
+    With `ends`, and a target that can, those at the last position alone, `[R, 1, D]`.
+    """
     device = clean.place.device
     sequences = len(clean.place)
     rows = [torch.arange(piece.start, piece.stop, device=device) for piece in chunk]
@@ -237,19 +236,26 @@ def plan_pass(
                 hidden = torch.cat([hidden, fresh])
                 alive += entering
             args, kwargs = rows_of(clean.calls[number], sequences, index[:alive])
-            hidden = hidden_of(target.blocks[number](hidden, *args, **kwargs))
+            block: Callable[..., Any] = target.blocks[number]
+            if ends and target.last_block is not None and number == len(target.blocks) - 1:
+                block = target.last_block
+            hidden = hidden_of(block(hidden, *args, **kwargs))
     return hidden
 
 
 def row_divergences(
     target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool
 ) -> list[Tensor]:
-    """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order."""
-    positions = hidden.shape[1]
+    """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order.
+
+    `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives.
+    """
+    positions, missing = hidden.shape[1], clean.place.shape[1] - hidden.shape[1]
+    looked = clean.spots - missing * (clean.spots // clean.place.shape[1] + 1)  # places in the flat [B * positions]
     spots, index, first = [], [], 0
     for piece in chunk:
         known = slice(clean.firsts[piece.start], clean.firsts[piece.stop])
-        spots.append(clean.spots[known] + (first - piece.start) * positions)
+        spots.append(looked[known] + (first - piece.start) * positions)
         index.append(torch.arange(known.start, known.stop, device=hidden.device))
         first += len(piece)
     finished = target.finish(hidden.flatten(0, 1).index_select(0, torch.cat(spots)))

@@ -5,8 +5,7 @@
     shared     one MLP for all slices of a matrix
     attention  Algorithm 1: attention over the sequence, then one MLP a slice (Eq. 4)
 
-All return values before the sigmoid, `[B, T, C]` a matrix; `lower_leaky` and `upper_leaky` make
-importances of them. Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
+All return values before the sigmoid, `[B, T, C]` a matrix; `leaky` makes importances of them. Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
 """
 
 from __future__ import annotations
@@ -27,28 +26,35 @@ LOCAL_SLOPE = 0.5
 OFF = -1.0  # what a pruned slice has instead of a gate
 
 
-class _LowerLeaky(torch.autograd.Function):
+class _Leaky(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
-        return x.clamp(0, 1)
+        ctx.set_materialize_grads(False)
+        lower = x.clamp(0, 1)
+        return lower, torch.add(lower, (x - 1).clamp_(min=0), alpha=LEAK)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_lower: Tensor | None, grad_upper: Tensor | None) -> Tensor | None:
         (x,) = ctx.saved_tensors
-        # Descent raises x where the gradient is negative: only that leaks through, below 0.
-        leak = torch.where(x < 0, LEAK * grad.clamp(max=0), 0)
-        return torch.where((x >= 0) & (x <= 1), grad, leak)
+        below, above = x < 0, x > 1
+        grad = None
+        if grad_lower is not None:
+            # Descent raises x where the gradient is negative: only that leaks through, below 0.
+            grad = torch.where(below, grad_lower.clamp(max=0).mul_(LEAK), grad_lower).masked_fill_(above, 0)
+        if grad_upper is not None:
+            upper = torch.where(above, LEAK * grad_upper, grad_upper).masked_fill_(below, 0)
+            grad = upper if grad is None else grad.add_(upper)
+        return grad
 
 
-def lower_leaky(x: Tensor) -> Tensor:
-    """Importances for masks: clamp to [0, 1]; below 0 a gradient that would raise g passes, times 0.01."""
-    return _LowerLeaky.apply(x)
+def leaky(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Importances of the gates' values x: `g_lower` for masks and `g_upper` for minimality, the shape of x both.
 
-
-def upper_leaky(x: Tensor) -> Tensor:
-    """Importances for minimality: clamp below at 0, slope 0.01 above 1 so that large values come back."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0))
+    g_lower is x clamped to [0, 1]; below 0 a gradient that would raise it passes, times 0.01. g_upper is clamped below
+    at 0 and has slope 0.01 above 1, so that large values come back.
+    """
+    return _Leaky.apply(x)
 
 
 @dataclass(frozen=True)
@@ -72,43 +78,54 @@ class ImportanceSettings:
     length: int = 0
 
 
-class VectorGates(nn.Module):
+class _Gates(nn.Module):
+    """The last layer that all gates share: `w2` and `b2`, without the slices that are switched off."""
+
+    w2: nn.Parameter
+    b2: nn.Parameter
+
+    def last_layer(self, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """w2 and b2 as if slices that are not `alive` `[C]` always said OFF."""
+        return self.w2 * alive, torch.where(alive, self.b2, OFF)
+
+
+class VectorGates(_Gates):
     """C independent MLPs, I -> G -> 1, on one shared input."""
 
     def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
         width = settings.gate_width
-        self.w1 = nn.Parameter(torch.randn(d_in, slices * width) / math.sqrt(d_in))
-        self.b1 = nn.Parameter(torch.zeros(slices * width))
-        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(slices, width) / math.sqrt(width))
+        self.w1 = nn.Parameter(torch.randn(d_in, width * slices) / math.sqrt(d_in))
+        self.b1 = nn.Parameter(torch.zeros(width * slices))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[B, T, I]` to `[B, T, C]`."""
-        flat = vector_gates(x.flatten(0, -2), self.w1, self.b1, self.w2, self.b2, self.activation)
+    def forward(self, x: Tensor, alive: Tensor) -> Tensor:
+        """x `[B, T, I]` and which slices are left, `[C]`, to `[B, T, C]`."""
+        flat = vector_gates(x.flatten(0, -2), self.w1, self.b1, *self.last_layer(alive), self.activation)
         return flat.unflatten(0, x.shape[:-1])
 
 
-class ScalarGates(nn.Module):
+class ScalarGates(_Gates):
     """C independent MLPs, 1 -> G -> 1, each on its own inner activation."""
 
     def __init__(self, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
         width = settings.gate_width
-        self.w1 = nn.Parameter(torch.randn(slices, width))
-        self.b1 = nn.Parameter(torch.zeros(slices, width))
-        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(slices, width) / math.sqrt(width))
+        self.w1 = nn.Parameter(torch.randn(width, slices))
+        self.b1 = nn.Parameter(torch.zeros(width, slices))
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
 
-    def forward(self, inner: Tensor) -> Tensor:
-        """inner activations `[B, T, C]` to `[B, T, C]`."""
-        flat = scalar_gates(inner.flatten(0, -2), self.w1, self.b1, self.w2, self.b2, self.activation)
+    def forward(self, inner: Tensor, alive: Tensor) -> Tensor:
+        """inner activations `[B, T, C]` and which slices are left, `[C]`, to `[B, T, C]`."""
+        flat = scalar_gates(inner.flatten(0, -2), self.w1, self.b1, *self.last_layer(alive), self.activation)
         return flat.unflatten(0, inner.shape[:-1])
 
 
-class SharedGates(nn.Module):
+class SharedGates(_Gates):
     """One MLP, I -> G -> C."""
 
     def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
@@ -120,8 +137,10 @@ class SharedGates(nn.Module):
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.act = ACTIVATIONS[settings.activation][0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x @ self.w1 + self.b1) @ self.w2 + self.b2
+    def forward(self, x: Tensor, alive: Tensor) -> Tensor:
+        """x `[B, T, I]` and which slices are left, `[C]`, to `[B, T, C]`."""
+        w2, b2 = self.last_layer(alive)
+        return self.act(x @ self.w1 + self.b1) @ w2 + b2
 
 
 class AttentionMixer(nn.Module):
@@ -200,7 +219,7 @@ class Importances(nn.Module):
         for width, group in self.groups.items():
             mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
             x.update(zip(group, mixed.unbind(0), strict=True))
-        return {n: torch.where(self.alive[_key(n)], self.gates[_key(n)](x[n]), OFF) for n in self.names}
+        return {n: self.gates[_key(n)](x[n], self.alive[_key(n)]) for n in self.names}
 
     def prune(self, kept: dict[str, Tensor]) -> None:
         """Switch slices off for good: those where `kept[m]` `[C]` is False."""

@@ -74,7 +74,7 @@ def reconstruction(
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
         asked = {n: a for n in slices.names if (a := ask(chunk, n, g.get(n), slices.delta, noise)) is not None}
         with recording(target, attend is not None) as patterns:
-            hidden = plan_pass(target, slices, clean, chunk, asked)
+            hidden = plan_pass(target, slices, clean, chunk, asked, ends=clean.ends and attend is None)
         terms = [
             consume(piece.variant, slice(piece.start, piece.stop), divergence)
             for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)

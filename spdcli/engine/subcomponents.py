@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.importance import Importances, lower_leaky, upper_leaky
+from spdcli.engine.importance import Importances, leaky
 from spdcli.engine.target import Matrix
+from spdcli.errors import SpdError
+
+RANK = 1e-5  # of the largest singular value: what is smaller does not count as a direction of the data
 
 
 class Slices(nn.Module):
@@ -36,7 +39,7 @@ def masked_product(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor
 
 
 def random_start(
-    weight: Tensor, slices: int, inputs: Tensor | None, generator: torch.Generator
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Gaussian directions, scaled so that `U V` has the norm of W."""
     d_in, d_out = weight.shape
@@ -45,22 +48,81 @@ def random_start(
     return U, V * (weight.norm() / (U @ V).norm())
 
 
-def svd_start(weight: Tensor, slices: int, inputs: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def svd_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """The largest singular triples of W, the root of each value on either side; spare slices write nothing yet."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     return _padded(left, values, right, slices, generator)
 
 
 def svd_span_start(
-    weight: Tensor, slices: int, inputs: Tensor | None, generator: torch.Generator
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """As `svd_start`, of W restricted to the span of the data: the rows of `inputs` `[n, I]`."""
     if inputs is None:
         raise ValueError("svd_span needs the matrix's inputs")
     _, values, basis = torch.linalg.svd(inputs, full_matrices=False)
-    basis = basis[values > 1e-5 * values[0]]
+    basis = basis[values > RANK * values[0]]
     left, values, right = torch.linalg.svd(basis @ weight, full_matrices=False)
     return _padded(basis.t() @ left, values, right, slices, generator)
+
+
+def dual_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """One slice a distinct row x_t of `inputs` `[n, I]`: it reads x_t as 1 and the others as 0, and writes `x_t W`.
+
+    Its own token's share of W from the first step, by construction and not by learning; spare slices write nothing.
+    Raises SpdError where there are more distinct rows than slices or dimensions: no dual exists then.
+    """
+    if inputs is None:
+        raise ValueError("a dual start needs the matrix's inputs")
+    rows = distinct_rows(inputs)
+    room = min(slices, weight.shape[0])
+    if len(rows) > room:
+        raise SpdError(
+            f"a dual start needs a slice for each of the data's {len(rows)} distinct inputs; there is room for {room}",
+            "raise slices.C, give fewer or shorter prompts, or choose another slices.init",
+        )
+    read, write = dual_directions(rows, moment), rows @ weight
+    size = (write.norm(dim=1) * read.norm(dim=0)).sqrt()
+    return _filled(read * (size / read.norm(dim=0)), write * (size / write.norm(dim=1))[:, None], slices, generator)
+
+
+def dual_whitened_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """As `dual_start`, with the reads that answer least to other text: `moment` `[I, I]` is its second moment."""
+    if moment is None:
+        raise ValueError("a whitened dual start needs the second moment of the matrix's inputs")
+    return dual_start(weight, slices, inputs, moment, generator)
+
+
+def dual_directions(rows: Tensor, moment: Tensor | None = None) -> Tensor:
+    """R `[I, n]` with `rows @ R` = 1 (as far as the rows are independent), for `rows` X `[n, I]`.
+
+    Of all such R the smallest one, the pseudo-inverse of X; with `moment` C (invertible) the one whose answers to
+    inputs of that second moment are smallest, trace Rᵀ C R: `C⁻¹ Xᵀ (X C⁻¹ Xᵀ)⁺`.
+    """
+    wide = rows.double()
+    if moment is None:
+        return torch.linalg.pinv(wide, rtol=RANK).to(rows.dtype)
+    root = torch.linalg.cholesky(moment.to(wide))
+    white = torch.linalg.solve_triangular(root, wide.t(), upper=False)  # [I, n], of unit second moment
+    read = torch.linalg.solve_triangular(root.t(), torch.linalg.pinv(white.t(), rtol=RANK), upper=True)
+    return read.to(rows.dtype)
+
+
+def distinct_rows(inputs: Tensor, tolerance: float = 1e-3) -> Tensor:
+    """The rows of `inputs` `[n, I]` that are no repetition of an earlier one: prompts that begin alike share inputs.
+
+    Rows are the same when they differ by less than `tolerance` of the larger norm.
+    """
+    apart = torch.cdist(inputs, inputs, compute_mode="donot_use_mm_for_euclid_dist")  # the quick way cancels
+    size = inputs.norm(dim=1)
+    same = apart <= tolerance * torch.maximum(size[:, None], size)
+    return inputs[~same.tril(-1).any(1)]
 
 
 def _padded(
@@ -68,10 +130,15 @@ def _padded(
 ) -> tuple[Tensor, Tensor]:
     kept = min(slices, values.shape[0])
     root = values[:kept].sqrt()
-    U = _directions(left.shape[0], slices, generator, left)
-    V = right.new_zeros(slices, right.shape[1])
-    U[:, :kept] = left[:, :kept] * root
-    V[:kept] = root[:, None] * right[:kept]
+    return _filled(left[:, :kept] * root, root[:, None] * right[:kept], slices, generator)
+
+
+def _filled(read: Tensor, write: Tensor, slices: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`read` `[I, n]` and `write` `[n, O]` as the first n of C slices; the others read something and write nothing."""
+    kept = read.shape[1]
+    U = _directions(read.shape[0], slices, generator, read)
+    V = write.new_zeros(slices, write.shape[1])
+    U[:, :kept], V[:kept] = read, write
     return U, V
 
 
@@ -81,7 +148,13 @@ def _directions(rows: int, columns: int, generator: torch.Generator, like: Tenso
     return drawn.to(like.device) / rows**0.5
 
 
-STARTS = {"random": random_start, "svd": svd_start, "svd_span": svd_span_start}
+STARTS = {
+    "random": random_start,
+    "svd": svd_start,
+    "svd_span": svd_span_start,
+    "dual": lambda weight, slices, inputs, moment, generator: dual_start(weight, slices, inputs, None, generator),
+    "dual_whitened": dual_whitened_start,
+}
 
 
 class SliceSet(nn.Module):
@@ -118,19 +191,29 @@ class Decomposition(SliceSet):
         read = {name: self.of(name).U for name in self.names}
         padded = valid is not None and not bool(valid.all())
         raw = self.importances(inputs, read, valid if padded else None)
-        return {n: lower_leaky(r) for n, r in raw.items()}, {n: upper_leaky(r) for n, r in raw.items()}
+        both = {name: leaky(values) for name, values in raw.items()}
+        return {n: lower for n, (lower, _) in both.items()}, {n: upper for n, (_, upper) in both.items()}
 
 
 def start_slices(
-    matrices: dict[str, Matrix], slices: int, start: str, inputs: dict[str, Tensor] | None, seed: int
+    matrices: dict[str, Matrix],
+    slices: int,
+    start: str,
+    inputs: dict[str, Tensor] | None,
+    seed: int,
+    moments: dict[str, Tensor] | None = None,
 ) -> dict[str, Slices]:
-    """Fresh slices for every matrix; `start` is random, svd or svd_span, `inputs[m]` the data `[n, I]` for the last."""
+    """Fresh slices for every matrix; `start` is one of STARTS.
+
+    `inputs[m]` is the data `[n, I]`, for svd_span and the duals; `moments[m]` `[I, I]` is for dual_whitened.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, matrix in matrices.items():
         weight = matrix.weight.detach()
         precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
         data = None if inputs is None else inputs[name].to(precise)
-        U, V = STARTS[start](weight.to(precise), slices, data, generator)
+        moment = None if moments is None else moments[name].to(weight.device)
+        U, V = STARTS[start](weight.to(precise), slices, data, moment, generator)
         made[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))
     return made

@@ -91,9 +91,10 @@ class Target:
     returns does not matter. `finish` is the final norm (identity where there is none).
     `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts
     of one module are neighbours and together cover all its columns. While `record_patterns()` is open, every block
-    that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell).
-    `parts[kind]` are the modules, one a block, whose outputs are added to the stream: `mlp` and `attention`
-    (empty where a block is no such sum).
+    that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell). `last_block`,
+    called like the last block, gives its output at the last position alone, `[R, 1, D]` (None where it cannot).
+    `parts[kind]` are the modules, one a block, whose outputs are added to the stream: `mlp` and `attention` (empty
+    where a block is no such sum).
     """
 
     model: nn.Module
@@ -105,6 +106,7 @@ class Target:
     embedding: Tensor  # [N, D]
     matrices: dict[str, Matrix]
     record_patterns: Callable[[], AbstractContextManager[list[Tensor]]] | None = None
+    last_block: Callable[..., Tensor] | None = None
     parts: Mapping[str, list[nn.Module]] = field(default_factory=dict)
 
     @property

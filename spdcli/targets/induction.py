@@ -74,10 +74,11 @@ class ToyBlock(nn.Module):
         normed = self.norm(hidden)
         placed = normed + positions
         asking, hidden = (placed[:, -1:], hidden[:, -1:]) if last else (placed, hidden)
-        scores = self.scores(self.q(asking), self.k(placed))
+        query, key, value = self.q(asking), self.k(placed), self.v(normed)
         if self.recorded is not None:
-            self.recorded.append(scores.log_softmax(-1))
-        mixed = (scores.softmax(-1) @ self.split(self.v(normed))).transpose(-2, -3).flatten(-2)
+            self.recorded.append(self.scores(query, key).log_softmax(-1))
+        q, k, v = self.split(query), self.split(key), self.split(value)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not last).transpose(-2, -3).flatten(-2)
         hidden = hidden + self.o(mixed)
         if self.feed_forward:
             hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
@@ -116,7 +117,7 @@ class InductionToy(nn.Module):
             hidden, places = hidden + places, torch.zeros_like(places)
         for block in self.blocks[:-1]:
             hidden = block(hidden, places)
-        return self.blocks[-1](hidden, places, last)
+        return self.blocks[-1](hidden, places, last=last)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits at the last position, `[B, N]`."""
@@ -161,6 +162,7 @@ def toy_target(toy: InductionToy) -> Target:
         embedding=toy.embed.weight,
         matrices=matrices,
         record_patterns=lambda: recorded_patterns(toy),
+        last_block=lambda hidden, positions, last: toy.blocks[-1](hidden, positions, last=True),
     )
 
 

@@ -1,0 +1,145 @@
+"""The replacement kernel: what a matrix answers on all rows of a plan, masked slices where rows ask for them.
+
+With mask m and delta mask d a row that asks is answered by
+
+    x (U diag(m) V + d (W - U V)) = d (x W) + ((x U) * (m - d)) V,
+
+every other row by `x W`. `W - U V` is never formed, and what is as wide as the slices is visited in chunks
+that fit the cache; only the inner activations `x U` are kept for backward.
+R rows, r of them asking, T positions, I d_in, O d_out, C slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 18  # masks worked on at once: 1 MiB in float32
+GPU_CHUNK_ELEMENTS = 1 << 26  # 256 MiB: small chunks would leave a GPU waiting for the next launch
+
+
+@dataclass(eq=False)
+class Asked:
+    """Rows that want a matrix replaced: their numbers `rows` `[r]`, and their masks.
+
+    The mask of row `rows[i]` is `mask[i]` `[T, C]`, or `mask[origin[i]]` where there is an `origin` `[r]`; `noise`
+    `[r, T, C]` in [0, 1] moves it towards 1, to `mask + (1 - mask) * noise`. `delta` `[r, T, 1]` are the delta's masks,
+    None for 0. Masks that are the same everywhere may have a T of 1, but no gradient then.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    delta: Tensor | None
+    origin: Tensor | None = None
+    noise: Tensor | None = None
+
+    def last(self, positions: int) -> Asked:
+        """The same for the last `positions` positions."""
+        cut = lambda t: t if t is None or t.shape[1] <= positions else t[:, -positions:]  # noqa: E731
+        return Asked(self.rows, cut(self.mask), cut(self.delta), self.origin, cut(self.noise))
+
+
+def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, asked: Asked) -> Tensor:
+    """The matrix's output `[R, T, O]` on x `[R, T, I]`: masked slices on the rows that ask, the target's on the rest.
+
+    weight `[I, O]`, bias `[O]` or None, U `[I, C]`, V `[C, O]`; x, U, V and `asked.mask` get gradients. Where x has
+    fewer positions than the masks, it has the last ones.
+    """
+    asked = asked.last(x.shape[1])
+    rows = asked.rows
+    rest = torch.ones(len(x), device=x.device).index_fill(0, rows, 0.0).argsort(descending=True)[: len(x) - len(rows)]
+    return _Replaced.apply(x, weight, bias, U, V, asked.mask, rows, rest, asked.origin, asked.noise, asked.delta)
+
+
+class _Replaced(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        U: Tensor,
+        V: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        rest: Tensor,
+        origin: Tensor | None,
+        noise: Tensor | None,
+        delta: Tensor | None,
+    ) -> Tensor:
+        out = x.new_empty(*x.shape[:2], V.shape[1])
+        inner = x.new_empty(len(rows), x.shape[1], V.shape[0])
+        for part in _chunks(x, len(rows), V.shape[0]):
+            chosen = rows[part]
+            piece = x.index_select(0, chosen)
+            torch.matmul(piece, U, out=inner[part])
+            answer = (inner[part] * _share(part, mask, origin, noise, delta)) @ V
+            if delta is not None:
+                answer += delta[part] * (piece @ weight)
+            out.index_copy_(0, chosen, answer)
+        for part in _chunks(x, len(rest), V.shape[0]):
+            chosen = rest[part]
+            out.index_copy_(0, chosen, x.index_select(0, chosen) @ weight)
+        ctx.save_for_backward(x, weight, U, V, mask, rows, rest, origin, noise, delta, inner)
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, U, V, mask, rows, rest, origin, noise, delta, inner = ctx.saved_tensors
+        want_x, want_slices, want_mask = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        grad_x = torch.empty_like(x) if want_x else None
+        grad_U, grad_V = (torch.zeros_like(U), torch.zeros_like(V)) if want_slices else (None, None)
+        grad_mask = torch.zeros_like(mask) if want_mask else None
+        for part in _chunks(x, len(rows), V.shape[0]):
+            chosen = rows[part]
+            piece_grad, own = grad.index_select(0, chosen), inner[part]
+            share = _share(part, mask, origin, noise, delta)
+            outward = piece_grad @ V.t()
+            if grad_V is not None:
+                grad_V.addmm_((own * share).flatten(0, 1).t(), piece_grad.flatten(0, 1))
+            if grad_mask is not None:
+                _add_mask_gradient(grad_mask, outward * own, part, origin, noise)
+            outward *= share
+            if grad_U is not None:
+                grad_U.addmm_(x.index_select(0, chosen).flatten(0, 1).t(), outward.flatten(0, 1))
+            if grad_x is not None:
+                answer = outward @ U.t()
+                if delta is not None:
+                    answer += (delta[part] * piece_grad) @ weight.t()
+                grad_x.index_copy_(0, chosen, answer)
+        if grad_x is not None:
+            for part in _chunks(x, len(rest), V.shape[0]):
+                chosen = rest[part]
+                grad_x.index_copy_(0, chosen, grad.index_select(0, chosen) @ weight.t())
+        return grad_x, None, None, grad_U, grad_V, grad_mask, None, None, None, None, None
+
+
+def _chunks(x: Tensor, rows: int, slices: int) -> Iterator[slice]:
+    """Cuts `rows` rows into runs whose masks fit the cache."""
+    size = max(1, (GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // (x.shape[1] * slices))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _share(part: slice, mask: Tensor, origin: Tensor | None, noise: Tensor | None, delta: Tensor | None) -> Tensor:
+    """`m - d` of some of the asking rows, `[n, T, C]`."""
+    own = mask[part] if origin is None else mask.index_select(0, origin[part])
+    if noise is not None:
+        own = torch.lerp(own, own.new_ones(()), noise[part])
+    return own if delta is None else own - delta[part]
+
+
+def _add_mask_gradient(
+    grad_mask: Tensor, grad: Tensor, part: slice, origin: Tensor | None, noise: Tensor | None
+) -> None:
+    """Carries the gradient of some rows' `m` `[n, T, C]` back to the masks that they were made of."""
+    if noise is not None:
+        grad.addcmul_(grad, noise[part], value=-1)
+    if origin is None:
+        grad_mask[part] += grad
+    else:
+        grad_mask.index_add_(0, origin[part], grad)
