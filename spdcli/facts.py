@@ -71,7 +71,7 @@ class Facts(Section):
         """The subjects that facts name."""
         return [fact.subject for fact in self.fact if fact.subject is not None]
 
-    def without(self, prompts: list[str]) -> list[Fact]:
+    def without(self, prompts: Sequence[str]) -> list[Fact]:
         """The facts whose text is none of `prompts`."""
         return [fact for fact in self.fact if fact.prompt not in prompts]
 

@@ -8,12 +8,24 @@ import statistics
 
 import pytest
 import torch
-from small_runs import MODEL, one_line, spd_here
+from small_runs import MODEL, model_recipe, one_line, spd_here
 
-from spdcli.analysis.effects import present_answers, question_groups
-from spdcli.analysis.facts import bootstrap, collateral, fact_questions, known_mask, mark_known, relative_change
+from spdcli.analysis import ablation
+from spdcli.analysis.edits import find_slices
+from spdcli.analysis.effects import given_questions, present_answers, question_groups
+from spdcli.analysis.facts import (
+    bootstrap,
+    check_facts,
+    collateral,
+    fact_questions,
+    known_mask,
+    mark_known,
+    relative_change,
+)
+from spdcli.engine.target import Batch
 from spdcli.errors import RecipeError
 from spdcli.facts import BUILTIN, Known, dump_facts, first_comments, load_facts
+from spdcli.subject import language_subject, start_decomposition
 from spdcli.targets.huggingface import build_target, load_model
 
 FEW = """\
@@ -177,8 +189,6 @@ def test_groups_hold_every_question_once_within_their_bound(tokens):
     lengths = torch.tensor([5, 2, 7, 2, 3, 5])
     valid = torch.arange(7) < lengths[:, None]
     ids = torch.arange(42).view(6, 7)
-    from spdcli.engine.target import Batch
-
     seen = []
     for rows, batch in question_groups(Batch(ids, valid, valid, torch.arange(6)), tokens):
         longest = int(lengths[rows].max())
@@ -359,8 +369,6 @@ def test_ls_lists(spd, few):
 @pytest.mark.slow
 def test_the_shipped_notes_are_right(smollm2):
     """Every note on SmolLM2, and every answer of a fact is a whole word."""
-    from spdcli.analysis.facts import check_facts
-
     facts = load_facts()
     report = check_facts(
         build_target(smollm2, False), smollm2.tokenizer, facts, False, "SmolLM2-135M-Instruct", facts.known
@@ -370,3 +378,98 @@ def test_the_shipped_notes_are_right(smollm2):
         assert entry["token"] == f" {entry['prompt'].split(' ')[-1]}"
     pairs = {fact.prompt for fact in facts.fact if fact.pair}
     assert all(entry["p"] > 0.3 for entry in report if entry["prompt"] in pairs)
+
+
+# --- facts of an edit ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(spd, tmp_path, tiny_gpt2_dir):
+    recipe = tmp_path / "model.toml"
+    recipe.write_text(MODEL.replace("MODEL", str(tiny_gpt2_dir)))
+    out = tmp_path / "run"
+    assert spd("decompose", recipe, "--out", out, "--set", "slices.init='svd'")[0] == 0
+    return out
+
+
+def every_fact_known(few):
+    few.write_text(FEW.replace('models = ["other"]', 'models = ["other"]\n[known]\nprobability = 1e-9\nrank = 1000'))
+    return few
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["suppress", "--slice", "h.1.mlp.c_fc:0"],
+        ["ablate", "--slice", "h.1.mlp.c_fc:0", "--others", "importance"],
+        ["ablate", "--mlp", "1"],
+    ],
+)
+def test_an_edits_facts_are_the_same_prompts_asked_by_hand(spd, run, few, change):
+    command, *options = change
+    data = json.loads(spd(command, run, *options, "--facts", every_fact_known(few), "--json")[1])
+    facts = [entry for entry in data["effects"] if entry["group"] == "fact"]
+    assert [entry["prompt"] for entry in facts] == ["the sport of golf"], "the other two are the run's own prompts"
+    texts = [part for entry in facts for part in ("--prompt", entry["prompt"])]
+    by_hand = json.loads(spd(command, run, *options, *texts, "--no-facts", "--json")[1])
+    assert by_hand["facts"] is None
+    for one, other in zip(facts, by_hand["effects"], strict=True):
+        for key in ("before", "after", "ratio", "kl"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-7)
+    assert data["facts"]["known"] == data["facts"]["asked"] == 1
+    assert data["facts"]["max_relative_change"] == pytest.approx(abs(facts[0]["ratio"] - 1))
+
+
+def test_a_prompt_that_is_asked_is_no_fact(spd, run, few):
+    asked = ("--prompt", "the sport of golf")
+    data = json.loads(spd("suppress", run, "--slice", "h.1.mlp.c_fc:0", "--facts", few, *asked, "--json")[1])
+    assert data["facts"] is None
+    assert {entry["group"] for entry in data["effects"]} == {"prompt"}
+
+
+def test_masks_of_many_facts_are_drawn_in_groups(tiny_gpt2_dir, tmp_path, monkeypatch):
+    """However the questions are grouped, an ablation is the one of each question alone."""
+    recipe = model_recipe(tiny_gpt2_dir, "target.dtype='float64'", "slices.init='svd'", folder=tmp_path)
+    subject = language_subject(recipe, torch.device("cpu"))
+    decomposition = start_decomposition(recipe, subject, ["h.0.mlp.c_fc", "h.2.mlp.c_proj"]).requires_grad_(False)
+    texts = ["the sport of golf", "Tiger Woods plays golf", "Kobe Bryant plays professional basketball", "the golf of"]
+    cut = (find_slices(decomposition, ["h.0.mlp.c_fc:1"]), [])
+    whole = ablation.ablate_facts(subject, decomposition, given_questions(subject, texts, False), cut, "importance")
+    monkeypatch.setattr(ablation, "PLAN_BYTES", 1000)
+    grouped = ablation.ablate_facts(subject, decomposition, given_questions(subject, texts, False), cut, "importance")
+    for text, one, other in zip(texts, whole, grouped, strict=True):
+        alone = ablation.measure_cuts(
+            subject, decomposition, given_questions(subject, [text], False), {"": cut}, "importance", 1, 0
+        )[""][0]
+        for found in (one, other):
+            assert found["prompt"] == text
+            assert found["after"] == pytest.approx(alone["after"], rel=1e-9)
+
+
+def test_facts_that_are_too_long_are_left_out_aloud(spd, run, few):
+    few.write_text(f'{FEW}\n[[fact]]\ncategory = "long"\nprompt = "{"x" * 65}"\n')
+    code, out, err = spd("suppress", run, "--slice", "h.1.mlp.c_fc:0", "--facts", few)
+    assert code == 0
+    assert err == "warning: 1 facts are longer than this model takes, and are left out\n"
+    assert "Of 1 facts this model knows none" in out
+
+
+def test_facts_on_the_terminal(spd, run, few):
+    command = ("suppress", run, "--slice", "h.1.mlp.c_fc:0", "--facts", every_fact_known(few))
+    out = spd(*command)[1]
+    assert "The 1 known of 1 other facts" in out
+    assert "median" in out
+    assert "most moved: the sport of golf" in out
+    assert out.count("the sport of golf ") < spd(*command, "-v")[1].count("the sport of golf ")
+    assert len(spd(*command, "-q")[1].splitlines()) == 2, "a line for each of the run's prompts"
+
+
+def test_facts_of_the_wrong_kind_are_one_line(spd, run, few, tmp_path):
+    code, _, err = spd("suppress", run, "--slice", "h.1.mlp.c_fc:0", "--facts", few, "--no-facts")
+    assert code == 2
+    one_line(err, "--facts and --no-facts contradict")
+    few.write_text(FEW.replace("category", "categories", 1))
+    for command in ("suppress", "ablate"):
+        code, out, err = spd(command, run, "--slice", "h.1.mlp.c_fc:0", "--facts", few)
+        assert (code, out) == (2, "")
+        assert f"{few}:5: [[fact]] unknown key 'categories' (did you mean 'category'?)" in err

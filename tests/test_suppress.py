@@ -54,7 +54,8 @@ def toy_run(spd, tmp_path):
 
 
 def answer(spd, *arguments):
-    code, out, err = spd(*arguments, "--json")
+    facts = [] if "--facts" in arguments else ["--no-facts"]
+    code, out, err = spd(*arguments, *facts, "--json")
     assert code == 0, err
     return json.loads(out)
 

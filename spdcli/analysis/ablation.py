@@ -21,10 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.analysis.edits import Address, by_matrix, find_matrix
-from spdcli.analysis.effects import Questions, compare_answers, divergence, log_probabilities
+from spdcli.analysis.effects import (
+    GROUP_TOKENS,
+    PLAN_BYTES,
+    Questions,
+    compare_answers,
+    divergence,
+    log_probabilities,
+    question_groups,
+)
 from spdcli.analysis.inspection import importances_of
-from spdcli.engine.forward import Asked, Clean, clean_pass, plan_pass
+from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.plan import Piece, Variant
+from spdcli.engine.product import Asked
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import UsageError
@@ -142,6 +151,10 @@ def masked_answers(
     return torch.stack(draws).logsumexp(0) - math.log(len(draws))
 
 
+Cut = tuple[Sequence[Address], Sequence[Zeroed]]  # what is taken away at once
+Effects = list[dict[str, Any]]
+
+
 @torch.no_grad()
 def ablate(
     subject: Subject,
@@ -158,8 +171,50 @@ def ablate(
     Without slices it is the target that loses `zeroed`; else the decomposed model. `before` is that model with nothing
     taken away, `target` the target's own probability and `kl_target` KL(target ‖ after). All draws are shared.
     """
+    cuts: dict[str, Cut] = {"": (slices, zeroed)}
+    if len(slices) + len(zeroed) > 1:
+        cuts |= {str(address): ([address], ()) for address in slices} | {one.label: ((), [one]) for one in zeroed}
+    measured = measure_cuts(subject, decomposition, questions, cuts, others, samples, seed)
+    return {"effects": measured.pop(""), "alone": measured}
+
+
+@torch.no_grad()
+def ablate_facts(
+    subject: Subject,
+    decomposition: Decomposition,
+    questions: Questions,
+    cut: Cut,
+    others: str = "on",
+    samples: int = 16,
+    seed: int = 0,
+) -> Effects:
+    """The effects of one cut on many questions, in groups that bound the memory of their masks."""
+    slices = sum(decomposition.of(name).U.shape[1] for name in decomposition.names)
+    held = decomposition.of(decomposition.names[0]).U.element_size() * slices * (samples if others == "sampled" else 1)
+    effects: Effects = [{} for _ in questions.texts]
+    for rows, batch in question_groups(questions.batch, min(GROUP_TOKENS, PLAN_BYTES // held)):
+        numbers = rows.tolist()
+        texts, tokens = ([column[row] for row in numbers] for column in (questions.texts, questions.tokens))
+        part = Questions(batch, texts, tokens, questions.group)
+        measured = measure_cuts(subject, decomposition, part, {"": cut}, others, samples, seed)[""]
+        for row, effect in zip(numbers, measured, strict=True):
+            effects[row] = effect
+    return effects
+
+
+def measure_cuts(
+    subject: Subject,
+    decomposition: Decomposition,
+    questions: Questions,
+    cuts: Mapping[str, Cut],
+    others: str,
+    samples: int,
+    seed: int,
+) -> dict[str, Effects]:
+    """The effects of every cut by name, each on the same model and the same draws (see `ablate`)."""
     target = subject.target
     clean = clean_pass(target, questions.batch, ())
+    slices = [address for removed, _ in cuts.values() for address in removed]
     masks: list[Masks] = [{}]
     if slices:
         g = importances_of(subject, decomposition, questions.batch)[0] if others != "on" else {}
@@ -169,17 +224,15 @@ def ablate(
     exact = not slices or (others == "on" and decomposition.delta)
     log_p = clean.log_probs.double()
     before = log_p if exact else masked_answers(target, decomposition, clean, masks, ())
+    answers = questions.batch.answers
+    assert answers is not None
+    original = log_p.gather(1, answers[:, None]).exp()[:, 0].tolist()
 
-    def effects(removed: Sequence[Address], off: Sequence[Zeroed]) -> list[dict[str, Any]]:
+    def effects(removed: Sequence[Address], off: Sequence[Zeroed]) -> Effects:
         cut = [without(one, removed) for one in masks]
         after = masked_answers(target, decomposition, clean, cut, off)
-        answers = questions.batch.answers
-        assert answers is not None
-        original = log_p.gather(1, answers[:, None]).exp()[:, 0].tolist()
         far = divergence(log_p, after).tolist()
         rows = compare_answers(questions, before, after)
         return [row | {"target": p, "kl_target": kl} for row, p, kl in zip(rows, original, far, strict=True)]
 
-    each = {str(address): ([address], ()) for address in slices} | {one.label: ((), [one]) for one in zeroed}
-    alone = {label: effects(*cut) for label, cut in each.items()} if len(each) > 1 else {}
-    return {"effects": effects(slices, zeroed), "alone": alone}
+    return {name: effects(*cut) for name, cut in cuts.items()}

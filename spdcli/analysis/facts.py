@@ -8,6 +8,7 @@ a bootstrap over those facts. Side effects have heavy tails, so that none of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,25 @@ from spdcli.analysis.effects import Questions, present_answers, prompt_questions
 from spdcli.engine.target import Target
 from spdcli.facts import Fact, Facts, Known, Related
 from spdcli.prompts import encode
+from spdcli.subject import Subject
 
 DRAWS = 2000
 LEVEL = 0.95
 WORST = 3
 STATISTICS = ("median", "mean", "max")
+
+
+@dataclass(frozen=True, eq=False)
+class AskedFacts:
+    """Facts that an edit should leave alone, as questions, and when a model knows one."""
+
+    questions: Questions
+    known: Known
+
+    def summary(self, effects: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+        """The `collateral` of an edit's effects on these facts, which are marked as known or not."""
+        mark_known(effects, self.known)
+        return collateral(effects, seed)
 
 
 def fact_questions(
@@ -30,6 +45,24 @@ def fact_questions(
     """The facts as questions, group `fact`, in their order; `tokenizer` is the model's."""
     prompts = encode(tokenizer, [fact.prompt for fact in facts], "held_out", begin_token)
     return prompt_questions(prompts, device, "fact")
+
+
+def facts_beside(
+    subject: Subject, facts: Facts, own: Sequence[str], begin_token: bool
+) -> tuple[AskedFacts | None, int]:
+    """The facts that an edit of a run should leave alone: those whose text is none of `own`.
+
+    Facts that are longer than the model takes are left out; the second value counts them. None when no fact is left.
+    """
+    assert subject.prompts is not None
+    tokenizer = subject.prompts.tokenizer
+    others = facts.without(own)
+    limit = tokenizer.model_max_length - begin_token
+    fitting = [fact for fact in others if len(tokenizer(fact.prompt, add_special_tokens=False)["input_ids"]) <= limit]
+    if not fitting:
+        return None, len(others)
+    questions = fact_questions(tokenizer, fitting, begin_token, subject.target.device)
+    return AskedFacts(questions, facts.known), len(others) - len(fitting)
 
 
 def known_mask(p: Tensor, rank: Tensor, known: Known) -> Tensor:

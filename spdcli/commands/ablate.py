@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spdcli.commands.change import (
+    FactsOption,
+    NoFacts,
     Prompt,
     Sequences,
     SliceAddress,
     alone_table,
+    ask_facts,
     ask_questions,
     effects_table,
+    facts_tables,
     listed,
     mark_active,
+    prompts_only,
     quiet_lines,
+    read_facts,
     read_prompts,
     warn_of_span,
 )
@@ -27,6 +33,7 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from spdcli.analysis.ablation import Zeroed
     from spdcli.analysis.effects import Questions
+    from spdcli.analysis.facts import AskedFacts
     from spdcli.engine.target import Target
     from spdcli.loading import LoadedRun
 
@@ -66,6 +73,8 @@ def ablate(
     samples: Samples = 16,
     figure: WithFigure = False,
     prompt: Prompt = None,
+    facts: FactsOption = None,
+    no_facts: NoFacts = False,
     sequences: Sequences = 16,
     device: Device = None,
     seed: Seed = None,
@@ -77,7 +86,8 @@ def ablate(
 
     Slices get the mask 0 in the decomposed model, the others --others. Without
     --slice, the target itself runs with the matrices or MLP layers zeroed
-    (Figure 9). Several things are taken away together, then each alone.
+    (Figure 9). Several things are taken away together, then each alone. What
+    that does to other facts is measured for all of them together.
     """
     console = make_console(json, quiet, verbose)
     if not (slice or matrix or mlp):
@@ -89,6 +99,8 @@ def ablate(
     from spdcli.loading import load
 
     texts = read_prompts(prompt)
+    each_mlp = bool(mlp and "all" in mlp)
+    file = read_facts(facts, no_facts or (each_mlp and facts is None))
     loaded = load(run, device)
     console.debug(str(loaded))
     seed = loaded.recipe.seed if seed is None else seed
@@ -96,15 +108,18 @@ def ablate(
     if slice:
         warn_of_span(console, loaded.recipe, texts)
     mode = (others or Others.on).value if slice else None
-    found = take_away(loaded, questions, slice or [], matrix or [], mlp or [], mode, samples, seed)
+    asked = ask_facts(console, loaded.subject, loaded.recipe, file, facts, texts)
+    removed = (slice or [], matrix or [], mlp or [])
+    found = take_away(loaded, questions, asked, removed, mode, samples, seed)
     if mode == "on" and not loaded.decomposition.delta:
         console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
     head = {"schema": "spd.suppress/1", "run": str(run)}
-    data = head | found | {"facts": None, "expectations": [], "saved": None}
+    data = head | found | {"expectations": [], "saved": None}
     title = f"Without {listed(data['slices'] + data['zeroed'])}" + (f" (others {mode})" if mode else "")
-    together = [] if mlp and "all" in mlp else [effects_table(title, data["effects"])]
+    together = [] if each_mlp else [effects_table(title, prompts_only(data["effects"]))]
+    told = facts_tables(data["facts"], data["effects"], verbose)
     drawn = draw_layers(loaded, data["alone"]) if figure else []
-    console.show(data | {"figures": drawn}, *together, *alone_table(data["alone"]))
+    console.show(data | {"figures": drawn}, *together, *alone_table(data["alone"]), *told)
     quiet_lines(console, data["effects"])
     for path in drawn[:1]:
         console.result(path)
@@ -124,26 +139,32 @@ def draw_layers(loaded: LoadedRun, alone: dict[str, Any]) -> list[Path]:
 def take_away(
     loaded: LoadedRun,
     questions: Questions,
-    slices: list[str],
-    matrices: list[str],
-    mlps: list[str],
+    facts: AskedFacts | None,
+    removed: tuple[list[str], list[str], list[str]],
     others: str | None,
     samples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The effects of what the options name, and their names."""
-    from spdcli.analysis.ablation import ablate, zeroed_matrix
+    """The effects of what the options name (slices, matrices, MLP layers) on questions and facts, and their names."""
+    from spdcli.analysis.ablation import ablate, ablate_facts, zeroed_matrix
     from spdcli.analysis.edits import find_slices
 
     target = loaded.subject.target
+    slices, matrices, mlps = removed
     addresses = find_slices(loaded.decomposition, slices)
     zeroed = [zeroed_matrix(target, name) for name in dict.fromkeys(matrices)] + mlp_layers(target, mlps)
     way = others or Others.on.value
     found = ablate(loaded.subject, loaded.decomposition, questions, addresses, zeroed, way, samples, seed)
     if addresses:
         mark_active(loaded, questions, addresses, found["effects"])
+    summary = None
+    if facts is not None:
+        cut = (addresses, zeroed)
+        moved = ablate_facts(loaded.subject, loaded.decomposition, facts.questions, cut, way, samples, seed)
+        summary = facts.summary(moved, seed)
+        found["effects"] += moved
     names = {"slices": [str(address) for address in addresses], "zeroed": [one.label for one in zeroed]}
-    return {**names, "others": others, **found}
+    return {**names, "others": others, **found, "facts": summary}
 
 
 def mlp_layers(target: Target, wanted: list[str]) -> list[Zeroed]:

@@ -1,10 +1,11 @@
-"""What `spd ablate` and `spd suppress` share: options, prompts, and tables of effects."""
+"""What commands that change a model share: options, prompts, facts, and tables of effects."""
 
 from __future__ import annotations
 
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from spdcli.analysis.edits import Address
     from spdcli.analysis.effects import Questions
+    from spdcli.analysis.facts import AskedFacts
+    from spdcli.facts import Facts
     from spdcli.loading import LoadedRun
     from spdcli.recipe import Recipe
     from spdcli.subject import Subject
@@ -35,6 +38,16 @@ Prompt = Annotated[
         show_default=False,
     ),
 ]
+FactsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--facts",
+        metavar="FILE|builtin",
+        help="Facts that should stay as they are: a file, or those that come with spd.",
+        show_default="builtin, for a language model",
+    ),
+]
+NoFacts = Annotated[bool, typer.Option("--no-facts", help="Measure no facts.")]
 Sequences = Annotated[int, typer.Option("--sequences", min=1, help="Fresh toy sequences to measure on.")]
 SHOWN_ALONE = 6  # prompts that a table has a column for
 SHOWN_NAMES = 3  # in a title
@@ -61,6 +74,63 @@ def ask_questions(subject: Subject, recipe: Recipe, texts: Sequence[str], sequen
     if not texts:
         return own_questions(subject, sequences, seed)
     return given_questions(subject, texts, recipe.data is not None and recipe.data.begin_token)
+
+
+def read_facts(option: str | None, without: bool) -> Facts | None:
+    """The facts of `--facts`, the shipped ones when nothing is said, or None with `--no-facts`."""
+    from spdcli.facts import load_facts
+
+    if without:
+        if option is not None:
+            raise UsageError("--facts and --no-facts contradict each other", "give one of the two")
+        return None
+    return load_facts(None if option in (None, "builtin") else Path(option))
+
+
+def ask_facts(
+    console: Console, subject: Subject, recipe: Recipe, facts: Facts | None, option: str | None, texts: Sequence[str]
+) -> AskedFacts | None:
+    """The facts that are none of the run's prompts nor of `texts`; None where there are none.
+
+    UsageError when `--facts` asks the toy for facts.
+    """
+    from spdcli.analysis.facts import facts_beside
+
+    if subject.prompts is None and option is not None:
+        raise UsageError("the induction toy knows no facts", "leave --facts out")
+    if subject.prompts is None or facts is None:
+        return None
+    assert recipe.data is not None
+    asked, dropped = facts_beside(subject, facts, [*recipe.data.prompts, *texts], recipe.data.begin_token)
+    if dropped:
+        console.warn(f"{dropped} facts are longer than this model takes, and are left out")
+    return asked
+
+
+def facts_tables(found: dict[str, Any] | None, effects: Effects, verbose: bool) -> list[RenderableType]:
+    """What an edit does to the facts that the model knows, and with `-v` to each fact."""
+    from rich.table import Table
+
+    if found is None:
+        return []
+    if not found["known"]:
+        return [f"Of {found['asked']} facts this model knows none."]
+    level = f"{found['level']:.0%} interval"
+    title = f"The {found['known']} known of {found['asked']} other facts: |after / before - 1| of each"
+    table = Table()
+    for name in ("", "change", level):
+        table.add_column(name, justify="right" if name else "left")
+    for name, bounds in found["interval"].items():
+        low, high = bounds
+        table.add_row(name, f"{found[f'{name}_relative_change']:.2%}", f"{low:.2%} to {high:.2%}")
+    worst = ", ".join(f"{fact['prompt']} {fact['ratio'] - 1:+.1%}" for fact in found["worst"])
+    every = [effects_table("Facts", [e for e in effects if e["group"] == "fact"])] if verbose else []
+    return [title, table, f"most moved: {worst}", *every]
+
+
+def prompts_only(effects: Effects) -> Effects:
+    """The effects that are not on facts."""
+    return [effect for effect in effects if effect["group"] != "fact"]
 
 
 def warn_of_span(console: Console, recipe: Recipe, texts: Sequence[str]) -> None:
@@ -133,7 +203,7 @@ def alone_table(alone: Mapping[str, Effects]) -> list[RenderableType]:
 
 
 def quiet_lines(console: Console, effects: Effects) -> None:
-    """With `-q`, a line a prompt: the answer's probability before and after, and the KL, apart by tabs."""
+    """With `-q`, a line a prompt: the answer's probability before and after, and the KL, apart by tabs. None a fact."""
     if console.quiet:
-        for effect in effects:
+        for effect in prompts_only(effects):
             console.result(f"{effect['before']:.6g}\t{effect['after']:.6g}\t{effect['kl']:.6g}")

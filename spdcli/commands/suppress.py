@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spdcli.commands.change import (
+    FactsOption,
+    NoFacts,
     Prompt,
     Sequences,
     SliceAddress,
     alone_table,
+    ask_facts,
     ask_questions,
     effects_table,
+    facts_tables,
     listed,
     mark_active,
+    prompts_only,
     quiet_lines,
+    read_facts,
     read_prompts,
     warn_of_span,
 )
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
     from spdcli.analysis.edits import Edit
     from spdcli.analysis.patches import Weights
+    from spdcli.facts import Facts
     from spdcli.recipe import Recipe
     from spdcli.subject import Subject
 
@@ -71,6 +78,8 @@ def suppress(
     slice: SliceAddress = None,
     together: TogetherOption = None,
     prompt: Prompt = None,
+    facts: FactsOption = None,
+    no_facts: NoFacts = False,
     save: Save = None,
     patch: PatchFile = None,
     apply: Apply = None,
@@ -95,15 +104,15 @@ def suppress(
     """
     console = make_console(json, quiet, verbose)
     check_usage(slice, together, save, patch, apply, revert, base, force)
-    given = Given(run, read_prompts(prompt), sequences, device, seed)
+    given = Given(run, read_prompts(prompt), read_facts(facts, no_facts), facts, sequences, device, seed)
     if slice:
         change = suppress_slices(console, given, slice, (together or Together.orthonormal).value)
     else:
-        change = use_patch(given, apply, revert, base)
-    data = {"schema": "spd.suppress/1", "run": str(run), **change.report, "facts": None, "expectations": []}
+        change = use_patch(console, given, apply, revert, base)
+    data = {"schema": "spd.suppress/1", "run": str(run), **change.report, "expectations": []}
     data |= {"saved": save, "patch": patch or apply or revert}
     write(change, data, save, patch, force)
-    console.show(data, *render(data))
+    console.show(data, *render(data, verbose))
     for path in (patch, save):
         if path is not None:
             console.result(path)
@@ -149,6 +158,8 @@ class Given:
 
     run: Path
     texts: list[str]
+    facts: Facts | None
+    facts_option: str | None
     sequences: int
     device: str | None
     seed: int | None
@@ -184,13 +195,28 @@ def suppress_slices(console: Console, given: Given, slices: list[str], together:
     warn_of_span(console, loaded.recipe, given.texts)
     effects = measured.pop("")
     mark_active(loaded, questions, addresses, effects)
+    moved, summary = measure_facts(console, given, subject, loaded.recipe, edits[""], seed)
     names = [str(address) for address in addresses]
     matrices = describe(subject.target, decomposition, addresses, edits[""])
-    report = {"slices": names, "together": together, "matrices": matrices, "effects": effects, "alone": measured}
+    report: dict[str, Any] = {"slices": names, "together": together, "matrices": matrices}
+    report |= {"effects": effects + moved, "alone": measured, "facts": summary}
     return Change(report, subject, base_of(loaded.recipe, given.run), edits[""])
 
 
-def use_patch(given: Given, apply: Path | None, revert: Path | None, base: Path | None) -> Change:
+def measure_facts(
+    console: Console, given: Given, subject: Subject, recipe: Recipe, edit: Edit, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The effects of an edit on the facts, and their summary; nothing and None where none are measured."""
+    from spdcli.analysis.effects import measure_edits
+
+    asked = ask_facts(console, subject, recipe, given.facts, given.facts_option, given.texts)
+    if asked is None:
+        return [], None
+    effects = measure_edits(subject.target, asked.questions, {"": edit})[""]
+    return effects, asked.summary(effects, seed)
+
+
+def use_patch(console: Console, given: Given, apply: Path | None, revert: Path | None, base: Path | None) -> Change:
     """Apply a patch to a run's target (or `base`), or revert it."""
     from spdcli.analysis.effects import measure_edits
     from spdcli.analysis.patches import applied, load_patch, negative, reverted
@@ -208,7 +234,9 @@ def use_patch(given: Given, apply: Path | None, revert: Path | None, base: Path 
     seed = recipe.seed if given.seed is None else given.seed
     questions = ask_questions(subject, recipe, given.texts, given.sequences, seed)
     effects = measure_edits(subject.target, questions, {"": edit})[""]
-    report = {"slices": made.about["slices"], "action": "apply" if apply else "revert", "effects": effects, "alone": {}}
+    moved, summary = measure_facts(console, given, subject, recipe, edit, seed)
+    report = {"slices": made.about["slices"], "action": "apply" if apply else "revert"}
+    report |= {"effects": effects + moved, "alone": {}, "facts": summary}
     return Change(report, subject, base_of(recipe, given.run), edit, weights)
 
 
@@ -224,7 +252,8 @@ def write(change: Change, data: dict[str, Any], save: Path | None, patch: Path |
     if patch is not None:
         from spdcli.analysis.patches import make_patch, save_patch
 
-        evidence = {key: data[key] for key in ("together", "matrices", "effects")}
+        evidence = {key: data[key] for key in ("together", "matrices", "facts")}
+        evidence["effects"] = prompts_only(data["effects"])
         save_patch(patch, make_patch(change.subject.target, change.edit, data["slices"], evidence))
 
 
@@ -246,12 +275,13 @@ def base_of(recipe: Recipe, run: Path) -> Path:
     return Path(recipe.target.path or run / TOY) if recipe.target.kind == "induction" else Path(recipe.target.model)
 
 
-def render(data: dict[str, Any]) -> list[RenderableType]:
-    """The effects, each slice's own, and what every matrix loses."""
+def render(data: dict[str, Any], verbose: bool) -> list[RenderableType]:
+    """The effects, each slice's own, what becomes of the facts, and what every matrix loses."""
     from rich.table import Table
 
     verb = {"apply": "Patched: ", "revert": "Reverted: "}.get(data.get("action", ""), "Suppressed: ")
-    parts = [effects_table(verb + listed(data["slices"]), data["effects"]), *alone_table(data["alone"])]
+    parts = [effects_table(verb + listed(data["slices"]), prompts_only(data["effects"])), *alone_table(data["alone"])]
+    parts += facts_tables(data["facts"], data["effects"], verbose)
     if "matrices" not in data:
         return parts
     table = Table(title="Taken from the weights (Frobenius norms, as shares of ‖W‖)")
