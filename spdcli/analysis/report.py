@@ -1,0 +1,128 @@
+"""The report on a run's facts: where each is, what suppressing it does to everything else, and what leaks.
+
+One table a fact, with one row an intervention and three things that it changes: the fact's own answer, the answers of
+the run's other prompts, and the other facts that the model knows. Changes are after / before - 1 of P(answer); over
+the known facts it is the median, mean and largest of their absolute values, with bootstrap intervals.
+
+Causal tracing's rows are no edits of the weights: in the clean run, the piece at the best site is replaced by that of
+the run with the corrupted subject (mean over draws). They say nothing about other prompts, whose pieces they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spdcli.analysis.ablation import ablate_facts, zeroed_mlp
+from spdcli.analysis.effects import own_questions, present_answers
+from spdcli.analysis.facts import AskedFacts, facts_beside, known_mask
+from spdcli.analysis.inspection import own_texts
+from spdcli.analysis.places import Scene, chosen_matrix, matrix_like
+from spdcli.analysis.questions import pick
+from spdcli.analysis.report_rows import ZeroedLayers, best_site, fact_entry
+from spdcli.analysis.selection import activity_of
+from spdcli.analysis.tracing import TraceSettings, find_questions, trace
+from spdcli.errors import UsageError
+from spdcli.facts import Facts
+from spdcli.loading import LoadedRun
+from spdcli.prompts import encode
+from spdcli.recipe import GENERATED, Data
+from spdcli.stream import draw_stream, second_moments
+from spdcli.subject import Subject
+
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """`trace` as for `spd trace`; `random` directions as a control; the matrix (None: see `chosen_matrix`)."""
+
+    trace: TraceSettings
+    random: int = 5
+    matrix: str | None = None
+    seed: int = 0
+
+
+def make_report(
+    loaded: LoadedRun, facts: Facts, subjects: Sequence[str], settings: ReportSettings, tell: Tell
+) -> dict[str, Any]:
+    """What `spd.report/1` says of a run, without its name and its figures; `tell` hears what is being measured."""
+    subject, recipe = loaded.subject, loaded.recipe
+    if subject.prompts is None or recipe.data is None:
+        raise UsageError("a report is about facts, and the induction toy knows none", "spd eval explains the toy")
+    begin = recipe.data.begin_token
+    prompts = encode(subject.prompts.tokenizer, recipe.data.prompts, "held_out", begin)
+    asked = find_questions(prompts, subjects, facts.subjects())
+    matrix = chosen_matrix(subject.target, loaded.decomposition.names, settings.matrix)
+    tell("which facts the model knows")
+    known = known_facts(subject, facts, recipe.data)
+    traces = []
+    for row, question in enumerate(asked):
+        tell(f"causal tracing: {prompts.texts[row]}")
+        traces.append(trace(subject.target, question, settings.trace))
+    seconds = [matrix_like(subject.target, matrix, best_site(one, "mlp", "subject")["layer"]) for one in traces]
+    tell("what is usual in broad text")
+    scene = open_scene(loaded, matrix, seconds, settings)
+    tell("MLP layers zeroed, one after the other")
+    zeroed = zeroed_layers(loaded, scene, known)
+    entries = []
+    for row, question in enumerate(asked):
+        tell(f"edits: {prompts.texts[row]}")
+        told = {"prompt": prompts.texts[row], "answer": prompts.answer_texts[row], "tokens": prompts.pieces[row]}
+        told |= {"subject": list(question.subject), "trace": traces[row], "second_matrix": seconds[row]}
+        entries.append(told | fact_entry(scene, row, told, known, zeroed, facts, begin))
+    count = {"asked": len(facts.without(recipe.data.prompts)), "known": len(known.questions.texts) if known else 0}
+    return {"matrix": matrix, "facts": count, "mlp_zeroed": zeroed.prompts, "prompts": entries}
+
+
+def known_facts(subject: Subject, facts: Facts, data: Data) -> AskedFacts | None:
+    """The facts beside the run's prompts that the unchanged model knows."""
+    beside, _ = facts_beside(subject, facts, data.prompts, data.begin_token)
+    if beside is None:
+        return None
+    now = present_answers(subject.target, beside.questions)
+    rows = known_mask(now["p"], now["rank"], beside.known).nonzero()[:, 0].tolist()
+    return replace(beside, questions=pick(beside.questions, rows)) if rows else None
+
+
+def open_scene(loaded: LoadedRun, matrix: str, seconds: Sequence[str], settings: ReportSettings) -> Scene:
+    """What all facts share; broad text is the recipe's, or sampled from the target where it names none."""
+    subject, recipe = loaded.subject, loaded.recipe
+    assert subject.prompts is not None
+    assert recipe.data is not None
+    if subject.stream is not None:
+        stream = subject.stream()
+    else:
+        shape = (recipe.data.stream_sequences, recipe.data.stream_length)
+        model: Any = subject.target.model
+        stream = draw_stream(GENERATED, model, subject.prompts.tokenizer, *shape, settings.seed)
+        stream = stream.to(subject.target.device)
+    return Scene(
+        target=subject.target,
+        decomposition=loaded.decomposition,
+        activity=activity_of(subject, loaded.decomposition, own_texts(subject, settings.seed)),
+        questions=own_questions(subject, 0, settings.seed),
+        tokenizer=subject.prompts.tokenizer,
+        matrix=matrix,
+        moments=second_moments(subject.target, stream, list(dict.fromkeys([matrix, *seconds]))),
+        ridge=recipe.slices.ridge,
+        random=settings.random,
+        seed=settings.seed,
+    )
+
+
+def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> ZeroedLayers:
+    """Every MLP layer on the prompts; layer 0, and each prompt's most needed other one, on the known facts too."""
+    every = [zeroed_mlp(scene.target, layer) for layer in range(len(scene.target.blocks))]
+    cut = lambda one: ((), [one])  # noqa: E731
+    run = (loaded.subject, loaded.decomposition)
+    alone = {one.label: ablate_facts(*run, scene.questions, cut(one)) for one in every}
+    lowest = []
+    for row in range(len(scene.questions.texts)):
+        after = [effects[row]["after"] for effects in alone.values()]
+        lowest.append(min(range(1, len(every)), key=after.__getitem__, default=0))
+    found = {}
+    for layer in sorted({0, *lowest}) if known is not None else ():
+        found[layer] = ablate_facts(*run, known.questions, cut(every[layer]))
+    return ZeroedLayers(alone, found, lowest)
