@@ -14,6 +14,7 @@ from spdcli.commands.ablate import ablate
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
+from spdcli.commands.locate import locate
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
@@ -76,6 +77,13 @@ COMMANDS = (
         "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'",
     ),
     (
+        "locate",
+        locate,
+        LOOK,
+        "spd locate run --prompt 1 --token basketball\nspd locate run --matrices 'layers.0.mlp.*' --others-limit 0.02"
+        "\nspd locate run --no-facts --json | jq '.pairs[0]'",
+    ),
+    (
         "svd",
         svd,
         LOOK,
@@ -100,6 +108,7 @@ COMMANDS = (
         suppress,
         CHANGE,
         "spd suppress run --slice h.0.mlp.c_fc:12 --patch edit.safetensors\n"
+        "spd suppress run --script edits.toml --dry-run\n"
         "spd suppress run --apply edit.safetensors --save edited\n"
         "spd suppress run --revert edit.safetensors --base edited --save restored",
     ),

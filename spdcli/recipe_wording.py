@@ -48,13 +48,18 @@ def document_mistakes(error: ValidationError, raw: Mapping[str, Any], model: typ
 
 
 def _findings(error: ValidationError, raw: Mapping[str, Any], model: type[BaseModel]) -> Iterator[tuple[KeyPath, str]]:
+    seen: set[KeyPath] = set()
     for detail in error.errors(include_url=False, include_context=False):
         if detail["type"] == "value_error":  # Recipe's own check, which `contradictions` repeats with its keys
             continue
         path = _without_tag(detail["loc"])
         if detail["type"].startswith("union_tag"):
             path = (*path, "kind")
-        yield path, _sentence(detail["type"], path, raw, model)
+        elif "anyOf" in (_schema_at(path[:-1], raw, model) or {}):  # pydantic tells of each type that a value may have
+            path = path[:-1]
+        if path not in seen:
+            seen.add(path)
+            yield path, _sentence(detail["type"], path, raw, model)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -134,6 +134,18 @@ def suppression(target: Target, slices: SliceSet, addresses: Sequence[Address], 
     return edit
 
 
+def suppressions(target: Target, slices: SliceSet, addresses: Sequence[Address]) -> dict[str, Edit]:
+    """The edit of every slice alone, by address: what `suppression` gives for each, a matrix at a time."""
+    edits: dict[str, Edit] = {}
+    for name, index in by_matrix(addresses).items():
+        read, write = unit_directions(slices, name, index)
+        cut = projections(target.matrices[name].weight, read, write)[:, None] * write
+        for column, number in enumerate(index):
+            own = slice(column, column + 1)
+            edits[str(Address(name, number))] = {name: Factors(read[:, own], cut[own])}
+    return {str(address): edits[str(address)] for address in addresses}
+
+
 def describe(target: Target, slices: SliceSet, addresses: Sequence[Address], edit: Edit) -> list[dict[str, Any]]:
     """What an edit takes from each matrix.
 

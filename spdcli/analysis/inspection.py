@@ -123,12 +123,7 @@ def inspect_slices(
     leaves out too. `heat[prompt]` is the sum of importances a position.
     """
     g, inner = importances_of(subject, decomposition, shown.batch)
-    chosen = [name for name in g if any(fnmatchcase(name, pattern) for pattern in query.matrices)]
-    if not chosen:
-        raise UsageError(
-            f"no decomposed matrix matches {' or '.join(repr(p) for p in query.matrices)}",
-            f"the run has {', '.join(list(g)[:6])}{' …' if len(g) > 6 else ''}",
-        )
+    chosen = matching(list(g), query.matrices)
     if query.token is None:
         places = [(row, position) for row, position in shown.batch.valid.nonzero().tolist()]
     else:
@@ -155,6 +150,17 @@ def inspect_slices(
         "occurrences": occurrences,
         "heat": [{"prompt": r, "tokens": shown.pieces[r], "importance": heat[r, : lengths[r]].tolist()} for r in rows],
     }
+
+
+def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The matrices among a run's `names` that one of `patterns` matches; UsageError where there is none."""
+    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise UsageError(
+            f"no decomposed matrix matches {' or '.join(repr(p) for p in patterns)}",
+            f"the run has {', '.join(names[:6])}{' …' if len(names) > 6 else ''}",
+        )
+    return chosen
 
 
 def _unique(

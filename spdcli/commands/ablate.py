@@ -21,6 +21,7 @@ from spdcli.commands.change import (
     facts_tables,
     listed,
     mark_active,
+    own_prompts,
     prompts_only,
     quiet_lines,
     read_facts,
@@ -108,7 +109,7 @@ def ablate(
     if slice:
         warn_of_span(console, loaded.recipe, texts)
     mode = (others or Others.on).value if slice else None
-    asked = ask_facts(console, loaded.subject, loaded.recipe, file, facts, texts)
+    asked = ask_facts(console, loaded.subject, loaded.recipe, file, facts, own_prompts(loaded.recipe, texts))
     removed = (slice or [], matrix or [], mlp or [])
     found = take_away(loaded, questions, asked, removed, mode, samples, seed)
     if mode == "on" and not loaded.decomposition.delta:

@@ -87,10 +87,15 @@ def read_facts(option: str | None, without: bool) -> Facts | None:
     return load_facts(None if option in (None, "builtin") else Path(option))
 
 
+def own_prompts(recipe: Recipe, texts: Sequence[str]) -> list[str]:
+    """What is no other fact: the run's prompts, and `texts` that are asked in their place."""
+    return [*(recipe.data.prompts if recipe.data is not None else ()), *texts]
+
+
 def ask_facts(
-    console: Console, subject: Subject, recipe: Recipe, facts: Facts | None, option: str | None, texts: Sequence[str]
+    console: Console, subject: Subject, recipe: Recipe, facts: Facts | None, option: str | None, own: Sequence[str]
 ) -> AskedFacts | None:
-    """The facts that are none of the run's prompts nor of `texts`; None where there are none.
+    """The facts that are none of the texts `own`; None where there are none.
 
     UsageError when `--facts` asks the toy for facts.
     """
@@ -101,7 +106,7 @@ def ask_facts(
     if subject.prompts is None or facts is None:
         return None
     assert recipe.data is not None
-    asked, dropped = facts_beside(subject, facts, [*recipe.data.prompts, *texts], recipe.data.begin_token)
+    asked, dropped = facts_beside(subject, facts, own, recipe.data.begin_token)
     if dropped:
         console.warn(f"{dropped} facts are longer than this model takes, and are left out")
     return asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,30 +16,23 @@ from spdcli.commands.change import (
     Sequences,
     SliceAddress,
     alone_table,
-    ask_facts,
-    ask_questions,
     effects_table,
     facts_tables,
     listed,
-    mark_active,
     prompts_only,
     quiet_lines,
     read_facts,
     read_prompts,
-    warn_of_span,
 )
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
+from spdcli.commands.script import check_script, read_script, suppress_script, verdict_lines
+from spdcli.commands.script import render as render_script
+from spdcli.commands.suppressing import Given, suppress_slices, use_patch, write
 from spdcli.console import Console
-from spdcli.errors import SpdError, UsageError
+from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from spdcli.analysis.edits import Edit
-    from spdcli.analysis.patches import Weights
-    from spdcli.facts import Facts
-    from spdcli.recipe import Recipe
-    from spdcli.subject import Subject
 
 
 class Together(StrEnum):
@@ -71,12 +64,19 @@ Base = Annotated[
     Path | None,
     typer.Option("--base", help="A checkpoint directory to patch, instead of the run's target.", show_default=False),
 ]
+ScriptFile = Annotated[
+    Path | None,
+    typer.Option("--script", help="Named edits with what is expected of each, as TOML.", show_default=False),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Find what a script edits, and do nothing.")]
 
 
 def suppress(
     run: RunPath,
     slice: SliceAddress = None,
     together: TogetherOption = None,
+    script: ScriptFile = None,
+    dry_run: DryRun = False,
     prompt: Prompt = None,
     facts: FactsOption = None,
     no_facts: NoFacts = False,
@@ -99,180 +99,86 @@ def suppress(
     all their directions goes at once (orthonormal), whatever their order, or one
     after the other (sequence); how far the two are apart is reported.
 
+    --script reads edits and what is expected of them from a file; every edit is
+    measured on its own, from the original weights, and exit code 1 says that an
+    expectation failed. Nothing is written then.
+
     --save writes a checkpoint that transformers loads unaided. --patch writes the
     edit alone; --apply and --revert put it on or take it off again, bit for bit.
     """
     console = make_console(json, quiet, verbose)
-    check_usage(slice, together, save, patch, apply, revert, base, force)
+    instead = {"--slice": slice, "--together": together, "--prompt": prompt}
+    outputs = {"--patch": patch, "--save": save}
+    check_usage(instead, script, dry_run, {"--apply": apply, "--revert": revert}, base, outputs)
+    check_outputs(patch, save, force)
     given = Given(run, read_prompts(prompt), read_facts(facts, no_facts), facts, sequences, device, seed)
-    if slice:
+    if script is not None:
+        read = read_script(script)
+        check_script(read, "--save" if save else "--patch" if patch else None, no_facts)
+        change = suppress_script(console, given, read, dry_run)
+    elif slice:
         change = suppress_slices(console, given, slice, (together or Together.orthonormal).value)
     else:
         change = use_patch(console, given, apply, revert, base)
-    data = {"schema": "spd.suppress/1", "run": str(run), **change.report, "expectations": []}
+    failed = [one for one in change.report["expectations"] if one["passed"] is False]
+    if dry_run or failed:
+        save = patch = None
+    data = {"schema": "spd.suppress/1", "run": str(run), **change.report}
     data |= {"saved": save, "patch": patch or apply or revert}
     write(change, data, save, patch, force)
-    console.show(data, *render(data, verbose))
+    tell(console, data, save, patch, script is not None)
+    if failed:
+        console.note(f"{len(failed)} of {len(data['expectations'])} expectations failed")
+        raise typer.Exit(1)
+
+
+def tell(console: Console, data: dict[str, Any], save: Path | None, patch: Path | None, script: bool) -> None:
+    """The report, then what was written, or with `-q` what was found."""
+    console.show(data, *(render_script if script else render)(data, console.verbose))
     for path in (patch, save):
         if path is not None:
             console.result(path)
-    if save is None and patch is None:
+    if script:
+        verdict_lines(console, data["expectations"])
+    elif save is None and patch is None:
         quiet_lines(console, data["effects"])
 
 
 def check_usage(
-    slices: list[str] | None,
-    together: Together | None,
-    save: Path | None,
-    patch: Path | None,
-    apply: Path | None,
-    revert: Path | None,
+    slices: Mapping[str, Any],
+    script: Path | None,
+    dry_run: bool,
+    patches: Mapping[str, Path | None],
     base: Path | None,
-    force: bool,
+    outputs: Mapping[str, Path | None],
 ) -> None:
-    """UsageError for options that contradict each other, before anything is loaded."""
-    from_patch = "--apply" if apply is not None else "--revert"
-    if apply is not None and revert is not None:
+    """UsageError for options that contradict each other: an edit comes from slices, a script or a patch."""
+    from_patch = [option for option, value in patches.items() if value is not None]
+    if len(from_patch) > 1:
         raise UsageError("--apply and --revert contradict each other", "give one of the two")
-    if apply is None and revert is None:
-        if not slices:
-            raise UsageError("nothing to suppress", "give --slice ADDRESS, or --apply FILE or --revert FILE")
-        if base is not None:
-            raise UsageError("--base is what --apply or --revert works on; a run's slices are those of its own target")
-    else:
-        extra = [("--slice", slices), ("--together", together), ("--patch", patch)]
-        for option, value in extra:
-            if value:
-                raise UsageError(f"{from_patch} and {option} contradict each other: the patch says what to change")
+    if dry_run and script is None:
+        raise UsageError("--dry-run is for --script FILE")
+    if not (slices["--slice"] or script or from_patch):
+        raise UsageError("nothing to suppress", "give --slice ADDRESS, --script FILE, --apply FILE or --revert FILE")
+    if script is not None:
+        for option in [name for name, value in {**slices, **patches}.items() if value]:
+            raise UsageError(f"--script and {option} contradict each other: the script says it")
+    if base is not None and not from_patch:
+        raise UsageError("--base is what --apply or --revert works on; a run's slices are those of its own target")
+    if from_patch:
+        for option in ("--slice", "--together", "--patch"):
+            if slices.get(option) or outputs.get(option):
+                raise UsageError(f"{from_patch[0]} and {option} contradict each other: the patch says what to change")
+
+
+def check_outputs(patch: Path | None, save: Path | None, force: bool) -> None:
+    """UsageError for what is in the way of what will be written, before anything is loaded."""
     if patch is not None and patch.exists() and not force:
         raise UsageError(f"{patch} is there already", "--force replaces it, or name another with --patch")
     if save is not None and save.exists():
         from spdcli.analysis.checkpoints import check_destination
 
         check_destination(save, force)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What both ways to change a model are given."""
-
-    run: Path
-    texts: list[str]
-    facts: Facts | None
-    facts_option: str | None
-    sequences: int
-    device: str | None
-    seed: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What both give back: the report, the edit of the subject's target, and its weights afterwards if known yet."""
-
-    report: dict[str, Any]
-    subject: Subject
-    base: Path
-    edit: Edit
-    weights: Weights | None = None
-
-
-def suppress_slices(console: Console, given: Given, slices: list[str], together: str) -> Change:
-    """Suppress a run's slices."""
-    from spdcli.analysis.edits import describe, find_slices, suppression
-    from spdcli.analysis.effects import measure_edits
-    from spdcli.loading import load
-
-    loaded = load(given.run, given.device)
-    console.debug(str(loaded))
-    subject, decomposition = loaded.subject, loaded.decomposition
-    addresses = find_slices(decomposition, slices)
-    seed = loaded.recipe.seed if given.seed is None else given.seed
-    questions = ask_questions(subject, loaded.recipe, given.texts, given.sequences, seed)
-    edits = {"": suppression(subject.target, decomposition, addresses, together)}
-    if len(addresses) > 1:
-        edits |= {str(one): suppression(subject.target, decomposition, [one]) for one in addresses}
-    measured = measure_edits(subject.target, questions, edits)
-    warn_of_span(console, loaded.recipe, given.texts)
-    effects = measured.pop("")
-    mark_active(loaded, questions, addresses, effects)
-    moved, summary = measure_facts(console, given, subject, loaded.recipe, edits[""], seed)
-    names = [str(address) for address in addresses]
-    matrices = describe(subject.target, decomposition, addresses, edits[""])
-    report: dict[str, Any] = {"slices": names, "together": together, "matrices": matrices}
-    report |= {"effects": effects + moved, "alone": measured, "facts": summary}
-    return Change(report, subject, base_of(loaded.recipe, given.run), edits[""])
-
-
-def measure_facts(
-    console: Console, given: Given, subject: Subject, recipe: Recipe, edit: Edit, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The effects of an edit on the facts, and their summary; nothing and None where none are measured."""
-    from spdcli.analysis.effects import measure_edits
-
-    asked = ask_facts(console, subject, recipe, given.facts, given.facts_option, given.texts)
-    if asked is None:
-        return [], None
-    effects = measure_edits(subject.target, asked.questions, {"": edit})[""]
-    return effects, asked.summary(effects, seed)
-
-
-def use_patch(console: Console, given: Given, apply: Path | None, revert: Path | None, base: Path | None) -> Change:
-    """Apply a patch to a run's target (or `base`), or revert it."""
-    from spdcli.analysis.effects import measure_edits
-    from spdcli.analysis.patches import applied, load_patch, negative, reverted
-    from spdcli.runs import TOY, RunDirectory
-    from spdcli.subject import choose_device, open_subject
-
-    path = apply or revert
-    assert path is not None
-    made = load_patch(path)
-    directory = RunDirectory.open(given.run)
-    recipe = based_on(directory.recipe, base)
-    subject = open_subject(recipe, choose_device(given.device or recipe.device), base or directory / TOY)
-    weights = applied(subject.target, made, path) if apply else reverted(subject.target, made, path)
-    edit = made.edit if apply else {name: negative(factors) for name, factors in made.edit.items()}
-    seed = recipe.seed if given.seed is None else given.seed
-    questions = ask_questions(subject, recipe, given.texts, given.sequences, seed)
-    effects = measure_edits(subject.target, questions, {"": edit})[""]
-    moved, summary = measure_facts(console, given, subject, recipe, edit, seed)
-    report = {"slices": made.about["slices"], "action": "apply" if apply else "revert"}
-    report |= {"effects": effects + moved, "alone": {}, "facts": summary}
-    return Change(report, subject, base_of(recipe, given.run), edit, weights)
-
-
-def write(change: Change, data: dict[str, Any], save: Path | None, patch: Path | None, force: bool) -> None:
-    """Write the edited model and the patch, where they are asked for."""
-    if save is not None:
-        from spdcli.analysis.checkpoints import check_destination, save_checkpoint
-        from spdcli.analysis.patches import edited_weights
-
-        check_destination(save, force, change.base)
-        weights = edited_weights(change.subject.target, change.edit) if change.weights is None else change.weights
-        save_checkpoint(save, change.subject, weights, data, force)
-    if patch is not None:
-        from spdcli.analysis.patches import make_patch, save_patch
-
-        evidence = {key: data[key] for key in ("together", "matrices", "facts")}
-        evidence["effects"] = prompts_only(data["effects"])
-        save_patch(patch, make_patch(change.subject.target, change.edit, data["slices"], evidence))
-
-
-def based_on(recipe: Recipe, base: Path | None) -> Recipe:
-    """The recipe with the model in `base` for its target; a toy's place is not in the recipe."""
-    if base is None:
-        return recipe
-    if not base.is_dir():
-        raise SpdError(f"--base {base}: no such directory", "give a directory that --save wrote, or a checkpoint")
-    key = "path" if recipe.target.kind == "induction" else "model"
-    target = recipe.target.model_copy(update={key: str(base.resolve())})
-    return recipe.model_copy(update={"target": target})
-
-
-def base_of(recipe: Recipe, run: Path) -> Path:
-    """The directory that the target came from; a path that does not exist where it is none, as for a hub id."""
-    from spdcli.runs import TOY
-
-    return Path(recipe.target.path or run / TOY) if recipe.target.kind == "induction" else Path(recipe.target.model)
 
 
 def render(data: dict[str, Any], verbose: bool) -> list[RenderableType]:
