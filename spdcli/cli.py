@@ -15,6 +15,7 @@ from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
+from spdcli.commands.report import report
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
@@ -95,6 +96,13 @@ COMMANDS = (
         LOOK,
         "spd trace run --subject 'Kobe Bryant' --subject 'Tiger Woods'\n"
         "spd trace openai-community/gpt2 --prompt 'Kobe Bryant plays the sport of basketball' --subject 'Kobe Bryant'",
+    ),
+    (
+        "report",
+        report,
+        LOOK,
+        "spd report run\nspd report run --subject 'Kobe Bryant' --subject 'Tiger Woods' --out where\n"
+        "spd report run --json | jq '.prompts[].rows[] | {name, own}'",
     ),
     (
         "ablate",

@@ -65,3 +65,48 @@ def save_zeroed(alone: Mapping[str, Sequence[Mapping[str, Any]]], directory: Pat
 def shortened(text: str, length: int = 44) -> str:
     """A prompt as a title; sequences of the toy are long."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def save_slices(report: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Figure 3: after / before of P(answer) with slices suppressed, dark for their own prompt, light for the others.
+
+    `report` is a `spd.report/1`; a pair of bars each for the rule's slices of every prompt alone, and for all of them.
+    """
+    bars = [(row, one) for row, entry in enumerate(report["prompts"]) for one in entry["slices"]]
+    figure = Figure(figsize=(1.6 + 0.9 * max(3, len(bars)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    for place, (row, one) in enumerate(bars):
+        others = [ratio for number, ratio in enumerate(one["ratio"]) if number != row]
+        axes.bar(place - 0.2, one["ratio"][row], 0.36, color="0.15", label="its own prompt" if not place else None)
+        for number, ratio in enumerate(others):
+            width = 0.36 / len(others)
+            at = place + 0.02 + width * (number + 0.5)
+            label = "other prompts" if not place and not number else None
+            axes.bar(at, ratio, width, color="0.75", edgecolor="0.4", label=label)
+    axes.axhline(1, color="0.4", linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(bars)), [f"{_tokens(one)}\n{report['prompts'][row]['answer']}" for row, one in bars])
+    axes.set(ylabel="P(answer), after / before", ylim=(0, None))
+    axes.tick_params(axis="x", labelsize="small")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    return save(figure, directory, "slices")
+
+
+def save_names(entry: Mapping[str, Any], row: int, directory: Path, name: str) -> list[Path]:
+    """Figure 4: P(answer) of one prompt as it is, without the slice of each token of the name, and without both.
+
+    `entry` is the prompt's part of a `spd.report/1`, `row` its number there.
+    """
+    shown = entry["slices"]
+    figure = Figure(figsize=(1.4 + 0.9 * (1 + len(shown)), 2.8), layout="constrained")
+    axes = figure.subplots()
+    heights = [entry["before"], *(one["after"][row] for one in shown)]
+    drawn = axes.bar(range(len(heights)), heights, 0.6, color=["0.15", *["0.65"] * len(shown)])
+    axes.bar_label(drawn, [f"{height:.3f}" for height in heights], fontsize="small")
+    axes.set_xticks(range(len(heights)), ["nothing", *(_tokens(one) for one in shown)])
+    axes.set(xlabel="slices suppressed", ylabel=f"P({entry['answer'].strip()})", ylim=(0, None))
+    axes.set_title(shortened(entry["prompt"]), fontsize="small")
+    return save(figure, directory, name)
+
+
+def _tokens(one: Mapping[str, Any]) -> str:
+    return " and ".join(f"“{token.strip()}”" for token in one["tokens"])

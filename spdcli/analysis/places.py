@@ -109,7 +109,8 @@ def slices_by_rule(scene: Scene, row: int, positions: Sequence[int]) -> dict[int
         here = {scene.matrix: own[scene.matrix] & (importance[scene.matrix] > 0)}
         amounts = written(scene.decomposition, scene.activity, row, [position])
         left = [one for one in in_order(here, [importance, amounts]) if one not in chosen.values()]
-        chosen |= {position: one for one in left[:1]}
+        if left:
+            chosen[position] = left[0]
     return chosen
 
 

@@ -69,8 +69,9 @@ def make_report(
     entries = []
     for row, question in enumerate(asked):
         tell(f"edits: {prompts.texts[row]}")
-        told = {"prompt": prompts.texts[row], "answer": prompts.answer_texts[row], "tokens": prompts.pieces[row]}
-        told |= {"subject": list(question.subject), "trace": traces[row], "second_matrix": seconds[row]}
+        told: dict[str, Any] = {"prompt": prompts.texts[row], "answer": prompts.answer_texts[row]}
+        told |= {"tokens": prompts.pieces[row], "subject": list(question.subject)}
+        told |= {"trace": traces[row], "second_matrix": seconds[row]}
         entries.append(told | fact_entry(scene, row, told, known, zeroed, facts, begin))
     count = {"asked": len(facts.without(recipe.data.prompts)), "known": len(known.questions.texts) if known else 0}
     return {"matrix": matrix, "facts": count, "mlp_zeroed": zeroed.prompts, "prompts": entries}
@@ -122,7 +123,7 @@ def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> 
     for row in range(len(scene.questions.texts)):
         after = [effects[row]["after"] for effects in alone.values()]
         lowest.append(min(range(1, len(every)), key=after.__getitem__, default=0))
-    found = {}
-    for layer in sorted({0, *lowest}) if known is not None else ():
-        found[layer] = ablate_facts(*run, known.questions, cut(every[layer]))
-    return ZeroedLayers(alone, found, lowest)
+    if known is None:
+        return ZeroedLayers(alone, {}, lowest)
+    asked = sorted({0, *lowest})
+    return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, cut(every[n])) for n in asked}, lowest)
