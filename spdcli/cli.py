@@ -117,7 +117,6 @@ COMMANDS = (
         CHANGE,
         "spd suppress run --slice h.0.mlp.c_fc:12 --patch edit.safetensors\n"
         "spd suppress run --script edits.toml --dry-run\n"
-        "spd suppress run --apply edit.safetensors --save edited\n"
         "spd suppress run --revert edit.safetensors --base edited --save restored",
     ),
 )

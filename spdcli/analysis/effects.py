@@ -200,22 +200,33 @@ def measure_edits(target: Target, questions: Questions, edits: Mapping[str, Edit
     }
 
 
-@torch.no_grad()
 def measure_columns(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, dict[str, Tensor]]:
     """`answer_columns` of every edit by name, each column `[B]`.
 
     Questions of different lengths are asked in groups, so that memory does not grow with their number.
     """
-    slices, variants = edit_variants(target, edits)
     found: dict[str, dict[str, Tensor]] = {name: {} for name in edits}
     for rows, batch in question_groups(questions.batch):
-        clean = clean_pass(target, batch, ())
-        for name, own, after in predictions(target, slices, clean, variants):
-            assert batch.answers is not None
-            for key, part in answer_columns(batch.answers[own], clean.log_probs[own], after).items():
-                column = found[name].setdefault(key, part.new_empty(len(questions.texts)))
-                column[rows[own]] = part
+        for name, columns in measure_group(target, clean_pass(target, batch, ()), edits).items():
+            for key, part in columns.items():
+                found[name].setdefault(key, part.new_empty(len(questions.texts)))[rows] = part
     return found
+
+
+@torch.no_grad()
+def measure_group(target: Target, clean: Clean, edits: Mapping[str, Edit]) -> dict[str, dict[str, Tensor]]:
+    """`answer_columns` of every edit by name on the questions of one clean pass, all in one plan."""
+    slices, variants = edit_variants(target, edits)
+    answers = clean.batch.answers
+    assert answers is not None
+    parts: dict[str, list[tuple[int, dict[str, Tensor]]]] = {name: [] for name in edits}
+    for name, own, after in predictions(target, slices, clean, variants):
+        parts[name].append((own.start, answer_columns(answers[own], clean.log_probs[own], after)))
+    joined = {}
+    for name, found in parts.items():
+        ordered = [columns for _, columns in sorted(found, key=lambda part: part[0])]
+        joined[name] = {key: torch.cat([columns[key] for columns in ordered]) for key in ordered[0]}
+    return joined
 
 
 @torch.no_grad()

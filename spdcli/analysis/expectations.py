@@ -191,7 +191,8 @@ def _value(
 
 def promise(edit: Written, expect: Expect, questions: Questions, row: int | None) -> dict[str, Any]:
     """One expectation, not measured yet, in the shape of `spd.suppress/1`."""
-    subject = f"{expect.facts} facts" if row is None else f"{questions.tokens[row]!r} of {questions.texts[row]!r}"
+    facts = "other facts" if expect.facts == "others" else "all facts"
+    subject = facts if row is None else f"{questions.tokens[row]!r} of {questions.texts[row]!r}"
     name = expect.name or f"{expect.measure} of {subject}"
     bounds = {"bound": expect.bound, "at_least": expect.at_least, "at_most": expect.at_most}
     return {"edit": edit.name, "name": name, "passed": None, "value": None, **bounds}

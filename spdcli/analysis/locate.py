@@ -2,8 +2,9 @@
 
 Candidates are the slices that are active somewhere in the prompt. Each is suppressed alone in the original weights,
 all in one plan, and ranked by how far the answer's probability falls. What else moves is measured on the run's other
-prompts for all of them, and on the facts that the model knows for those that are told. *Collateral* is one statistic
-(mean, median or max) of the relative changes |after / before - 1| over both together.
+prompts for all of them, and on the facts that the model knows for those that are told. *Collateral* is a statistic
+(mean, median or max) of the relative changes |after / before - 1|, the larger of that over the run's other prompts and
+that over the facts: one other prompt is not lost among a hundred facts.
 
 Two slices can do more together than the sum of their parts: their excess is
 
@@ -15,7 +16,7 @@ and a pair is told when it is below 0 (the paper's "obe" and " Bryant").
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,18 @@ import torch
 from torch import Tensor
 
 from spdcli.analysis.edits import Address, Edit, suppression, suppressions
-from spdcli.analysis.effects import Questions, measure_columns, present_answers
+from spdcli.analysis.effects import Questions, measure_columns, measure_group, present_answers, question_groups
 from spdcli.analysis.facts import AskedFacts, known_mask, relative_change, statistics
 from spdcli.analysis.inspection import matching
 from spdcli.analysis.questions import join, pick
 from spdcli.analysis.selection import Activity, in_order, with_direction, written
+from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import UsageError
 from spdcli.subject import Subject
 
-Columns = Mapping[str, Mapping[str, Tensor]]
+FACT_TOKENS = 256  # of one group of facts: an edit that is beyond the limit is given up between groups
+KEPT_TOKENS = 4096  # of facts whose hidden states are kept
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def locate(
 ) -> dict[str, Any]:
     """The slices among `found` that lower the answer of the one `question` most (shape of `spd.locate/1`).
 
-    `others` are prompts, `facts` known facts, that should stay as they are. With a limit, slices of more collateral
-    are passed over until `top` are found or none is left that lowers the answer. UsageError without a candidate.
+    `others` are prompts, `facts` known facts, that should stay as they are. With a limit, slices and pairs of more
+    collateral are passed over until `top` are found or none is left that lowers the answer; slices that move the other
+    prompts too far are not paired. UsageError without a candidate.
     """
     if not found:
         raise UsageError(f"no slice of these matrices is active in {question.texts[0]!r}")
@@ -89,7 +93,7 @@ def locate(
     chosen = beside.told({name: single[name] for name in ordered}, search.top)
     together: dict[str, dict[str, Any]] = {}
     parts = {str(address): address for address in found}
-    strongest = [parts[name] for name in ordered[: search.paired]]
+    strongest = [parts[name] for name in ordered if beside.within(single[name]["others"])][: search.paired]
     pairs = {f"{one} {other}": [one, other] for one, other in itertools.combinations(strongest, 2)}
     if pairs:
         edits = {name: suppression(subject.target, decomposition, pair) for name, pair in pairs.items()}
@@ -128,6 +132,7 @@ class Beside:
         self.target, self.facts, self.search = subject.target, facts, search
         self.asked = question if others is None else join([question, others])
         self.edits: dict[str, Edit] = {}
+        self.kept: list[Clean] = []
 
     def measure(self, edits: Mapping[str, Edit]) -> dict[str, dict[str, Any]]:
         """Every edit on the question and the other prompts: probabilities, `fall` log(after / before), changes."""
@@ -144,33 +149,65 @@ class Beside:
             }
         return entries
 
+    def within(self, changes: Sequence[float] | Tensor) -> bool:
+        """Whether what should stay moves within the limit; nothing to stay always does."""
+        return self.search.limit is None or (self.statistic(changes) or 0.0) <= self.search.limit
+
+    def statistic(self, changes: Sequence[float] | Tensor) -> float | None:
+        """The statistic of collateral over some changes; None over none."""
+        known = torch.as_tensor(changes, dtype=torch.float64)
+        return statistics(known)[self.search.statistic].item() if len(known) else None
+
     def told(self, entries: Mapping[str, dict[str, Any]], count: int) -> dict[str, dict[str, Any]]:
         """The first `count` of `entries` within the limit, with the facts' changes and the collateral."""
+        limited = self.search.limit is not None
+        tried = [
+            name
+            for name, entry in entries.items()
+            if self.within(entry["others"]) and not (limited and entry["fall"] >= 0)
+        ]
         told: dict[str, dict[str, Any]] = {}
-        for names in _batches(list(entries), count):
-            for name, change in self._facts(names).items():
-                entry = entries[name] | {"facts": summary(change) if self.facts is not None else None}
-                every = torch.cat([torch.tensor(entry["others"], dtype=torch.float64), change.double().cpu()])
-                entry["collateral"] = statistics(every)[self.search.statistic].item() if len(every) else None
-                within = self.search.limit is None or (entry["collateral"] or 0.0) <= self.search.limit
-                if within and (self.search.limit is None or entry["fall"] < 0) and len(told) < count:
-                    told[name] = entry
-            if len(told) >= count:
+        for start in range(0, len(tried), count):
+            for name, changes in self._facts(tried[start : start + count]).items():
+                if self.within(changes) and len(told) < count:
+                    apart = [self.statistic(entries[name]["others"]), self.statistic(changes)]
+                    sizes = [size for size in apart if size is not None]
+                    facts = summary(changes) if len(changes) else None
+                    told[name] = entries[name] | {"facts": facts, "collateral": max(sizes, default=None)}
+            if len(told) == count:
                 break
         return told
 
     def _facts(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The facts' changes by edit; an edit that cannot be within the limit is given up as soon as that is sure."""
         if self.facts is None:
-            return {name: torch.zeros(0) for name in names}
-        measured = measure_columns(self.target, self.facts, {name: self.edits[name] for name in names})
-        return {name: relative_change(columns["ratio"]) for name, columns in measured.items()}
+            return {name: torch.zeros(0, dtype=torch.float64) for name in names}
+        changes: dict[str, Tensor] = {name: torch.zeros(0, dtype=torch.float64) for name in names}
+        for clean in self._fact_groups():
+            for name, columns in measure_group(
+                self.target, clean, {name: self.edits[name] for name in changes}
+            ).items():
+                changes[name] = torch.cat([changes[name], relative_change(columns["ratio"]).cpu()])
+            changes = {name: seen for name, seen in changes.items() if self.within(self._at_least(seen))}
+            if not changes:
+                break
+        return changes
+
+    def _at_least(self, seen: Tensor) -> Tensor:
+        """The facts' changes if those not asked yet did not move: no statistic of them can turn out lower."""
+        assert self.facts is not None
+        return torch.cat([seen, seen.new_zeros(len(self.facts.texts) - len(seen))])
+
+    def _fact_groups(self) -> Iterable[Clean]:
+        """The facts' clean passes; kept between calls unless they are many."""
+        assert self.facts is not None
+        made = (clean_pass(self.target, batch, ()) for _, batch in question_groups(self.facts.batch, FACT_TOKENS))
+        if int(self.facts.batch.valid.sum()) > KEPT_TOKENS:
+            return made
+        self.kept = self.kept or list(made)
+        return self.kept
 
 
 def summary(changes: Tensor) -> dict[str, float]:
     """Median, mean and max of the known facts' relative changes."""
     return {name: value.item() for name, value in statistics(changes).items()}
-
-
-def _batches(names: Sequence[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(names), max(size, 1)):
-        yield list(names[start : start + max(size, 1)])

@@ -167,7 +167,7 @@ def render(found: dict[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [title, table(found["slices"], lambda entry: entry["slice"], "slice", found)]
     if found["pairs"]:
         above = (
-            f"{found['pairs_above_sum']} of {found['pairs_measured']} pairs do more than their sum (log-probability)"
+            f"{found['pairs_above_sum']} of {found['pairs_measured']} pairs do more than their sum in log-probability"
         )
         parts += [above, table(found["pairs"], lambda entry: "\n".join(entry["slices"]), "pair", found)]
     elif found["pairs_measured"]:
