@@ -129,6 +129,8 @@ class Losses(Section):
     anneal_p: bool = True
     epsilon: Rate = 1e-12  # added to g before the power p
     last_token_only: bool = False
+    layerwise_matrices: Positive | None = None  # of layerwise losses, so many drawn every step; unbiased, not exact
+    faithfulness_probes: Positive | None = None  # random vectors a matrix in place of U V; unbiased, not exact
     subset: Literal["forward", "position"] = "forward"  # partial losses: one subset a forward, or a position
     kl: Literal["target_to_variant", "variant_to_target"] = "target_to_variant"
 
@@ -282,6 +284,18 @@ def _something_to_train(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _savings_fit(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    if losses["layerwise_matrices"] and not (losses["recon_layerwise"] or losses["stochastic_recon_layerwise"]):
+        yield Contradiction(
+            ("losses.layerwise_matrices",), "[losses] layerwise_matrices is set, but both layerwise losses are 0"
+        )
+    if losses["faithfulness_probes"] and not losses["faithfulness"]:
+        yield Contradiction(
+            ("losses.faithfulness_probes",), "[losses] faithfulness_probes is set, but faithfulness is 0"
+        )
+
+
 def _attention_fits(recipe: Sections) -> Iterator[Contradiction]:
     losses = recipe["losses"]
     if not losses["attention"]:
@@ -303,5 +317,6 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _backend_fits_device,
     _p_falls,
     _something_to_train,
+    _savings_fit,
     _attention_fits,
 )

@@ -284,6 +284,8 @@ def loss_settings(recipe: Recipe) -> LossSettings:
         epsilon=section.epsilon,
         subset=section.subset,
         reverse_kl=section.kl == "variant_to_target",
+        layerwise_matrices=section.layerwise_matrices,
+        faithfulness_probes=section.faithfulness_probes,
     )
 
 

@@ -12,7 +12,7 @@ from small_runs import MODEL, model_recipe, one_line, spd_here
 
 from spdcli.analysis import ablation
 from spdcli.analysis.edits import find_slices
-from spdcli.analysis.effects import given_questions, present_answers, question_groups
+from spdcli.analysis.effects import GROUP_PADDING, given_questions, present_answers, question_groups
 from spdcli.analysis.facts import (
     bootstrap,
     check_facts,
@@ -196,6 +196,7 @@ def test_groups_hold_every_question_once_within_their_bound(tokens):
         assert torch.equal(batch.tokens, ids[rows, :longest])
         assert torch.equal(batch.answers, rows)
         assert len(rows) == 1 or len(rows) * longest <= tokens
+        assert longest - int(lengths[rows].min()) <= GROUP_PADDING
         seen += rows.tolist()
     assert seen == sorted(range(6), key=lambda row: (lengths[row], row))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.nn import functional as F
 from twins import Watch, close, gradients
 
-from spdcli.engine.losses import annealed_p, faithfulness, minimality, unembed_kl
+from spdcli.engine.losses import annealed_p, faithfulness, minimality, probed_faithfulness, unembed_kl
 
 
 def test_faithfulness_by_hand():
@@ -15,6 +17,44 @@ def test_faithfulness_by_hand():
     second = (torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0, 1.0, 1.0]]))
     # 3² + 4² of four weights and 1² of three.
     assert faithfulness({"a": first, "b": second}).item() == pytest.approx(26 / 7)
+
+
+def random_pairs():
+    generator = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    sizes = {"wide": (4, 7, 3), "tall": (5, 2, 6)}
+    return {
+        name: (make(i, o), make(i, c).requires_grad_(), make(c, o).requires_grad_())
+        for name, (i, o, c) in sizes.items()
+    }
+
+
+def test_faithfulness_and_its_gradient_against_autograd():
+    pairs = random_pairs()
+    leaves = [leaf for _, U, V in pairs.values() for leaf in (U, V)]
+    errors = [(weight - U @ V).square().flatten() for weight, U, V in pairs.values()]
+    expected, actual = torch.cat(errors).mean(), faithfulness(pairs)
+    close(actual, expected)
+    weight = torch.tensor(1.7, dtype=torch.float64)
+    for a, b in zip(gradients(actual, weight, leaves), gradients(expected, weight, leaves), strict=True):
+        close(a, b)
+
+
+def test_probes_are_unbiased():
+    """The mean over every sign vector there is, which is what random ones expect, is the exact value and gradient."""
+    pairs = random_pairs()
+    leaves = [leaf for _, U, V in pairs.values() for leaf in (U, V)]
+    everyone = {
+        name: torch.tensor(list(product((-1.0, 1.0), repeat=len(weight))), dtype=torch.float64)
+        for name, (weight, _, _) in pairs.items()
+    }
+    exact, mean = faithfulness(pairs), probed_faithfulness(pairs, everyone)
+    close(mean, exact)
+    one = torch.ones((), dtype=torch.float64)
+    for a, b in zip(gradients(mean, one, leaves), gradients(exact, one, leaves), strict=True):
+        close(a, b)
+    few = probed_faithfulness(pairs, {name: signs[:2] for name, signs in everyone.items()})
+    assert abs(few - exact) > 0.01 * exact  # some alone are not
 
 
 def test_minimality_by_hand():

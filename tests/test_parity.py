@@ -481,6 +481,24 @@ def test_a_step_leaves_the_model_as_it_was_even_when_it_breaks(subject):
     assert torch.equal(subject.logits(subject.batch.tokens[:1]), logits)
 
 
+@pytest.mark.parametrize("subject", ["gpt2 split"], indirect=True)
+def test_cheaper_estimates_are_unbiased(subject):
+    """Sampled layerwise and probed faithfulness: the mean loss and gradient of many steps is the exact one's."""
+    decomposition = decompose(subject.target)
+    settings = LossSettings({"recon_layerwise": 1.0, "faithfulness": 1.0})
+    exact, wanted = engine_step(subject, decomposition, settings)
+    cheap = replace(settings, layerwise_matrices=6, faithfulness_probes=4)
+    steps = [engine_step(subject, decomposition, cheap, seed=seed) for seed in range(60)]
+    for name, value in exact.losses.items():
+        drawn = torch.stack([done.losses[name] for done, _ in steps])
+        assert drawn.std() > 0
+        assert abs(drawn.mean() - value) < 4 * drawn.std() / len(steps) ** 0.5
+    for name in ("slices.h/1/mlp/c_fc.U", "slices.h/0/attn/c_attn/q.V", "importances.gates.h/1/mlp/c_fc.b2"):
+        drawn = torch.stack([gradients.get(name, torch.zeros_like(wanted[name])) for _, gradients in steps])
+        apart = (drawn.mean(0) - wanted[name]) / (drawn.std(0) / len(steps) ** 0.5).clamp(min=1e-12)
+        assert apart.square().mean().sqrt() < 2  # z scores: about 1 when unbiased
+
+
 @pytest.mark.parametrize("subject", ["toy"], indirect=True)
 def test_faithfulness_is_exact(subject):
     decomposition = decompose(subject.target)

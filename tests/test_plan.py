@@ -56,6 +56,31 @@ def test_scopes():
         assert all(chosen and chosen <= set(BLOCKS) for chosen in by_loss[loss])
 
 
+def test_layerwise_losses_of_some_matrices():
+    """Each matrix as often as any other, in equal shares: the mean over draws is that of all matrices."""
+    losses = ["recon_layerwise", "stochastic_recon_layerwise"]
+    generator = torch.Generator().manual_seed(0)
+    shares = {loss: Counter() for loss in losses}
+    for _ in range(2000):
+        variants = draw_variants(losses, BLOCKS, 2, "forward", SHAPE, generator, layerwise=2)
+        assert Counter(variant.loss for variant in variants) == dict(zip(losses, (2, 4), strict=True))
+        for variant in variants:
+            (name,) = variant.matrices
+            shares[variant.loss][name] += variant.weight / 2000
+        first = [variant.matrices for variant in variants if variant.loss == losses[0]]
+        assert len(set(first)) == 2  # drawn without putting back
+    for loss in losses:
+        # A share of a fifth; of 2000 draws its standard error is sqrt(2/5 * 3/5 / 2000) / 2 = 0.0055.
+        assert all(shares[loss][name] == pytest.approx(1 / 5, abs=5 * 0.0055) for name in BLOCKS)
+
+
+def test_more_layerwise_matrices_than_there_are_is_all_of_them():
+    both = [
+        draw_variants(["recon_layerwise"], BLOCKS, 1, "forward", SHAPE, torch.Generator(), n) for n in (5, 99, None)
+    ]
+    assert len({tuple(variant.matrices for variant in variants) for variants in both}) == 1
+
+
 def test_variants_enter_at_their_first_block_in_order():
     variants = draw()
     assert [variant.entry for variant in variants] == sorted(variant.entry for variant in variants)

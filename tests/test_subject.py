@@ -277,6 +277,10 @@ def test_every_setting_reaches_the_engine(tmp_path):
         "losses.epsilon": 0.125,
         "losses.subset": "position",
         "losses.kl": "variant_to_target",
+        "losses.layerwise_matrices": 5,
+        "losses.stochastic_recon_layerwise": 1,
+        "losses.faithfulness_probes": 6,
+        "losses.faithfulness": 1,
         "decompose.steps": 40,
         "decompose.warmup": 0.25,
         "decompose.weight_decay": 0.5,
@@ -289,6 +293,7 @@ def test_every_setting_reaches_the_engine(tmp_path):
     losses, fit, optimiser = loss_settings(recipe), fit_settings(recipe), optimiser_settings(recipe.decompose)
     assert (losses.samples, losses.p_start, losses.p_final, losses.anneal_p) == (3, 0.8, 0.3, False)
     assert (losses.epsilon, losses.subset, losses.reverse_kl) == (0.125, "position", True)
+    assert (losses.layerwise_matrices, losses.faithfulness_probes) == (5, 6)
     assert (fit.steps, fit.clip_slices, fit.clip_gates, fit.log_every) == (40, 2.0, 3.0, 7)
     assert (fit.plan_bytes, fit.losses) == (2**29, losses)
     assert (optimiser.optimizer, optimiser.learning_rate, optimiser.weight_decay) == ("adam", 0.01, 0.5)

@@ -5,7 +5,8 @@
     shared     one MLP for all slices of a matrix
     attention  Algorithm 1: attention over the sequence, then one MLP a slice (Eq. 4)
 
-All return values before the sigmoid, `[B, T, C]` a matrix; `leaky` makes importances of them. Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
+All return values before the sigmoid, `[B, T, C]` a matrix; `leaky` makes importances of them.
+Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
 """
 
 from __future__ import annotations

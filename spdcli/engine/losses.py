@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CACHED_ELEMENTS = 1 << 17  # logits worked on at once on a processor: 512 KiB in float32
+CACHED_TOKENS = 512  # of the vocabulary that one product of a processor covers
+
 # name -> (where its masks come from, which matrices are replaced together): Eq. 2, 3, 5, 6.
 RECONSTRUCTION = {
     "recon": ("importance", "all"),
@@ -28,8 +31,37 @@ def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
 
     `pairs[m]` is `(W [I, O], U [I, C], V [C, O])`. Exact.
     """
-    errors = [(weight - U @ V).square().sum() for weight, U, V in pairs.values()]
+    errors = [_Residual.apply(weight, U, V) for weight, U, V in pairs.values()]
     return torch.stack(errors).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
+
+
+def probed_faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]], probes: Mapping[str, Tensor]) -> Tensor:
+    """An estimate of `faithfulness` that never forms `U V`: mean over probes z of ‖z (W - U V)‖².
+
+    `probes[m]` `[k, I]` are random signs, which makes value and gradient unbiased: E zᵀz = 1. It costs k / I of the
+    exact one.
+    """
+    errors = []
+    for name, (weight, U, V) in pairs.items():
+        z = probes[name]
+        errors.append((z @ weight - (z @ U) @ V).square().sum() / len(z))
+    return torch.stack(errors).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
+
+
+class _Residual(torch.autograd.Function):
+    """‖W - U V‖² and its gradients by U and V in one visit, so that the residual does not outlive it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        residual = torch.addmm(weight, U, V, alpha=-1)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(residual @ V.t(), U.t() @ residual)
+        return residual.square_().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope_U, slope_V = ctx.saved_tensors
+        return None, -2 * grad * slope_U, -2 * grad * slope_V
 
 
 def minimality(importances: Mapping[str, Tensor], valid: Tensor, p: float, epsilon: float) -> Tensor:
@@ -82,22 +114,22 @@ class _UnembedKl(torch.autograd.Function):
     ) -> Tensor:
         divergence = hidden.new_empty(hidden.shape[0])
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        probabilities = target.exp()
+        rows_at_once = chunk if hidden.is_cuda else max(1, CACHED_ELEMENTS // unembedding.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = hidden[rows] @ unembedding.t()
-            log_q = (logits if bias is None else logits + bias).log_softmax(-1)
-            log_p = target[index[rows]]
-            gap = log_p - log_q
-            q = log_q.exp()
-            p = log_p.exp()
-            if reverse:
-                divergence[rows] = _relative_entropy(q, p, -gap)
-                logit_slope = q * ((q * gap).sum(-1, keepdim=True) - gap)
-            else:
-                divergence[rows] = _relative_entropy(p, q, gap)
-                logit_slope = q - p
+            logits = _logits(hidden[rows], unembedding, bias)
+            for own, known, answer in zip(
+                logits.split(rows_at_once),
+                index[rows].split(rows_at_once),
+                divergence[rows].split(rows_at_once),
+                strict=True,
+            ):
+                _divergence_and_slope(
+                    own, target.index_select(0, known), probabilities.index_select(0, known), answer, reverse
+                )
             if slope is not None:
-                slope[rows] = logit_slope @ unembedding
+                torch.mm(logits, unembedding, out=slope[rows])
         ctx.save_for_backward(slope)
         return divergence
 
@@ -105,6 +137,27 @@ class _UnembedKl(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return slope * grad[:, None], None, None, None, None, None, None
+
+
+def _logits(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> Tensor:
+    """`hidden` `[n, D]` unembedded, `[n, N]`; on a processor a part of the vocabulary at a time, which is faster."""
+    logits = hidden.new_empty(hidden.shape[0], unembedding.shape[0])
+    at_once = unembedding.shape[0] if hidden.is_cuda else CACHED_TOKENS
+    for part, columns in zip(unembedding.split(at_once), logits.split(at_once, dim=1), strict=True):
+        torch.mm(hidden, part.t(), out=columns)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _divergence_and_slope(logits: Tensor, log_p: Tensor, p: Tensor, divergence: Tensor, reverse: bool) -> None:
+    """Writes each row's KL to `divergence` `[n]`, and its gradient by the logits over `logits` `[n, N]`."""
+    log_q = logits.log_softmax(-1)
+    q, gap = log_q.exp(), log_p.sub_(log_q)
+    if reverse:
+        divergence.copy_(_relative_entropy(q, p, -gap))
+        torch.mul(q, (q * gap).sum(-1, keepdim=True) - gap, out=logits)
+    else:
+        divergence.copy_(_relative_entropy(p, q, gap))
+        torch.sub(q, p, out=logits)
 
 
 def unembed_kl(

@@ -62,10 +62,12 @@ def draw_variants(
     subset: str,
     shape: tuple[int, int],
     generator: torch.Generator,
+    layerwise: int | None = None,
 ) -> list[Variant]:
     """The variants of the losses `wanted`, ordered by entry.
 
-    `blocks[m]` is the block of matrix m, `shape` is `(B, T)`. Layerwise losses give one variant a matrix; a
+    `blocks[m]` is the block of matrix m, `shape` is `(B, T)`. Layerwise losses give one variant a matrix, or one for
+    each of `layerwise` matrices drawn anew every time, whose mean is unbiased for that of all of them; a
     partial loss draws k uniformly from 1 .. L and then k of the L matrices, once a variant (`subset`
     forward, Eq. 5 and 6) or once a position (`subset` position). Stochastic losses are drawn `samples` times.
     """
@@ -77,21 +79,27 @@ def draw_variants(
             if scope == "all":
                 chosen: list[tuple[Iterable[str], Mapping[str, Tensor] | None]] = [(blocks, None)]
             elif scope == "each":
-                chosen = [([name], None) for name in blocks]
+                names = list(blocks)
+                if layerwise is not None and layerwise < len(names):
+                    names = _drawn(names, layerwise, generator)
+                chosen = [([name], None) for name in names]
             elif subset == "position":
                 chosen = [(blocks, _routed_subset(list(blocks), shape, generator))]
             else:
                 chosen = [(_random_subset(list(blocks), generator), None)]
             weight = 1.0 / (repeats * len(chosen))
             for matrices, routed in chosen:
-                names = frozenset(matrices)
-                entry = min(blocks[name] for name in names)
-                variants.append(Variant(loss, source, names, entry, weight, routed))
+                replaced = frozenset(matrices)
+                entry = min(blocks[name] for name in replaced)
+                variants.append(Variant(loss, source, replaced, entry, weight, routed))
     return sorted(variants, key=lambda variant: variant.entry)
 
 
 def _random_subset(names: Sequence[str], generator: torch.Generator) -> list[str]:
-    size = int(torch.randint(1, len(names) + 1, (), generator=generator))
+    return _drawn(names, int(torch.randint(1, len(names) + 1, (), generator=generator)), generator)
+
+
+def _drawn(names: Sequence[str], size: int, generator: torch.Generator) -> list[str]:
     return [names[i] for i in torch.randperm(len(names), generator=generator)[:size].tolist()]
 
 

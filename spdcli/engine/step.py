@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from spdcli.engine.forward import Clean, Noise, ask, plan_pass, recording, row_divergences
-from spdcli.engine.losses import RECONSTRUCTION, annealed_p, attention_divergence, faithfulness, minimality
+from spdcli.engine.losses import (
+    RECONSTRUCTION,
+    annealed_p,
+    attention_divergence,
+    faithfulness,
+    minimality,
+    probed_faithfulness,
+)
 from spdcli.engine.plan import Piece, Variant, chunks, draw_variants
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
@@ -19,7 +26,11 @@ ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention pattern
 
 @dataclass(frozen=True)
 class LossSettings:
-    """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses]."""
+    """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses].
+
+    `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses, and
+    `faithfulness_probes` random vectors for the exact faithfulness; None is exact.
+    """
 
     coefficients: Mapping[str, float]
     samples: int = 1
@@ -29,6 +40,8 @@ class LossSettings:
     epsilon: float = 1e-12
     subset: str = "forward"
     reverse_kl: bool = False
+    layerwise_matrices: int | None = None
+    faithfulness_probes: int | None = None
 
     @property
     def reconstruction(self) -> list[str]:
@@ -110,10 +123,21 @@ def attention_errors(
 
 def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
     """Faithfulness of all decomposed matrices (Eq. 1)."""
-    pairs = {}
-    for name in slices.names:
-        pairs[name] = (target.matrices[name].weight, slices.of(name).U, slices.of(name).V)
-    return faithfulness(pairs)
+    return faithfulness(_weights_and_slices(target, slices))
+
+
+def estimated_faithfulness(target: Target, slices: SliceSet, probes: int, generator: torch.Generator) -> Tensor:
+    """Faithfulness by `probes` random sign vectors a matrix, drawn from `generator` on the CPU."""
+    pairs = _weights_and_slices(target, slices)
+    signs = {}
+    for name, (weight, _, _) in pairs.items():
+        drawn = torch.randint(2, (probes, weight.shape[0]), generator=generator)
+        signs[name] = (2 * drawn - 1).to(weight, non_blocking=True)
+    return probed_faithfulness(pairs, signs)
+
+
+def _weights_and_slices(target: Target, slices: SliceSet) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    return {name: (target.matrices[name].weight, slices.of(name).U, slices.of(name).V) for name in slices.names}
 
 
 @dataclass(eq=False)
@@ -144,7 +168,12 @@ def backward_step(
     terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
     direct: dict[str, Tensor] = {}
     if settings.coefficients.get("faithfulness", 0) > 0:
-        direct["faithfulness"] = exact_faithfulness(target, decomposition)
+        probes = settings.faithfulness_probes
+        direct["faithfulness"] = (
+            exact_faithfulness(target, decomposition)
+            if probes is None
+            else estimated_faithfulness(target, decomposition, probes, generator)
+        )
     if settings.coefficients.get("minimality", 0) > 0:
         direct["minimality"] = minimality(upper, clean.batch.valid, p, settings.epsilon)
     carried = [name for name in leaves if leaves[name].grad is not None]
@@ -186,7 +215,9 @@ def _plan_terms(
 
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.place.shape[1])
-    variants = draw_variants(wanted, blocks, settings.samples, settings.subset, shape, generator)
+    variants = draw_variants(
+        wanted, blocks, settings.samples, settings.subset, shape, generator, settings.layerwise_matrices
+    )
     watch = attend if attention > 0 else None
     reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl, watch)
     return sums

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError, UsageError
@@ -111,6 +112,7 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
             f"target.split_attention = true, but '{model.config.model_type}' keeps q, k and v apart already",
             "leave split_attention out",
         )
+    fuse_activations(model)
     head = model.get_submodule(language_model.architecture.head)
 
     def run(tokens: Tensor, valid: Tensor) -> object:
@@ -135,6 +137,14 @@ def block_parts(language_model: LanguageModel) -> dict[str, list[nn.Module]]:
     """The modules of every block whose outputs are added to the residual stream, by kind."""
     paths = {"attention": language_model.architecture.attention, "mlp": language_model.architecture.mlp}
     return {kind: [block.get_submodule(path) for block in language_model.blocks] for kind, path in paths.items()}
+
+
+def fuse_activations(model: nn.Module) -> None:
+    """Put torch's own GELU where transformers writes the same formula out, an operation at a time (GPT-2)."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def walk_matrices(
