@@ -37,7 +37,7 @@ def plant(decomposition, inputs, valid, name, index, wanted):
     direction = torch.linalg.lstsq(x, aim.double()[:, None], driver="gelsd").solution
     torch.testing.assert_close((x @ direction)[:, 0].float(), aim, rtol=1e-4, atol=1e-4)
     gate.w1[:, index] = direction[:, 0].float()
-    gate.b1[index], gate.w2[index], gate.b2[index] = 0, 1, 0
+    gate.b1[index], gate.w2[:, index], gate.b2[index] = 0, 1, 0
 
 
 def plant_gates(tiny_gpt2_dir, folder):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spdcli.analysis.ablation import ablate_facts, zeroed_mlp
+from spdcli.analysis.ablation import Cut, ablate_facts, measure_cuts, zeroed_mlp
 from spdcli.analysis.effects import own_questions, present_answers
 from spdcli.analysis.facts import AskedFacts, facts_beside, known_mask
 from spdcli.analysis.inspection import own_texts
@@ -116,9 +116,9 @@ def open_scene(loaded: LoadedRun, matrix: str, seconds: Sequence[str], settings:
 def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> ZeroedLayers:
     """Every MLP layer on the prompts; layer 0, and each prompt's most needed other one, on the known facts too."""
     every = [zeroed_mlp(scene.target, layer) for layer in range(len(scene.target.blocks))]
-    cut = lambda one: ((), [one])  # noqa: E731
     run = (loaded.subject, loaded.decomposition)
-    alone = {one.label: ablate_facts(*run, scene.questions, cut(one)) for one in every}
+    cuts: dict[str, Cut] = {one.label: ((), [one]) for one in every}
+    alone = measure_cuts(*run, scene.questions, cuts, others="on", samples=1, seed=0)
     lowest = []
     for row in range(len(scene.questions.texts)):
         after = [effects[row]["after"] for effects in alone.values()]
@@ -126,4 +126,4 @@ def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> 
     if known is None:
         return ZeroedLayers(alone, {}, lowest)
     asked = sorted({0, *lowest})
-    return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, cut(every[n])) for n in asked}, lowest)
+    return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, ((), [every[n]])) for n in asked}, lowest)
