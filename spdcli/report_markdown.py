@@ -15,13 +15,15 @@ KINDS = {
     "subject is corrupted (mean over draws of the noise). It is no edit of the weights, so it says nothing about other "
     "prompts.",
     ZEROED: "A whole MLP layer writes nothing: layer 0, whose loss destroys the model, and the other layer that this "
-    "answer needs most.",
-    SLICES: "The run's slices, suppressed in the original weights. *By rule* looks at no effect: at each of the "
-    "subject's last two tokens (never the prompt's first token), the slice of {matrix} that is active at these tokens "
-    "of this prompt and nowhere else in the run's prompts, of the highest importance there and, of equals, the one "
-    "that writes most. *By effect*: of all slices of that MLP that are active in the prompt, the one or two that lower "
-    "the answer most while other prompts of the run change by less than 10 %.",
-    BASELINE: "No decomposition is needed for these. *Static duals* are the slices of the same tokens that a dual "
+    "answer needs most, of those that do not halve the answer of another prompt of the run (which would be "
+    "destruction again).",
+    SLICES: "The run's slices, suppressed in the original weights. *By rule* looks at no effect: the slices of "
+    "{matrix} that are active at one single token of all the run's prompts, which is this prompt's and not its first; of those, "
+    "the two of which W holds most, |ûᵀ W v̂|. *By effect*: of all slices of that MLP that are active in the prompt and "
+    "at no first token, the one or two that lower the answer most while other prompts of the run change by less than "
+    "10 %. (First tokens are left out because every prompt parks attention there.)",
+    BASELINE: "No decomposition is needed for these. *Static duals* are the slices of the same tokens (where "
+    "the rule's slices are active, or the last two of the subject) that a dual "
     "start begins with (whitened: by the second moment of broad text); *direct* takes away all that the matrix does "
     "along C⁻¹x, x its inputs at the same tokens, C that second moment.",
     CONTROL: "Random rank-1 directions with the norm of the edit by rule, and the matrix's largest singular triple.",

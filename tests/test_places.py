@@ -36,6 +36,7 @@ from spdcli.targets.induction import toy_target
 SECOND = "h.1.mlp.c_fc"
 KOBE, TIGER = 0, 1
 OBE, BRYANT = 1, 2
+SUBJECT, TOKENS = (0, OBE, BRYANT), ["K", "obe", " Bryant", " plays", " professional"]
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +77,27 @@ def test_slices_are_named_at_the_last_two_tokens_but_never_the_first(subject, to
 
 def test_the_rule_finds_what_is_planted(planted):
     _, scene = planted
-    assert slices_by_rule(scene, KOBE, [OBE, BRYANT]) == {BRYANT: Address(FC, 0)}  # 1 is shared, 3 is everywhere
-    assert slices_by_rule(scene, TIGER, [OBE, BRYANT]) == {}
-    assert slices_by_rule(scene, TIGER, [5, 6]) == {6: Address(FC, 2)}
+    assert slices_by_rule(scene, KOBE) == {Address(FC, 0): BRYANT}  # 1 is shared, 3 is everywhere
+    assert slices_by_rule(scene, TIGER) == {Address(FC, 2): 6}
 
 
-def test_the_rule_goes_by_importance_then_by_what_is_written(planted):
+def test_the_rule_takes_what_the_weights_hold_most_of(planted):
     _, scene = planted
+    weight, own = scene.target.matrices[FC].weight, scene.decomposition.of(FC)
+    held = [abs((u / u.norm()) @ weight @ (v / v.norm())).item() for u, v in zip(own.U.t(), own.V, strict=True)]
     g = {name: torch.zeros_like(values) for name, values in scene.activity.g.items()}
-    inner = {name: torch.zeros_like(values) for name, values in scene.activity.inner.items()}
-    lengths = scene.decomposition.of(FC).V.norm(dim=1)
-    for index, (at_obe, at_bryant, written) in {
-        0: (1.0, 0.0, 2.0),
-        1: (1.0, 0.5, 3.0),  # the most important at 'obe', with 0, and writes more
-        2: (0.0, 0.5, 1.0),
-        3: (0.9, 0.4, 9.0),  # writes most, and is less important
-        4: (0.0, 0.5, 2.0),  # at ' Bryant' as important as 2, and writes more
-        5: (1.0, 1.0, 9.0),  # also active elsewhere in the prompt
-    }.items():
-        g[FC][KOBE, OBE, index], g[FC][KOBE, BRYANT, index] = at_obe, at_bryant
-        inner[FC][KOBE, :, index] = -written / lengths[index]
-    g[FC][KOBE, 4, 5] = 0.1
-    made = replace(scene, activity=replace(scene.activity, g=g, inner=inner))
-    assert slices_by_rule(made, KOBE, [OBE, BRYANT]) == {OBE: Address(FC, 1), BRYANT: Address(FC, 4)}
-    g[FC][TIGER, 3, 1] = 0.1  # now the other prompt has it too
-    assert slices_by_rule(made, KOBE, [OBE, BRYANT]) == {OBE: Address(FC, 0), BRYANT: Address(FC, 4)}
+    made = replace(scene, activity=replace(scene.activity, g=g))
+    assert slices_by_rule(made, KOBE) == {}
+    for index, position in enumerate((3, 1, 2, 4, 1, 2)):
+        g[FC][KOBE, position, index] = 0.1 + 0.1 * index
+    most, second, third = sorted(range(6), key=lambda index: -held[index])[:3]
+    places = (3, 1, 2, 4, 1, 2)
+    assert slices_by_rule(made, KOBE) == {Address(FC, most): places[most], Address(FC, second): places[second]}
+    g[FC][TIGER, 3, most] = 0.1  # now it is active at two tokens
+    assert slices_by_rule(made, KOBE) == {Address(FC, second): places[second], Address(FC, third): places[third]}
+    g[FC][KOBE, :, second] = 0
+    g[FC][KOBE, 0, second] = 1.0  # at the first token alone
+    assert Address(FC, second) not in slices_by_rule(made, KOBE)
 
 
 def ratio_of(subject, scene, slices):
@@ -122,6 +119,7 @@ def test_slices_by_effect_are_the_best_that_spare_the_others(spared, planted, mo
     subject, scene = planted
     monkeypatch.setattr("spdcli.analysis.places.SPARED", spared)
     every = torch.full_like(scene.activity.g[FC], 0.5) * scene.questions.batch.valid[..., None]
+    every[:, 0] = 0
     scene = replace(scene, activity=replace(scene.activity, g=scene.activity.g | {FC: every}))
     addresses = [Address(FC, index) for index in range(6)]
     assert len(addresses) <= PAIRED  # all of them are paired
@@ -132,33 +130,42 @@ def test_slices_by_effect_are_the_best_that_spare_the_others(spared, planted, mo
     assert set(slices_by_effect(scene, KOBE)) == set(best)
 
 
+def test_slices_at_a_first_token_are_left_out(planted):
+    _, scene = planted
+    every = {name: torch.full_like(values, 0.5) for name, values in scene.activity.g.items()}
+    every[FC][:, 0, [0, 1, 2, 4, 5]] = 0
+    every[FC][TIGER, 0, 0] = 0.1
+    scene = replace(scene, activity=replace(scene.activity, g=every))
+    assert not {Address(FC, 0), Address(FC, 3)} & set(slices_by_effect(scene, KOBE))
+    assert slices_by_effect(scene, KOBE)
+
+
 def test_no_slice_is_active(planted):
     _, scene = planted
     off = {name: torch.zeros_like(values) for name, values in scene.activity.g.items()}
     scene = replace(scene, activity=replace(scene.activity, g=off))
     assert slices_by_effect(scene, KOBE) == []
-    side = fact_edits(scene, KOBE, [OBE, BRYANT], " Bryant", FC)
+    side = fact_edits(scene, KOBE, SUBJECT, TOKENS, FC)
     assert not {"rule", "effect", "direct second", "optimised second"} & set(side.edits)
     assert edit_norm(side.edits["random 0"]) == pytest.approx(edit_norm(side.edits["direct"]))
 
 
 def test_everything_stands_side_by_side(planted):
     _, scene = planted
-    side = fact_edits(scene, KOBE, [OBE, BRYANT], " Bryant", SECOND)
+    side = fact_edits(scene, KOBE, SUBJECT, TOKENS, SECOND)
     kinds = [place.kind for place in side.places]
-    assert kinds == [SLICES] * 2 + [BASELINE] * 5 + [CONTROL] * 2 + [SOUGHT] * 2
+    assert kinds == [SLICES] * 2 + [BASELINE] * 4 + [CONTROL] * 2 + [SOUGHT] * 2
     named = [name for place in side.places for name in place.edits]
     assert set(side.edits) == {*named, f"{FC}:0"}
-    assert side.rule == {BRYANT: Address(FC, 0)}
+    assert (side.rule, side.positions) == ({Address(FC, 0): BRYANT}, [BRYANT])
     matrices = {name: list(edit) for name, edit in side.edits.items()}
     assert matrices["direct second"] == matrices["optimised second"] == [SECOND]
     for name, (factors,) in {name: tuple(edit.values()) for name, edit in side.edits.items()}.items():
-        ranks = {"dual": 2, "dual whitened": 2, "direct": 2, "direct second": 2, "effect": len(side.effect)}
-        assert factors.read.shape[1] == ranks.get(name, 1), name
+        assert factors.read.shape[1] == (len(side.effect) if name == "effect" else 1), name
         assert edit_norm(side.edits[name]) > 1e-6
     norm = edit_norm(side.edits["rule"])
     assert [edit_norm(side.edits[f"random {n}"]) for n in range(3)] == pytest.approx([norm] * 3)
-    again = fact_edits(scene, KOBE, [OBE, BRYANT], " Bryant", SECOND)
+    again = fact_edits(scene, KOBE, SUBJECT, TOKENS, SECOND)
     for name, edit in side.edits.items():
         for matrix, factors in edit.items():
             assert torch.equal(factors.read, again.edits[name][matrix].read)
@@ -167,7 +174,9 @@ def test_everything_stands_side_by_side(planted):
 def test_direct_edits_are_of_the_tokens_inputs(planted):
     """After the edit the matrix does nothing along C⁻¹x, x its input at the token; at both tokens, at either."""
     _, scene = planted
-    side = fact_edits(scene, KOBE, [OBE, BRYANT], " Bryant", SECOND)
+    off = scene.activity.g | {FC: torch.zeros_like(scene.activity.g[FC])}  # the rule finds none: the subject's tokens
+    side = fact_edits(replace(scene, activity=replace(scene.activity, g=off)), KOBE, SUBJECT, TOKENS, SECOND)
+    assert side.positions == [OBE, BRYANT]
     block = scene.target.blocks[0]
     with torch.no_grad():
         tokens = scene.questions.batch.tokens

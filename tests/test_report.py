@@ -9,6 +9,7 @@ from matplotlib.image import imread
 from planted_gates import FC, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
+from spdcli.analysis.report import most_needed
 from spdcli.analysis.report_rows import combined, traced_rows
 from spdcli.figures_facts import save_names, save_slices
 from spdcli.report_markdown import markdown, percent, size, table
@@ -97,10 +98,10 @@ def test_the_rows_are_what_the_other_commands_say(spd, run, facts):
         KOBE,
         " basketball",
         [0, 1, 2],
-        [1, 2],
+        [2],
     )
     assert kobe["chosen"]["rule"] == [f"{FC}:0"]
-    assert tiger["chosen"]["rule"] == []
+    assert tiger["chosen"]["rule"] == [f"{FC}:2"]
     for how in ("rule", "effect"):
         chosen = [part for one in kobe["chosen"][how] for part in ("--slice", one)]
         suppressed = answer(spd, "suppress", run, *chosen, "--facts", facts)
@@ -111,10 +112,9 @@ def test_the_rows_are_what_the_other_commands_say(spd, run, facts):
             key = f"{name}_relative_change"
             assert row["facts"][key] == pytest.approx(suppressed["facts"][key], abs=1e-6)
             assert row["facts"]["interval"][name] == pytest.approx(suppressed["facts"]["interval"][name], abs=1e-6)
-    assert "slices, by rule" not in [row["name"] for row in tiger["rows"]]
     zeroed = answer(spd, "ablate", run, "--mlp", "all")["alone"]
     assert data["mlp_zeroed"].keys() == zeroed.keys() == {"mlp 0", "mlp 1", "mlp 2"}
-    needed = min((1, 2), key=lambda layer: zeroed[f"mlp {layer}"][0]["after"])
+    needed = most_needed(0, [zeroed[f"mlp {layer}"] for layer in range(3)])
     for layer in (0, needed):
         ratios = [effect["ratio"] - 1 for effect in zeroed[f"mlp {layer}"]]
         row = row_of(kobe, f"MLP {layer} zeroed")
@@ -163,7 +163,7 @@ def test_the_report_is_a_directory(spd, run, facts):
         assert f"| optimised in {FC} | " in sought
     assert "**Not evidence.**" in text
     assert "The facts file says this fact in no other words." in text
-    names = {"mlp-zeroed", "slices", "trace-1", "trace-2", "names-1"}
+    names = {"mlp-zeroed", "slices", "trace-1", "trace-2", "names-1", "names-2"}
     assert {path.name for path in folder.glob("*.png")} == {f"{name}.png" for name in names}
     assert {path.name for path in folder.glob("*.svg")} == {f"{name}.svg" for name in names}
     assert all(f"![{name}]({name}.png)" in text for name in names)
@@ -196,6 +196,16 @@ def test_what_cannot_be_reported(spd, run, tmp_path):
         code, out, err = spd("report", *arguments)
         assert (code, out) == (2, "")
         one_line(err, said)
+
+
+def test_the_needed_layer_destroys_nothing_else():
+    ratios = [(0.0, 0.0), (0.1, 0.3), (0.6, 0.9), (0.5, 0.6), (0.9, 0.1)]  # of two prompts, by layer
+    effects = [[{"ratio": ratio} for ratio in row] for row in ratios]
+    assert most_needed(0, effects) == 3  # 1 lowers it further, and the other prompt to less than half
+    assert most_needed(1, effects) == 4
+    assert most_needed(0, effects[:2]) == 1  # there is no better one
+    assert most_needed(0, effects[:1]) == 0
+    assert most_needed(0, [row[:1] for row in effects]) == 1  # no other prompt to spare
 
 
 # --- parts by hand ---------------------------------------------------------------------------------------

@@ -23,14 +23,14 @@ from torch import Tensor
 from spdcli.analysis.baselines import direct_edit, edit_norm, optimised_edit, random_edit, singular_edit, static_duals
 from spdcli.analysis.edits import Address, Edit, find_matrix, suppression, suppressions
 from spdcli.analysis.effects import Questions, measure_columns
-from spdcli.analysis.selection import Activity, active_at, in_order, with_direction, written
+from spdcli.analysis.selection import Activity, carried, in_order, with_direction, written
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition, distinct_rows
 from spdcli.engine.target import Target
 from spdcli.errors import UsageError
 from spdcli.stream import ridged
 
-NAMES = 2  # tokens of the subject, from its end, that the rule takes a slice at
+NAMES = 2  # slices by rule, and tokens of a subject where there are none
 SPARED = 0.1  # how far slices chosen by effect may change the run's other prompts
 PAIRED = 8  # of the strongest slices, for pairs
 DIRECT_RIDGE = 0.02  # of C's mean eigenvalue
@@ -91,37 +91,36 @@ def matrix_like(target: Target, name: str, block: int) -> str:
 
 
 def naming_tokens(subject: Sequence[int]) -> list[int]:
-    """The last tokens of a subject that the rule takes slices at, in order; never a prompt's first token, at which
-    every prompt parks attention, so that a slice there is not the fact's own (unless the subject is nothing else)."""
+    """The last tokens of a subject, at most NAMES, in order; never a prompt's first token, at which every prompt parks
+    attention, so that what is there is not the fact's own (unless the subject is nothing else)."""
     later = [position for position in subject if position > 0]
     return later[-NAMES:] or [max(subject)]
 
 
-def slices_by_rule(scene: Scene, row: int, positions: Sequence[int]) -> dict[int, Address]:
-    """Of the chosen matrix, at each of `positions` where there is one: the slice of the highest importance there, and
-    of those the one that writes most, among slices active at these positions of this prompt and nowhere else in the
-    run's prompts."""
-    own = active_at(scene.activity, row, positions, 0.0, unique=True, only_at=True)
-    own = with_direction(scene.decomposition, {scene.matrix: own[scene.matrix]})
-    chosen: dict[int, Address] = {}
-    for position in positions:
-        importance = {scene.matrix: scene.activity.g[scene.matrix][row, position]}
-        here = {scene.matrix: own[scene.matrix] & (importance[scene.matrix] > 0)}
-        amounts = written(scene.decomposition, scene.activity, row, [position])
-        left = [one for one in in_order(here, [importance, amounts]) if one not in chosen.values()]
-        if left:
-            chosen[position] = left[0]
-    return chosen
+def slices_by_rule(scene: Scene, row: int) -> dict[Address, int]:
+    """At most NAMES slices of the chosen matrix by a rule that looks at no effect, with their positions.
+
+    They are active at one single token of all the run's prompts, which is this prompt's and not its first; of those,
+    the ones of which the original weights hold most, |ûᵀ W v̂|.
+    """
+    name = scene.matrix
+    active = scene.activity.g[name] > 0
+    single = (active.flatten(0, 1).sum(0) == 1) & active[row, 1:].any(0)
+    found = with_direction(scene.decomposition, {name: single})
+    ordered = in_order(found, [carried(scene.target, scene.decomposition, [name])])
+    return {one: int(active[row, :, one.index].int().argmax()) for one in ordered[:NAMES]}
 
 
 def slices_by_effect(scene: Scene, row: int) -> list[Address]:
-    """At most two slices of the same MLP that lower the answer most, of all that are active in the prompt.
+    """At most two slices of the same MLP that lower the answer most, of all that are active in the prompt and at no
+    prompt's first token.
 
     Those that change another prompt of the run by more than SPARED are passed over, unless there are no others.
     """
     target, decomposition = scene.target, scene.decomposition
     names = [n for n in before_output(target, target.matrices[scene.matrix].block) if n in decomposition.names]
-    active = {name: (scene.activity.g[name][row] > 0).any(0) for name in names or [scene.matrix]}
+    on = {name: scene.activity.g[name] > 0 for name in names or [scene.matrix]}
+    active = {name: where[row].any(0) & ~where[:, 0].any(0) for name, where in on.items()}
     length = scene.activity.texts.batch.tokens.shape[1]
     amounts = written(decomposition, scene.activity, row, range(length))
     found = in_order(with_direction(decomposition, active), [amounts])
@@ -152,13 +151,15 @@ def inputs_at(scene: Scene, name: str, row: int, positions: Sequence[int]) -> tu
 class SideBySide:
     """What is set side by side for one fact: `edits` by name and the `places` that they are the rows of.
 
-    `rule` are the slices chosen by rule by position, `effect` those by effect; each of `rule` is an edit alone, too.
+    `rule` are the slices chosen by rule with their positions, `effect` those by effect; each of `rule` is an edit
+    alone, too. `positions` are the tokens that the baselines are of: those of the rule's slices, in order.
     """
 
     edits: dict[str, Edit]
     places: list[Place]
-    rule: dict[int, Address]
+    rule: dict[Address, int]
     effect: list[Address]
+    positions: list[int]
 
     def add(self, label: str, kind: str, made: Mapping[str, Edit]) -> None:
         """One row and its edits."""
@@ -166,14 +167,17 @@ class SideBySide:
         self.places.append(Place(label, kind, tuple(made)))
 
 
-def fact_edits(scene: Scene, row: int, positions: Sequence[int], token: str, second: str) -> SideBySide:
+def fact_edits(scene: Scene, row: int, subject: Sequence[int], tokens: Sequence[str], second: str) -> SideBySide:
     """All edits that are set side by side for prompt `row`.
 
-    `positions` are those of `naming_tokens`, the last of them the text `token`; `second` is the second matrix.
+    `tokens` are the prompt's, `subject` the positions of its subject, whose `naming_tokens` the baselines are of where
+    the rule finds no slice; `second` is the second matrix.
     """
-    side = SideBySide({}, [], slices_by_rule(scene, row, positions), slices_by_effect(scene, row))
+    rule = slices_by_rule(scene, row)
+    positions = sorted(set(rule.values())) or naming_tokens(subject)
+    side = SideBySide({}, [], rule, slices_by_effect(scene, row), positions)
     add_slices(side, scene)
-    add_baselines(side, scene, row, positions, token, second)
+    add_baselines(side, scene, row, tokens[positions[-1]], second)
     norm = edit_norm(side.edits["rule" if side.rule else "direct"])
     drawn = {
         f"random {n}": random_edit(scene.target, scene.matrix, norm, 1, scene.seed + n) for n in range(scene.random)
@@ -189,7 +193,7 @@ def fact_edits(scene: Scene, row: int, positions: Sequence[int], token: str, sec
 
 def add_slices(side: SideBySide, scene: Scene) -> None:
     """The run's slices: by rule, together and each alone, and by effect."""
-    rule = list(side.rule.values())
+    rule = list(side.rule)
     if rule:
         side.add("slices, by rule", SLICES, {"rule": suppression(scene.target, scene.decomposition, rule)})
         side.edits.update(suppressions(scene.target, scene.decomposition, rule))
@@ -198,18 +202,19 @@ def add_slices(side: SideBySide, scene: Scene) -> None:
         side.add("slices, by effect", SLICES, {"effect": cut})
 
 
-def add_baselines(side: SideBySide, scene: Scene, row: int, positions: Sequence[int], token: str, second: str) -> None:
-    """Edits of the same tokens that need no decomposition."""
+def add_baselines(side: SideBySide, scene: Scene, row: int, last: str, second: str) -> None:
+    """Edits of the same tokens that need no decomposition; `last` is the text of the last of them."""
     target, name = scene.target, scene.matrix
-    x, rows = inputs_at(scene, name, row, positions)
-    index = range(len(positions))
+    x, rows = inputs_at(scene, name, row, side.positions)
+    index = range(len(side.positions))
     usual = ridged(scene.moments[name], DIRECT_RIDGE)
     whitening = ridged(scene.moments[name], scene.ridge)
     side.add("static duals", BASELINE, {"dual": static_duals(target, name, rows, index)})
     side.add("static duals, whitened", BASELINE, {"dual whitened": static_duals(target, name, rows, index, whitening)})
     side.add("direct C⁻¹x", BASELINE, {"direct": direct_edit(target, name, x, usual)})
-    side.add(f"direct C⁻¹x at {token!r}", BASELINE, {"direct last": direct_edit(target, name, x[-1:], usual)})
+    if len(index) > 1:
+        side.add(f"direct C⁻¹x at {last!r}", BASELINE, {"direct last": direct_edit(target, name, x[-1:], usual)})
     if second != name:
-        x, _ = inputs_at(scene, second, row, positions)
+        x, _ = inputs_at(scene, second, row, side.positions)
         deeper = direct_edit(target, second, x, ridged(scene.moments[second], DIRECT_RIDGE))
         side.add(f"direct C⁻¹x in {second}", BASELINE, {"direct second": deeper})

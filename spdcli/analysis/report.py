@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spdcli.analysis.ablation import Cut, ablate_facts, measure_cuts, zeroed_mlp
+from spdcli.analysis.ablation import Cut, Effects, ablate_facts, measure_cuts, zeroed_mlp
 from spdcli.analysis.effects import own_questions, present_answers
 from spdcli.analysis.facts import AskedFacts, facts_beside, known_mask
 from spdcli.analysis.inspection import own_texts
@@ -31,6 +31,7 @@ from spdcli.recipe import GENERATED, Data
 from spdcli.stream import draw_stream, second_moments
 from spdcli.subject import Subject
 
+HALVED = 0.5  # of another prompt's answer: a layer that costs more destroys the model
 Tell = Callable[[str], object]
 
 
@@ -119,11 +120,22 @@ def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> 
     run = (loaded.subject, loaded.decomposition)
     cuts: dict[str, Cut] = {one.label: ((), [one]) for one in every}
     alone = measure_cuts(*run, scene.questions, cuts, others="on", samples=1, seed=0)
-    lowest = []
-    for row in range(len(scene.questions.texts)):
-        after = [effects[row]["after"] for effects in alone.values()]
-        lowest.append(min(range(1, len(every)), key=after.__getitem__, default=0))
+    needed = [most_needed(row, list(alone.values())) for row in range(len(scene.questions.texts))]
     if known is None:
-        return ZeroedLayers(alone, {}, lowest)
-    asked = sorted({0, *lowest})
-    return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, ((), [every[n]])) for n in asked}, lowest)
+        return ZeroedLayers(alone, {}, needed)
+    asked = sorted({0, *needed})
+    return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, ((), [every[n]])) for n in asked}, needed)
+
+
+def most_needed(row: int, by_layer: Sequence[Effects]) -> int:
+    """The layer other than 0 that lowers the answer of prompt `row` most, without halving that of another prompt.
+
+    A layer that does destroys the model and tells no fact's place, as layer 0 does; where all are so, all count.
+    """
+    later = range(1, len(by_layer))
+
+    def spares(layer: int) -> bool:
+        return all(effect["ratio"] > HALVED for other, effect in enumerate(by_layer[layer]) if other != row)
+
+    fair = [layer for layer in later if spares(layer)] or later
+    return min(fair, key=lambda layer: by_layer[layer][row]["ratio"], default=0)

@@ -11,7 +11,7 @@ from spdcli.analysis.ablation import Effects
 from spdcli.analysis.edits import Address
 from spdcli.analysis.effects import measure_edits
 from spdcli.analysis.facts import STATISTICS, AskedFacts, fact_questions
-from spdcli.analysis.places import Place, Scene, SideBySide, fact_edits, naming_tokens
+from spdcli.analysis.places import Place, Scene, SideBySide, fact_edits
 from spdcli.facts import Facts
 
 TRACED, ZEROED = "traced", "zeroed"
@@ -23,11 +23,11 @@ Row = dict[str, Any]
 @dataclass(frozen=True, eq=False)
 class ZeroedLayers:
     """Effects of each zeroed MLP layer: on the run's `prompts` by its label, on the known `facts` by its number where
-    they were asked; `lowest` is, by prompt, the layer other than 0 that the answer needs most."""
+    they were asked; `needed` is, by prompt, the layer other than 0 that the answer needs most."""
 
     prompts: dict[str, Effects]
     facts: dict[int, Effects]
-    lowest: list[int]
+    needed: list[int]
 
 
 def fact_entry(
@@ -40,23 +40,22 @@ def fact_entry(
     begin_token: bool,
 ) -> dict[str, Any]:
     """The part of a report on prompt `row` that is about interventions; `entry` is what is known of it before."""
-    positions, tokens = naming_tokens(entry["subject"]), entry["tokens"]
-    side = fact_edits(scene, row, positions, tokens[positions[-1]], entry["second_matrix"])
+    side = fact_edits(scene, row, entry["subject"], entry["tokens"], entry["second_matrix"])
     on_prompts = measure_edits(scene.target, scene.questions, side.edits)
     shown = {name: side.edits[name] for place in side.places for name in place.edits}
     on_facts = {} if known is None else measure_edits(scene.target, known.questions, shown)
     rows = traced_rows(entry)
-    for layer in dict.fromkeys((0, zeroed.lowest[row])):
+    for layer in dict.fromkeys((0, zeroed.needed[row])):
         label = f"mlp {layer}"
         rows.append(one_row(f"MLP {layer} zeroed", ZEROED, zeroed.prompts[label], zeroed.facts.get(layer), row, known))
     for place in side.places:
         rows += place_rows(place, on_prompts, on_facts, row, known)
     return {
         "before": on_prompts["direct"][row]["before"],
-        "chosen": {"rule": [str(one) for one in side.rule.values()], "effect": [str(one) for one in side.effect]},
-        "named_at": positions,
+        "chosen": {"rule": [str(one) for one in side.rule], "effect": [str(one) for one in side.effect]},
+        "named_at": side.positions,
         "rows": rows,
-        "slices": slice_effects(side, on_prompts, tokens),
+        "slices": slice_effects(side, on_prompts, entry["tokens"]),
         "related": related_effects(scene, side, facts, entry["prompt"], begin_token),
     }
 
@@ -138,8 +137,11 @@ def slice_effects(side: SideBySide, on_prompts: Mapping[str, Effects], tokens: S
         where = {"slices": [str(one) for one in addresses], "tokens": [tokens[position] for position in at]}
         return where | {key: [effect[key] for effect in effects] for key in ("before", "after", "ratio")}
 
-    alone = [told(str(address), [address], [position]) for position, address in side.rule.items()]
-    return [*alone, told("rule", list(side.rule.values()), list(side.rule))] if len(alone) > 1 else alone
+    placed = sorted(side.rule.items(), key=lambda pair: pair[1])  # in the order of the prompt
+    alone = [told(str(address), [address], [position]) for address, position in placed]
+    if len(alone) < 2:
+        return alone
+    return [*alone, told("rule", [address for address, _ in placed], [position for _, position in placed])]
 
 
 def related_effects(
