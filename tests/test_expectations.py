@@ -300,11 +300,19 @@ select = { prompt = 2, token = "s", unique = false, matrices = ["V1"], top = 2 }
 prompt = 2
 measure = "kl"
 at_least = 0
+[[edit.expect]]
+prompt = 3
+token = "s"
+measure = "probability"
+at_least = 0
 """
     code, data = answer(spd, run, "--script", script(text))
     assert code == 0
     assert len(data["slices"]) <= 2
     assert data["expectations"][0]["passed"]
+    (asked,) = [effect for effect in data["effects"] if effect["token"] == "s"]
+    assert asked["prompt"] == data["effects"][2]["prompt"]
+    assert data["expectations"][1]["value"] == asked["after"]
     text += '[[edit.expect]]\nfacts = "others"\nmeasure = "max"\nat_most = 1\n'
     code, _, err = spd("suppress", run, "--script", script(text))
     assert code == 2

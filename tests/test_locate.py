@@ -17,7 +17,7 @@ from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 from spdcli.analysis.edits import Address
 from spdcli.analysis.effects import given_questions
 from spdcli.analysis.facts import AskedFacts
-from spdcli.analysis.locate import Search, candidates, known_questions, locate
+from spdcli.analysis.locate import Beside, Search, candidates, known_questions, locate
 from spdcli.analysis.questions import about_token, join, pick
 from spdcli.analysis.selection import own_activity
 from spdcli.errors import UsageError
@@ -144,6 +144,27 @@ def test_a_limit_passes_over_what_moves_the_others(planted, facts, group, kept, 
     allowed = {entry["slice"] for entry in free if max(entry["others"]) <= limit}
     assert all(set(pair["slices"]) <= allowed and pair["collateral"] <= limit for pair in every["pairs"])
     assert search(planted, facts, limit=0.0)["slices"] == []
+
+
+@pytest.mark.parametrize(("statistic", "left"), [("median", ["calm", "late"]), ("mean", ["calm"]), ("max", ["calm"])])
+def test_an_edit_is_given_up_only_when_it_is_sure(planted, statistic, left, monkeypatch):
+    """One fact a group. `late` moves the first of four far and no other: its median is 0 in the end."""
+    subject, _, _, own, facts = planted
+    moves = {"calm": [0.0, 0.1, 0.0, 0.0], "late": [3.0, 0.0, 0.0, 0.0], "wild": [3.0, 3.0, 3.0, 0.0]}
+    asked = []
+
+    def told(target, clean, edits):
+        asked.append(list(edits))
+        number = len(asked) - 1
+        return {name: {"ratio": torch.tensor([1 + moves[name][number]], dtype=torch.float64)} for name in edits}
+
+    monkeypatch.setattr("spdcli.analysis.locate.FACT_TOKENS", 1)
+    monkeypatch.setattr("spdcli.analysis.locate.measure_group", told)
+    beside = Beside(subject, pick(own, [0]), None, facts, Search(statistic=statistic, limit=0.2))
+    beside.edits = {name: {} for name in moves}
+    entries = {name: {"others": [], "fall": -1.0} for name in moves}
+    assert list(beside.told(entries, 3)) == left
+    assert "wild" not in asked[3], "it is given up before the last fact"
 
 
 def test_only_facts_that_the_model_knows_count(planted):

@@ -176,14 +176,15 @@ def render(found: dict[str, Any]) -> list[RenderableType]:
 
 
 def table(entries: list[dict[str, Any]], name: Any, kind: str, found: dict[str, Any]) -> RenderableType:
-    """A row an entry: what becomes of the answer, of other prompts, and of the known facts."""
+    """A row an entry: what becomes of the answer, of the other prompt that moves most, and of the known facts."""
     from rich.table import Table
 
-    made = Table()
-    facts = [f"facts' {statistic}" for statistic in ("median", "mean", "max")] if found["known_facts"] else []
+    made = Table(expand=True)
+    facts = ["facts: median, mean, max"] if found["known_facts"] else []
     excess = ["excess"] if kind == "pair" else []
-    for column in (kind, "after", "change", *excess, "KL", "other prompts", *facts, "collateral"):
-        made.add_column(column, justify="left" if column == kind else "right", no_wrap=True)
+    for column in (kind, "after", "change", *excess, "KL", "others", *facts, "collateral"):
+        left = column == kind
+        made.add_column(column, justify="left" if left else "right", no_wrap=not left, min_width=26 if left else None)
     for entry in entries:
         most = f"{max(entry['others']):.1%}" if entry["others"] else ""
         collateral = "" if entry["collateral"] is None else f"{entry['collateral']:.2%}"
@@ -191,10 +192,10 @@ def table(entries: list[dict[str, Any]], name: Any, kind: str, found: dict[str, 
             name(entry),
             f"{entry['after']:.4f}",
             f"{entry['ratio'] - 1:+.1%}",
-            *([f"{entry['excess']:+.3f}"] if excess else []),
+            *([f"{entry['excess']:+.2f}"] if excess else []),
             f"{entry['kl']:.3f}",
             most,
-            *([f"{value:.2%}" for value in entry["facts"].values()] if facts else []),
+            *([", ".join(f"{value:.1%}" for value in entry["facts"].values())] if facts else []),
             collateral,
         )
     return made
