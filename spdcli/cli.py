@@ -11,6 +11,7 @@ import typer
 from spdcli import __version__
 from spdcli.commands import facts, recipe
 from spdcli.commands.ablate import ablate
+from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
@@ -68,7 +69,14 @@ COMMANDS = (
         reproduce,
         BUILD,
         "spd reproduce induction\nspd reproduce induction --seeds 5 --out five\n"
-        "spd reproduce induction --seeds 3 --same-toy --out same",
+        "spd reproduce induction --seeds 3 --same-toy --out same\nspd reproduce facts --seeds 3 --out facts",
+    ),
+    (
+        "compare",
+        compare,
+        LOOK,
+        "spd compare induction-quick --with losses.layerwise_matrices=2 --with losses.faithfulness_probes=4\n"
+        "spd compare smollm2 --with importance.basis=full --set decompose.steps=200",
     ),
     ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
     (

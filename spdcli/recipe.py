@@ -123,6 +123,7 @@ class Losses(Section):
     stochastic_recon_layerwise: Coefficient = 0.0
     stochastic_recon_partial: Coefficient = 0.0
     attention: Coefficient = 0.0  # KL of the attention patterns of recon and stochastic_recon; the toy alone
+    targeted: Coefficient = 0.0  # what minimality and recon losses count on data.stream, where the delta stays on
     samples: Positive = 1  # S
     p_start: Rate = 0.9
     p_final: Rate = 0.1
@@ -143,6 +144,7 @@ class Decompose(Optimisation):
     prune_at: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of the steps after which rare slices end
     prune_below: Annotated[float, Field(gt=0, lt=1)] = 0.01  # rare: active in fewer than this share of sequences
     slice_rate: Rate = 1.0  # multiplies the learning rate of U and V
+    stream_batch: Positive = 4  # sequences of data.stream in a step, for losses.targeted
     checkpoint_every: Positive = 500
     plan_memory: Rate = 4.0  # GiB that the activations of one chunk of a plan may take
 
@@ -248,6 +250,20 @@ def _dual_fits(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _targeted_fits(recipe: Sections) -> Iterator[Contradiction]:
+    if not recipe["losses"]["targeted"]:
+        return
+    if not recipe["slices"]["delta"]:
+        yield Contradiction(
+            ("losses.targeted", "slices.delta"), "[losses] targeted keeps the delta on, and [slices] delta = false"
+        )
+    if recipe["data"] is None or recipe["data"]["stream"] is None:
+        yield Contradiction(
+            ("losses.targeted", "data.stream"),
+            "[losses] targeted needs broad text beside the prompts: [data] stream = 'generated', or a file",
+        )
+
+
 def _local_start_fits(recipe: Sections) -> Iterator[Contradiction]:
     importance = recipe["importance"]
     if importance["relative_start"] == "local" and importance["relative"] != "scalar":
@@ -313,6 +329,7 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _heads_divide_width,
     _span_fits,
     _dual_fits,
+    _targeted_fits,
     _local_start_fits,
     _backend_fits_device,
     _p_falls,

@@ -177,6 +177,18 @@ def language_subject(recipe: Recipe, device: torch.device) -> Subject:
     )
 
 
+def stream_batches(recipe: Recipe, subject: Subject) -> Callable[[torch.Generator], Batch] | None:
+    """What draws the broad text of a step of a targeted decomposition; None where the recipe wants none."""
+    if not recipe.losses.targeted or subject.stream is None:
+        return None
+    whole, size = subject.stream(), recipe.decompose.stream_batch
+
+    def batches(generator: torch.Generator) -> Batch:
+        return whole.select(torch.randperm(len(whole.tokens), generator=generator)[:size].to(whole.tokens.device))
+
+    return batches
+
+
 def open_subject(recipe: Recipe, device: torch.device, toy_directory: Path | None = None) -> Subject:
     """The subject of a recipe. A toy is read from `toy_directory` (a run of `spd train`)."""
     if isinstance(recipe.target, InductionTarget):
@@ -300,4 +312,5 @@ def fit_settings(recipe: Recipe) -> FitSettings:
         prune_below=section.prune_below,
         plan_bytes=section.plan_memory * 2**30,
         losses=loss_settings(recipe),
+        targeted=recipe.losses.targeted,
     )

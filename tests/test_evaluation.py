@@ -30,8 +30,8 @@ def steady_noise(monkeypatch):
     class Steady:
         def __init__(self, generator: torch.Generator) -> None: ...
 
-        def __call__(self, piece, name, kind, shape):
-            return torch.full(shape, NOISE)
+        def __call__(self, out, piece, name, kind):
+            out.fill_(NOISE)
 
     monkeypatch.setattr(evaluation, "Noise", Steady)
 

@@ -193,7 +193,7 @@ def spoil(run, where, value):
 @pytest.mark.parametrize(
     ("where", "value", "losses", "term"),
     [
-        ("slices.Q0.V", float("nan"), {"recon": 1.0}, "recon is nan"),
+        ("slices.V0.V", float("nan"), {"recon": 1.0}, "recon is nan"),
         ("slices.Q0.V", float("inf"), {"faithfulness": 1.0, "recon": 0.0}, "faithfulness is inf"),
         ("slices.Q0.V", 1e25, {"faithfulness": 1.0, "minimality": 1.0}, "faithfulness is inf"),
         ("importances.gates.V1.b2", float("nan"), {"minimality": 1.0}, "minimality is nan"),
@@ -212,6 +212,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(where, value, losses, term):
     for name, parameter in run.parameters().items():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
     assert run.state.step == 2
+
+
+def test_what_is_noticed_late_has_changed_nothing(monkeypatch):
+    """As on a GPU, which is asked at the next record alone: from the broken step on no parameter moves."""
+    run = Run(steps=9)
+    steps = run.steps()
+    next(steps)
+    spoil(run, "slices.V0.V", float("nan"))
+    before = run.parameters()
+    with monkeypatch.context() as late:
+        late.setattr(fit_module._Watch, "check", lambda watch, names: None)
+        for _ in range(3):
+            next(steps)
+    for name, parameter in run.parameters().items():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(SpdError, match=r"step 2: loss recon is nan"):
+        next(steps)
 
 
 def test_a_rate_that_is_too_high_stops_with_finite_parameters():

@@ -64,7 +64,9 @@ def slow_step(subject, decomposition, settings, seed=3):
     blocks = {name: subject.target.matrices[name].block for name in decomposition.names}
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(subject.batch.tokens.shape)
-    variants = draw_variants(settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator)
+    variants = draw_variants(
+        settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator, delta=settings.delta_mask
+    )
     noise = KeyedNoise(len(subject.batch.tokens))
     return one_by_one(subject, decomposition, settings, P, variants, noise), gradients_of(decomposition)
 
@@ -89,6 +91,8 @@ SETTINGS = {
     "routed last": {"looked": "last", "delta": True, "subset": "position"},
     "routed without delta": {"looked": "all", "delta": False, "subset": "position", "samples": 2},
     "some": {"looked": "some", "delta": False, "reverse_kl": True},
+    "delta on": {"looked": "some", "delta": True, "delta_mask": 1.0},
+    "delta on, routed": {"looked": "all", "delta": True, "delta_mask": 1.0, "subset": "position"},
 }
 CASES = [
     ("toy", "attention", "all"),
@@ -108,6 +112,9 @@ CASES = [
     ("llama", "scalar", "last"),
     ("llama", "shared", "routed last"),
     ("llama", "attention", "some"),
+    ("toy with everything", "scalar", "delta on"),
+    ("gpt2 split", "vector", "delta on, routed"),
+    ("llama", "vector", "delta on"),
 ]
 
 

@@ -160,6 +160,18 @@ def test_duals_need_fixed_prompts_and_whitened_ones_broad_text(init: str, tmp_pa
     assert load_recipe("gpt2", [*settings, "data.stream=generated"]).recipe.slices.init == init
 
 
+def test_a_targeted_decomposition_needs_the_delta_and_broad_text() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("gpt2", ["losses.targeted=1.0"])
+    assert caught.value.message.splitlines() == [
+        "--set losses.targeted=1.0: [losses] targeted keeps the delta on, and [slices] delta = false",
+        "--set losses.targeted=1.0: [losses] targeted needs broad text beside the prompts: "
+        "[data] stream = 'generated', or a file",
+    ]
+    recipe = load_recipe("gpt2", ["losses.targeted=1.0", "slices.delta=true", "data.stream=words.txt"]).recipe
+    assert recipe.losses.targeted == 1.0
+
+
 def test_a_language_model_needs_prompts_and_no_training(tmp_path: Path) -> None:
     text = VALID.replace('kind = "induction"\nd_model = 16', 'kind = "huggingface"\nmodel = "gpt2"')
     assert complaints(tmp_path, text) == [

@@ -14,7 +14,7 @@ from small_runs import TOY, one_line, spd_here
 from spdcli import cli
 from spdcli.analysis.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, Bound, claims, compare, passes
 from spdcli.commands import decompose
-from spdcli.commands.reproduce import number, seed_recipes
+from spdcli.commands.reproduce_induction import number, seed_recipes
 from spdcli.errors import Interrupted
 from spdcli.runs import load_tensors
 

@@ -251,6 +251,8 @@ def one_by_one(
                     m = g + (1 - g) * noise.whole(variant, name, "mask", (*shape, g.shape[-1]))[b, real]
                     if decomposition.delta:
                         d = noise.whole(variant, name, "delta", (*shape, 1))[b, real, 0]
+                if variant.delta:
+                    d = torch.full_like(d, variant.delta)
                 where = torch.ones(len(g), dtype=torch.bool)
                 if variant.routed is not None:
                     where = variant.routed[name][b, real]

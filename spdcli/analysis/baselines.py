@@ -29,7 +29,7 @@ from spdcli.engine.plan import Piece, fixed_variant
 from spdcli.engine.subcomponents import Slices, SliceSet, dual_directions
 from spdcli.engine.target import Target
 
-OPTIMISER_STEPS, OPTIMISER_RATE = 40, 0.1
+OPTIMISER_STEPS, OPTIMISER_RATE = 25, 0.15
 FLOOR = 0.01  # of its probability: an answer that has lost more than this is not pushed further
 OTHERS_WEIGHT = 10.0  # of the KL on the prompts that an optimised edit should leave alone
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdcli.analysis.grounding import grounding
 from spdcli.data import POSITION_CLASSES, induction_batch
 from spdcli.engine.forward import Clean, Noise, clean_pass, importance_masks, masked_logits
 from spdcli.engine.losses import attention_divergence
@@ -84,7 +85,7 @@ def evaluate(
     found: dict[str, Any] = {}
     for batch in evaluation_batches(subject, sequences, seed):
         clean = clean_pass(subject.target, batch, decomposition.names)
-        g, _ = decomposition.importance(clean.inputs, batch.valid)
+        g, _ = decomposition.importance(clean.inputs, clean.padding)
         _count_active(tally, g, batch, threshold)
         _reconstruct(tally, subject.target, decomposition, clean, g, noise)
         logits = masked_logits(subject.target, decomposition, clean, importance_masks(g, decomposition.delta))
@@ -96,6 +97,7 @@ def evaluate(
             tally.right["masked"] += int((logits[last].argmax(-1) == batch.answers).sum())
         else:
             found = _language_results(subject, clean, g, logits.log_softmax(-1), threshold)
+            found["grounding"] = grounding(subject.target, decomposition, clean, g, threshold)
     return _summary(tally, subject, decomposition) | found
 
 

@@ -91,7 +91,7 @@ def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch)
             "give a shorter prompt",
         )
     clean = clean_pass(subject.target, batch, decomposition.names)
-    g, _ = decomposition.importance(clean.inputs, batch.valid)
+    g, _ = decomposition.importance(clean.inputs, clean.padding)
     real = batch.valid[..., None]
     inner = {name: (clean.inputs[name] @ decomposition.of(name).U) * real for name in g}
     return {name: values * real for name, values in g.items()}, inner

@@ -79,7 +79,7 @@ class Bench:
     def importances(self) -> Iterator[tuple[Clean, dict[str, Tensor]]]:
         """The data, batch by batch, with `g_lower` `[B, T, C]` of every matrix."""
         for clean in self.cleans:
-            yield clean, self.decomposition.importance(clean.inputs, clean.batch.valid)[0]
+            yield clean, self.decomposition.importance(clean.inputs, clean.padding)[0]
 
     def kl_sums(
         self, slices: SliceSet, clean: Clean, variants: list[Variant], g: Mapping[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,15 +146,18 @@ def _found(*path: str | int) -> Callable[[Mapping[str, Any]], float]:
     return find
 
 
-def compare(evaluations: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[list[str]]]:
+def compare(
+    evaluations: Sequence[Mapping[str, Any]], wanted: Sequence[Claim] | None = None
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """Ours beside the paper's over one or more seeds: the rows of `spd.reproduce/1`, and each seed's broken bounds.
 
+    `wanted` are the claims to check, those of Table 1 if not given.
     `ours` is the mean over seeds; `spread` its standard deviation, least and largest value (of more than one seed);
     `share` the seeds on which the row's bound holds; `bound` is the stated one or None, `agreement` the tolerance that
     stands in where none is stated. `agrees` when at least MAJORITY of the seeds hold it.
     """
     rows, broken = [], [[] for _ in evaluations]  # type: tuple[list, list[list[str]]]
-    for claim in claims():
+    for claim in claims() if wanted is None else wanted:
         values = [float(claim.find(evaluation)) for evaluation in evaluations]
         held = [claim.bound.holds(value) for value in values]
         for failures, holds in zip(broken, held, strict=True):
@@ -170,7 +174,8 @@ def compare(evaluations: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, An
             "share": share,
         }
         if len(values) > 1:
-            row["spread"] = {"std": statistics.stdev(values), "min": min(values), "max": max(values)}
+            std = statistics.stdev(values) if all(value == value for value in values) else math.nan
+            row["spread"] = {"std": std, "min": min(values), "max": max(values)}
         rows.append(row)
     return rows, broken
 

@@ -144,7 +144,7 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
     from spdcli.recipe_file import select_matrices
     from spdcli.runs import CHECKPOINT
-    from spdcli.subject import fit_settings, optimiser_settings, start_decomposition
+    from spdcli.subject import fit_settings, optimiser_settings, start_decomposition, stream_batches
 
     recipe = loaded.recipe
     names = select_matrices(loaded, list(subject.target.matrices))
@@ -165,7 +165,8 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
         reached = warm_up_faithfulness(subject.target, decomposition, recipe.slices.faithfulness_warmup)
         console.note(f"faithfulness {reached:.1e} after {recipe.slices.faithfulness_warmup} steps of warm-up")
     run.start_metrics(after=state.step)
-    steps = fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe))
+    broad = stream_batches(recipe, subject)
+    steps = fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe), broad)
     with console.live() as live, stop_asked() as asked:
         for record in steps:
             if record is not None:

@@ -215,6 +215,18 @@ def language_tables(data: dict[str, Any], pieces: list[list[str]]) -> list[Table
         *tables,
         answers,
         f"{data['total_active']} of {data['total_slices']} slices are active somewhere. {metrics}.",
+        *grounding_lines(data["grounding"]),
         f"Cross-entropy of the text, nats a token: target {entropy['target']:.3f}, "
         f"active slices alone {entropy['masked']:.3f}.",
+    ]
+
+
+def grounding_lines(found: dict[str, Any]) -> list[str]:
+    """How far active slices lie along the target's weights, and where they are."""
+    if found["last_block"] is None:
+        return []
+    blocks = ", ".join(f"{block}: {count}" for block, count in found["blocks"].items())
+    return [
+        f"Of an active slice {found['in_weights']:.0%} is in the weights, of what active slices write "
+        f"{found['in_outputs']:.0%} lies along the target's own answer (means). Active slices by block: {blocks}."
     ]

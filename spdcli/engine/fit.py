@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 
+ON_STREAM = "stream_"  # before a loss's name: its value on broad text
 PRUNE_BATCHES = 128  # what a slice's frequency is counted on
 
 
@@ -51,6 +52,7 @@ class FitSettings:
     """`steps`, what to clip (None: nothing), how often to record, the memory of a plan's chunk in bytes.
 
     After `prune_step` steps (None: never), slices active in fewer than `prune_below` of the sequences are switched off.
+    `targeted` is what the losses on the broad stream count, times those on the prompts.
     """
 
     steps: int
@@ -61,6 +63,7 @@ class FitSettings:
     prune_step: int | None = None
     prune_below: float = 0.01
     losses: LossSettings = field(default_factory=lambda: LossSettings({}))
+    targeted: float = 0.0
 
 
 def start_fit(
@@ -105,18 +108,21 @@ def fit(
     batches: Callable[[torch.Generator], Batch],
     state: FitState,
     settings: FitSettings,
+    stream: Callable[[torch.Generator], Batch] | None = None,
 ) -> Iterator[Record | None]:
     """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
 
     `batches(generator)` gives the next minibatch; when it gives the same object again the clean pass is not
-    repeated. Raises SpdError, naming step and term, as soon as a loss or a gradient is not finite; the
-    parameters are then those of the step before.
+    repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. Raises SpdError, naming
+    step and term, when a loss or a gradient is not finite: at once on a processor, at the next record on a GPU, which
+    is not waited for in between. The parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
     groups = {
         name: group["params"] for name, group in zip(("slices", "gates"), state.optimiser.param_groups, strict=True)
     }
     limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
+    watch = _Watch(state.optimiser, target.device)
     begun = time.monotonic() - state.seconds
     clean: Clean | None = None
     while state.step < settings.steps:
@@ -129,11 +135,21 @@ def fit(
         done = backward_step(
             target, decomposition, clean, settings.losses, p, state.generators["plan"], noise, settings.plan_bytes
         )
+        if stream is not None and settings.targeted > 0:
+            broad = clean_pass(target, stream(state.generators["data"]), decomposition.names)
+            beside = settings.losses.on_stream(settings.targeted)
+            also = backward_step(
+                target, decomposition, broad, beside, p, state.generators["plan"], noise, settings.plan_bytes
+            )
+            done = Step(done.losses | {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}, done.active)
         norms = {
             name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True)
             for name in groups
         }
-        _refuse_non_finite(state.step + 1, done, norms)
+        due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
+        watch.see(state.step + 1, done, norms)
+        if due or target.device.type != "cuda":
+            watch.check(done.losses)
         rate = set_rate(state.optimiser, state.schedule, state.step)
         state.optimiser.step()
         state.step += 1
@@ -141,8 +157,7 @@ def fit(
             kept = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
             decomposition.importances.prune(kept)
         state.seconds = time.monotonic() - begun
-        due = state.step % settings.log_every == 0 or state.step in (1, settings.steps)
-        yield _record(state, done, norms, settings.losses, rate, p) if due else None
+        yield _record(state, done, norms, settings, rate, p) if due else None
 
 
 @torch.no_grad()
@@ -162,7 +177,7 @@ def frequent_slices(
             break
         batch = drawn
         clean = clean_pass(target, batch, decomposition.names)
-        g, _ = decomposition.importance(clean.inputs, batch.valid)
+        g, _ = decomposition.importance(clean.inputs, clean.padding)
         sequences += len(batch.tokens)
         for name, values in g.items():
             active = ((values > 0) & batch.valid[..., None]).any(1).sum(0)
@@ -170,25 +185,47 @@ def frequent_slices(
     return {name: count >= share * sequences for name, count in counts.items()}
 
 
-def _refuse_non_finite(step: int, done: Step, norms: dict[str, Tensor]) -> None:
-    if bool(torch.stack([*norms.values(), *done.losses.values()]).isfinite().all()):
-        return
-    bad = [name for name, loss in done.losses.items() if not bool(loss.isfinite())]
-    what = f"loss {bad[0]} is {done.losses[bad[0]].item()}" if bad else "the gradient is not finite"
-    raise SpdError(
-        f"step {step}: {what}; stopped before the parameters changed",
-        "lower decompose.learning_rate, or set decompose.clip_slices and decompose.clip_gates",
-    )
+class _Watch:
+    """Notices what is not finite without waiting for the device: from that step on the optimizer changes nothing."""
+
+    def __init__(self, optimiser: torch.optim.Optimizer, device: torch.device) -> None:
+        self.broken = torch.zeros((), device=device)  # 1 once something was
+        self.step = torch.zeros((), dtype=torch.long, device=device)
+        self.values: Tensor | None = None  # every loss of that step
+        optimiser.found_inf = self.broken  # type: ignore[attr-defined]  # what fused optimizers look at
+
+    def see(self, step: int, done: Step, norms: dict[str, Tensor]) -> None:
+        losses = torch.stack([loss.double() for loss in done.losses.values()])
+        bad = ~(losses.isfinite().all() & torch.stack(list(norms.values())).isfinite().all())
+        fresh = bad & (self.broken == 0)
+        self.step = torch.where(fresh, step, self.step)
+        self.values = losses if self.values is None else torch.where(fresh, losses, self.values)
+        self.broken.copy_(torch.maximum(self.broken, bad.to(self.broken)))
+
+    def check(self, names: Iterable[str]) -> None:
+        """SpdError where something was not finite, naming step and loss."""
+        if not bool(self.broken) or self.values is None:
+            return
+        bad = [
+            (name, value) for name, value in zip(names, self.values.tolist(), strict=True) if not math.isfinite(value)
+        ]
+        what = f"loss {bad[0][0]} is {bad[0][1]}" if bad else "the gradient is not finite"
+        raise SpdError(
+            f"step {int(self.step)}: {what}; stopped before the parameters changed",
+            "lower decompose.learning_rate, or set decompose.clip_slices and decompose.clip_gates",
+        )
 
 
 def _record(
-    state: FitState, done: Step, norms: dict[str, Tensor], losses: LossSettings, rate: float, p: float
+    state: FitState, done: Step, norms: dict[str, Tensor], settings: FitSettings, rate: float, p: float
 ) -> Record:
     terms = {name: loss.item() for name, loss in done.losses.items()}
+    broad = settings.losses.on_stream(settings.targeted).coefficients
+    coefficients = {**settings.losses.coefficients, **{f"{ON_STREAM}{name}": share for name, share in broad.items()}}
     return Record(
         step=state.step,
         losses=terms,
-        total=sum(losses.coefficients[name] * value for name, value in terms.items()),
+        total=sum(coefficients[name] * value for name, value in terms.items()),
         active={name: value.item() for name, value in done.active.items()},
         gradients={name: norm.item() for name, norm in norms.items()},
         rate=rate,

@@ -34,7 +34,8 @@ class Clean:
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
     looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them, `spots` `[n]` are their places in the
     flat `[B * T]`, and those of sequence i start at `firsts[i]`; `ends` says that they are the last positions, and no
-    others. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when they were asked for.
+    others. `padding` is `batch.valid` where some of it is False, else None. `patterns[b]` `[B, H, T, T]` are block b's
+    attention log-probabilities, when they were asked for.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ class Clean:
     spots: Tensor
     firsts: list[int]
     ends: bool
+    padding: Tensor | None
     patterns: list[Tensor] = field(default_factory=list)
 
 
@@ -80,7 +82,8 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
     spots = batch.looked.flatten().nonzero()[:, 0]
     firsts = [0, *batch.looked.sum(1).cumsum(0).tolist()]
     ends = firsts == list(range(len(batch.looked) + 1)) and bool(batch.looked[:, -1].all())
-    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, ends, recorded)
+    padding = None if bool(batch.valid.all()) else batch.valid
+    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, ends, padding, recorded)
 
 
 def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
@@ -110,7 +113,8 @@ class Noise:
 def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise: Noise) -> Asked | None:
     """What a chunk asks of matrix `name`, or None when no variant in it replaces that matrix.
 
-    Importance masks are g `[B, T, C]` with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1). Where
+    Importance masks are g `[B, T, C]` with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1); a
+    variant's own delta mask, where it has one, stands instead. Where
     a variant leaves the target alone both are 1, which is the target's own matrix. Fixed masks need no g, and a chunk
     has them in all its variants or in none.
     """
@@ -135,7 +139,9 @@ def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise:
                 noise(drawn[part], piece, name, "mask")
             else:
                 drawn[part] = 0.0
-        if keep is not None and delta and piece.variant.source == "stochastic":
+        if keep is not None and piece.variant.delta:
+            keep[part] = piece.variant.delta
+        elif keep is not None and delta and piece.variant.source == "stochastic":
             noise(keep[part], piece, name, "delta")
         if piece.variant.routed is not None and drawn is not None and keep is not None:
             left_alone = ~piece.variant.routed[name][piece.start : piece.stop, :, None].to(g.device)
@@ -161,7 +167,7 @@ def _ask_fixed(wanted: Sequence[tuple[int, Piece]], name: str) -> Asked:
 
 def _ranges(bounds: Iterable[tuple[int, int]], like: Tensor) -> Tensor:
     """The numbers of several ranges in a row, on the device of `like`."""
-    return torch.cat([torch.arange(start, stop) for start, stop in bounds]).to(like.device, non_blocking=True)
+    return torch.cat([torch.arange(start, stop, device=like.device) for start, stop in bounds])
 
 
 @contextmanager

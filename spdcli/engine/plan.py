@@ -23,8 +23,9 @@ class Variant:
     `loss` is the loss it counts for, `weight` its share of that loss's mean, `entry` the first block that differs
     from the target. `source` says what its masks are: importance, stochastic, or fixed. `routed[m]` `[B, T]` says
     where matrix m is replaced, when that differs by position; None means everywhere. A fixed variant has one mask
-    `fixed[m]` `[C]` for every position, and `delta` is its delta mask: with 1 the variant is the target minus the
-    slices whose mask is 0, with 0 it is made of slices alone.
+    `fixed[m]` `[C]` for every position. `delta` is the delta mask of a variant: with 1 it is the target minus what its
+    masks take from the slices; with 0 a fixed variant is made of slices alone, and the others have the delta's mask
+    by their source.
     """
 
     loss: str
@@ -63,6 +64,7 @@ def draw_variants(
     shape: tuple[int, int],
     generator: torch.Generator,
     layerwise: int | None = None,
+    delta: float = 0.0,
 ) -> list[Variant]:
     """The variants of the losses `wanted`, ordered by entry.
 
@@ -70,6 +72,7 @@ def draw_variants(
     each of `layerwise` matrices drawn anew every time, whose mean is unbiased for that of all of them; a
     partial loss draws k uniformly from 1 .. L and then k of the L matrices, once a variant (`subset`
     forward, Eq. 5 and 6) or once a position (`subset` position). Stochastic losses are drawn `samples` times.
+    `delta` is that of every variant.
     """
     variants = []
     for loss in wanted:
@@ -91,7 +94,7 @@ def draw_variants(
             for matrices, routed in chosen:
                 replaced = frozenset(matrices)
                 entry = min(blocks[name] for name in replaced)
-                variants.append(Variant(loss, source, replaced, entry, weight, routed))
+                variants.append(Variant(loss, source, replaced, entry, weight, routed, delta=delta))
     return sorted(variants, key=lambda variant: variant.entry)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class LossSettings:
 
     `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses, and
     `faithfulness_probes` random vectors for the exact faithfulness; None is exact.
+    `delta_mask` is that of every variant; 0 leaves it to the masks' source.
     """
 
     coefficients: Mapping[str, float]
@@ -42,10 +43,20 @@ class LossSettings:
     reverse_kl: bool = False
     layerwise_matrices: int | None = None
     faithfulness_probes: int | None = None
+    delta_mask: float = 0.0
 
     @property
     def reconstruction(self) -> list[str]:
         return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
+
+    def on_stream(self, share: float) -> LossSettings:
+        """The losses of a targeted decomposition on broad text, `share` times those on the prompts.
+
+        The delta stays fully on, so that a variant is the target minus what its masks take away: a slice that is not
+        important there must not matter there, and has no way to bring in what the target does not do.
+        """
+        own = ("minimality", *RECONSTRUCTION)
+        return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
 
     def p(self, step: int, steps: int) -> float:
         """The power of minimality at `step` (from 0)."""
@@ -163,7 +174,7 @@ def backward_step(
     Backward runs chunk by chunk against detached importances; their summed gradient then goes through the importance
     functions once, together with faithfulness and minimality.
     """
-    lower, upper = decomposition.importance(clean.inputs, clean.batch.valid)
+    lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
     terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
     direct: dict[str, Tensor] = {}
@@ -216,7 +227,14 @@ def _plan_terms(
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.place.shape[1])
     variants = draw_variants(
-        wanted, blocks, settings.samples, settings.subset, shape, generator, settings.layerwise_matrices
+        wanted,
+        blocks,
+        settings.samples,
+        settings.subset,
+        shape,
+        generator,
+        settings.layerwise_matrices,
+        settings.delta_mask,
     )
     watch = attend if attention > 0 else None
     reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl, watch)

@@ -1,0 +1,188 @@
+"""Is a fact in a run's slices? Cutting them, beside what needs no decomposition: the table of section 5.2.
+
+For each of a run's prompts at most `TOP` slices of the first MLP are suppressed, chosen in two ways:
+
+    rule     stated before any effect is seen: the slices of MLP 0's up matrix (c_fc in GPT-2) that are active at one
+             single token of all prompts, and that not the first; those of which W holds most, |ûᵀ W v̂|
+    effect   of all slices of MLP 0 that are active in this prompt and at no first token, alone and in pairs, the ones
+             that lower its answer most while the run's other prompts change by less than OTHER. Facts take no part in
+             the choice
+
+First tokens are left out because attention sinks into them: what they read is the token alone, the same in every text
+that begins with it, and later blocks make of it a state a hundred times as large as others.
+
+and beside them edits of the same matrix and rank, at the tokens where the rule's slices are active: see `baselines`.
+Each is measured on the run's own prompts and on the facts that the unchanged model knows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spdcli.analysis.baselines import (
+    direct_edit,
+    edit_norm,
+    optimised_edit,
+    random_edit,
+    singular_edit,
+    static_duals,
+)
+from spdcli.analysis.edits import Address, Edit, suppression, suppressions
+from spdcli.analysis.effects import Questions, measure_columns, measure_edits, present_answers
+from spdcli.analysis.facts import facts_beside, known_mask, summarise
+from spdcli.analysis.inspection import matching
+from spdcli.analysis.questions import pick
+from spdcli.analysis.selection import Activity, carried, in_order, own_activity, with_direction
+from spdcli.engine.forward import clean_pass
+from spdcli.engine.subcomponents import Decomposition, distinct_rows
+from spdcli.errors import SpdError
+from spdcli.facts import Facts
+from spdcli.stream import ridged, second_moments
+from spdcli.subject import Subject
+
+TOP = 2
+OTHER = 0.1  # how far the run's other prompts may change when slices are chosen by effect
+PAIRED = 6  # the strongest slices that are tried in pairs
+FIRST_MLP = ("*.0.mlp.*",)
+READS = ("*.0.mlp.up_proj", "*.0.mlp.c_fc")  # the matrix of the rule and of all baselines
+DIRECT_RIDGE = 0.02
+METHODS = ("rule", "effect", "static", "static_plain", "direct", "optimised", "random", "singular")
+
+
+@dataclass(eq=False)
+class Stage:
+    """A run and all that its table needs: its activity, its prompts as questions, the facts it knows, moments."""
+
+    subject: Subject
+    decomposition: Decomposition
+    activity: Activity
+    own: Questions
+    facts: Questions
+    name: str
+    moment: Tensor
+    ridge: float
+    seed: int
+
+
+def open_stage(subject: Subject, decomposition: Decomposition, facts: Facts, ridge: float, seed: int) -> Stage:
+    """The stage of a run of a language model. SpdError where it has no first MLP, no stream, or knows no fact."""
+    names = [name for name in decomposition.names if any(fnmatchcase(name, pattern) for pattern in READS)]
+    if not names:
+        raise SpdError("the run does not decompose the first MLP", "slices.matrices has to cover layers.0.mlp.up_proj")
+    if subject.stream is None or subject.prompts is None:
+        raise SpdError("the recipe names no broad text", "--set data.stream=generated")
+    activity, own = own_activity(subject, decomposition, seed)
+    asked, _ = facts_beside(subject, facts, own.texts, False)
+    known: list[int] = []
+    if asked is not None:
+        now = present_answers(subject.target, asked.questions)
+        known = known_mask(now["p"], now["rank"], asked.known).nonzero()[:, 0].tolist()
+    if asked is None or not known:
+        raise SpdError("the model knows none of the facts", "spd facts check MODEL says what it knows")
+    moment = second_moments(subject.target, subject.stream(), names)[names[0]]
+    return Stage(subject, decomposition, activity, own, pick(asked.questions, known), names[0], moment, ridge, seed)
+
+
+def by_rule(stage: Stage, row: int) -> list[Address]:
+    """The slices of prompt `row` by the rule; empty where none is active at a single token."""
+    active = stage.activity.g[stage.name] > 0
+    single = active.flatten(0, 1).sum(0) == 1
+    found = with_direction(stage.decomposition, {stage.name: single & active[row, 1:].any(0)})
+    return in_order(found, [carried(stage.subject.target, stage.decomposition, [stage.name])])[:TOP]
+
+
+def by_effect(stage: Stage, row: int) -> list[Address]:
+    """The slice or the pair that lowers the answer of prompt `row` most; empty where none may be taken."""
+    names = matching(list(stage.activity.g), FIRST_MLP)
+    active = {name: stage.activity.g[name] > 0 for name in names}
+    found = {name: on[row].any(0) & ~on[:, 0].any(0) for name, on in active.items()}
+    sizes = carried(stage.subject.target, stage.decomposition, names)
+    alone = in_order(with_direction(stage.decomposition, found), [sizes])
+    tried: dict[str, tuple[list[Address], float]] = {}
+
+    def measure(candidates: Mapping[str, list[Address]], edits: Mapping[str, Edit]) -> None:
+        for name, columns in measure_columns(stage.subject.target, stage.own, edits).items():
+            ratio = columns["ratio"]
+            others = torch.cat([ratio[:row], ratio[row + 1 :]])
+            if bool(((others - 1).abs() < OTHER).all()):
+                tried[name] = (candidates[name], ratio[row].item())
+
+    target, decomposition = stage.subject.target, stage.decomposition
+    measure({str(one): [one] for one in alone}, suppressions(target, decomposition, alone))
+    strongest = [slices[0] for slices, _ in sorted(tried.values(), key=lambda entry: entry[1])][:PAIRED]
+    pairs = {f"{a} {b}": [a, b] for a, b in itertools.combinations(strongest, 2)}
+    measure(pairs, {name: suppression(target, decomposition, pair) for name, pair in pairs.items()})
+    return min(tried.values(), key=lambda entry: entry[1])[0] if tried else []
+
+
+def positions_of(stage: Stage, row: int, slices: Sequence[Address]) -> list[int]:
+    """Where each slice is most important in prompt `row`, each position once."""
+    found = [int(stage.activity.g[a.matrix][row, :, a.index].argmax()) for a in slices]
+    return list(dict.fromkeys(found))
+
+
+def edits_of(stage: Stage, row: int) -> tuple[dict[str, Edit], dict[str, list[str]]]:
+    """The edit of every method for prompt `row`, and the slices of the two choices."""
+    target, name = stage.subject.target, stage.name
+    chosen = {"rule": by_rule(stage, row), "effect": by_effect(stage, row)}
+    edits: dict[str, Edit] = {
+        how: suppression(target, stage.decomposition, slices) for how, slices in chosen.items() if slices
+    }
+    told = {how: [str(address) for address in slices] for how, slices in chosen.items()}
+    if not chosen["rule"]:
+        return edits, told
+    positions = positions_of(stage, row, chosen["rule"])
+    batch = stage.own.batch
+    inputs = clean_pass(target, batch, [name]).inputs[name]
+    rows = distinct_rows(inputs[batch.valid])
+    x = inputs[row, positions]
+    places = [int((rows - one).norm(dim=1).argmin()) for one in x]
+    white = ridged(stage.moment, stage.ridge)
+    count = len(chosen["rule"])
+    edits |= {
+        "static": static_duals(target, name, rows, places, white),
+        "static_plain": static_duals(target, name, rows, places),
+        "direct": direct_edit(target, name, x, ridged(stage.moment, DIRECT_RIDGE)),
+        "optimised": optimised_edit(target, stage.own, row, name, count, stage.seed),
+        "random": random_edit(target, name, edit_norm(edits["rule"]), count, stage.seed),
+        "singular": singular_edit(target, name, count),
+    }
+    return edits, told
+
+
+def fact_table(stage: Stage) -> list[dict[str, Any]]:
+    """One entry a prompt: its answer, and for every method what its edit does.
+
+    `edits[method]` has `own`, the relative change of the prompt's answer (-1 is gone), `others`, the largest
+    |relative change| of the run's other prompts, the facts' statistics with intervals and the worst fact, the Frobenius
+    norm of what is taken, and for the two choices their `slices`. A method without an edit is left out.
+    """
+    told = []
+    for row, text in enumerate(stage.own.texts):
+        edits, chosen = edits_of(stage, row)
+        own = measure_edits(stage.subject.target, stage.own, edits)
+        beside = measure_edits(stage.subject.target, stage.facts, edits)
+        entry: dict[str, Any] = {"prompt": text, "token": stage.own.tokens[row], "edits": {}}
+        for method in (name for name in METHODS if name in edits):
+            changes = [effect["ratio"] - 1 for effect in own[method]]
+            entry["before"] = own[method][row]["before"]
+            facts = torch.tensor([abs(effect["ratio"] - 1) for effect in beside[method]], dtype=torch.float64)
+            worst = max(beside[method], key=lambda effect: abs(effect["ratio"] - 1))
+            entry["edits"][method] = {
+                "slices": chosen.get(method),
+                "own": changes[row],
+                "others": max((abs(change) for i, change in enumerate(changes) if i != row), default=0.0),
+                "norm": edit_norm(edits[method]),
+                "worst": {"prompt": worst["prompt"], "ratio": worst["ratio"]},
+                "known": len(facts),
+                **summarise(facts, stage.seed),
+            }
+        told.append(entry)
+    return told
