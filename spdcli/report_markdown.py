@@ -18,10 +18,10 @@ KINDS = {
     "answer needs most, of those that do not halve the answer of another prompt of the run (which would be "
     "destruction again).",
     SLICES: "The run's slices, suppressed in the original weights. *By rule* looks at no effect: the slices of "
-    "{matrix} that are active at one single token of all the run's prompts, which is this prompt's and not its first; of "
-    "those, the two of which W holds most, |ûᵀ W v̂|. *By effect*: of all slices of that MLP that are active in the prompt and "
-    "at no first token, the one or two that lower the answer most while other prompts of the run change by less than "
-    "10 %. (First tokens are left out because every prompt parks attention there.)",
+    "{matrix} that are active at one single token of all the run's prompts, which is this prompt's and not its "
+    "first; of those, the two of which W holds most, |ûᵀ W v̂|. *By effect*: of all slices of that MLP that are active "
+    "in the prompt and at no first token, the one or two that lower the answer most while other prompts of the run "
+    "change by less than 10 %. (First tokens are left out because every prompt parks attention there.)",
     BASELINE: "No decomposition is needed for these. *Static duals* are the slices of the same tokens (where "
     "the rule's slices are active, or the last two of the subject) that a dual "
     "start begins with (whitened: by the second moment of broad text); *direct* takes away all that the matrix does "
