@@ -40,7 +40,7 @@ class ReportSettings:
     """`trace` as for `spd trace`; `random` directions as a control; the matrix (None: see `chosen_matrix`)."""
 
     trace: TraceSettings
-    random: int = 5
+    random: int = 3
     matrix: str | None = None
     seed: int = 0
 
