@@ -18,9 +18,11 @@ from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
 from spdcli.commands.plan import plan
+from spdcli.commands.report import report
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
+from spdcli.commands.trace import trace
 from spdcli.commands.train import train
 from spdcli.console import Console
 from spdcli.errors import Interrupted, SpdError
@@ -111,11 +113,25 @@ COMMANDS = (
         "spd bench step --case toy-64\nspd bench importance --threads 1\nspd bench step --json | jq .ratios",
     ),
     (
+        "trace",
+        trace,
+        LOOK,
+        "spd trace run --subject 'Kobe Bryant' --subject 'Tiger Woods'\n"
+        "spd trace openai-community/gpt2 --prompt 'Kobe Bryant plays the sport of basketball' --subject 'Kobe Bryant'",
+    ),
+    (
+        "report",
+        report,
+        LOOK,
+        "spd report run\nspd report run --subject 'Kobe Bryant' --subject 'Tiger Woods' --out where\n"
+        "spd report run --json | jq '.prompts[].rows[] | {name, own}'",
+    ),
+    (
         "ablate",
         ablate,
         CHANGE,
         "spd ablate run --slice h.0.mlp.c_fc:12\nspd ablate run --slice h.0.mlp.c_fc:12 --others importance --json"
-        "\nspd ablate run --mlp all",
+        "\nspd ablate run --mlp all --figure",
     ),
     (
         "suppress",

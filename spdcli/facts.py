@@ -30,10 +30,14 @@ class Known(Section):
 
 
 class Fact(Section):
-    """A prompt, its last token being the answer; two facts of one `pair` are sentences of one form."""
+    """A prompt, its last token being the answer; two facts of one `pair` are sentences of one form.
+
+    `subject` are the words that it is about, for causal tracing.
+    """
 
     category: Text
     prompt: Text
+    subject: Text | None = None
     pair: Text | None = None
     known_by: list[Text] = Field(default_factory=list)
 
@@ -63,6 +67,10 @@ class Facts(Section):
         """The paraphrases and reversals of one fact, by its prompt."""
         return [entry for entry in self.related if entry.of == prompt]
 
+    def subjects(self) -> list[str]:
+        """The subjects that facts name."""
+        return [fact.subject for fact in self.fact if fact.subject is not None]
+
     def without(self, prompts: Sequence[str]) -> list[Fact]:
         """The facts whose text is none of `prompts`."""
         return [fact for fact in self.fact if fact.prompt not in prompts]
@@ -85,6 +93,12 @@ def mistakes(facts: Facts) -> Iterator[Mistake]:
                     (key,), f"[[{section}]] prompt = {entry.prompt!r}: is there already, as {_spot(seen, entry.prompt)}"
                 )
             seen.setdefault(entry.prompt, key)
+    for number, fact in enumerate(facts.fact):
+        if fact.subject is not None and fact.subject not in fact.prompt:
+            yield Mistake(
+                (("fact", number, "subject"),),
+                f"[[fact]] subject = {fact.subject!r}: expected words of its prompt, {fact.prompt!r}",
+            )
     for number, related in enumerate(facts.related):
         if related.of not in prompts:
             meant = did_you_mean(related.of, prompts)

@@ -146,19 +146,23 @@ def find_id(prompts: Prompts, digits: str) -> list[tuple[int, int]]:
 
 def find_text(prompts: Prompts, query: str) -> list[tuple[int, int]]:
     """The last positions of every run of tokens whose text is `query`."""
-    places: set[tuple[int, int]] = set()
-    for prompt in range(len(prompts.texts)):
-        fed = prompts.fed(prompt)
-        for start in range(len(fed)):
-            for stop in range(start + 1, len(fed) + 1):
-                text = span_text(prompts.tokenizer, fed[start:stop])
-                if text == query or text == f" {query}":
-                    places.add((prompt, stop - 1))
-                    break
-                # Half a character may show as up to three marks that one character replaces later.
-                if len(text) > len(query) + 4:
-                    break
-    return sorted(places)
+    spans = [(prompt, span) for prompt in range(len(prompts.texts)) for span in find_spans(prompts, prompt, query)]
+    return sorted({(prompt, span[-1]) for prompt, span in spans})
+
+
+def find_spans(prompts: Prompts, prompt: int, query: str) -> list[range]:
+    """The positions of every run of fed tokens of one prompt whose text is `query`, with or without leading space."""
+    fed, spans = prompts.fed(prompt), []
+    for start in range(len(fed)):
+        for stop in range(start + 1, len(fed) + 1):
+            text = span_text(prompts.tokenizer, fed[start:stop])
+            if text == query or text == f" {query}":
+                spans.append(range(start, stop))
+                break
+            # Half a character may show as up to three marks that one character replaces later.
+            if len(text) > len(query) + 4:
+                break
+    return spans
 
 
 def listing(prompts: Prompts) -> str:

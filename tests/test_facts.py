@@ -12,7 +12,7 @@ from small_runs import MODEL, model_recipe, one_line, spd_here
 
 from spdcli.analysis import ablation
 from spdcli.analysis.edits import find_slices
-from spdcli.analysis.effects import given_questions, present_answers, question_groups
+from spdcli.analysis.effects import GROUP_PADDING, given_questions, present_answers, question_groups
 from spdcli.analysis.facts import (
     bootstrap,
     check_facts,
@@ -87,6 +87,7 @@ def test_the_shipped_facts_cover_what_they_promise():
         if fact.pair:
             kinds = {related.kind for related in facts.related_to(fact.prompt)}
             assert kinds == {"paraphrase", "reversed"}, fact.prompt
+            assert fact.subject, "spd trace asks for none"
     assert len({len(fact.prompt.split()) for fact in facts.fact}) >= 6, "a mix of lengths"
     noted = [fact for fact in facts.fact if "SmolLM2-135M-Instruct" in fact.known_by]
     assert 50 <= len(noted) < len(facts.fact)
@@ -94,7 +95,9 @@ def test_the_shipped_facts_cover_what_they_promise():
 
 def test_a_dump_is_read_back(tmp_path):
     facts = load_facts()
-    odd = facts.fact[0].model_copy(update={"prompt": 'a "quoted" \\ back\tslash\x7f é\n', "pair": None})
+    odd = facts.fact[0].model_copy(
+        update={"prompt": 'a "quoted" \\ back\tslash\x7f é\n', "pair": None, "subject": None}
+    )
     partner = facts.fact[1].model_copy(update={"pair": None})
     related = [entry for entry in facts.related if entry.of not in (facts.fact[0].prompt, facts.fact[1].prompt)]
     changed = facts.model_copy(update={"fact": [odd, partner, *facts.fact[2:]], "related": related})
@@ -139,7 +142,10 @@ prompt = "b a"
 
 
 def test_what_types_cannot_say_has_its_line_too(few):
-    text = FEW.replace('prompt = "the sport of golf"', 'prompt = "Tiger Woods plays the sport of golf"\npair = "lone"')
+    text = FEW.replace(
+        'prompt = "the sport of golf"',
+        'prompt = "Tiger Woods plays the sport of golf"\npair = "lone"\nsubject = "chess"',
+    )
     few.write_text(
         text.replace('kind = "reversed"', 'kind = "reversed" # twice').replace(
             'of = "Tiger Woods plays the sport of golf"\nkind = "paraphrase"',
@@ -151,7 +157,8 @@ def test_what_types_cannot_say_has_its_line_too(few):
     assert [str(problem).removeprefix(f"{few}:") for problem in error.value.problems] == [
         "17: [[fact]] prompt = 'Tiger Woods plays the sport of golf': is there already, as [[fact]] number 2",
         "18: [[fact]] pair = 'lone': expected two facts of a pair, not 1",
-        "21: [[related]] of = 'Tiger Woods plays golf': expected a fact's prompt "
+        "19: [[fact]] subject = 'chess': expected words of its prompt, 'Tiger Woods plays the sport of golf'",
+        "22: [[related]] of = 'Tiger Woods plays golf': expected a fact's prompt "
         "(did you mean 'Tiger Woods plays the sport of golf'?)",
     ]
 
@@ -189,6 +196,7 @@ def test_groups_hold_every_question_once_within_their_bound(tokens):
         assert torch.equal(batch.tokens, ids[rows, :longest])
         assert torch.equal(batch.answers, rows)
         assert len(rows) == 1 or len(rows) * longest <= tokens
+        assert longest - int(lengths[rows].min()) <= GROUP_PADDING
         seen += rows.tolist()
     assert seen == sorted(range(6), key=lambda row: (lengths[row], row))
 

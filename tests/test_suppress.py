@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,7 +369,9 @@ def test_ablate_end_to_end(spd, run):
     assert list(data["alone"]) == [f"{FC}:0", "h.2.attn.c_attn", "mlp 0"]
     same = answer(spd, "ablate", run, *TWO[:2], "--mlp", "0", "--matrix", "h.2.attn.c_attn", "--others", "sampled")
     assert same == data
-    every = answer(spd, "ablate", run, "--mlp", "all")
+    every = answer(spd, "ablate", run, "--mlp", "all", "--figure")
+    assert every["figures"] == [str(run / "figures" / f"mlp-zeroed.{kind}") for kind in ("png", "svg")]
+    assert all(Path(path).stat().st_size > 1000 for path in every["figures"])
     assert list(every["alone"]) == ["mlp 0", "mlp 1", "mlp 2"]
     code, out, err = spd("ablate", run, *TWO[:2])
     assert code == 0
@@ -409,6 +412,7 @@ def test_quiet_prints_numbers_alone(spd, run):
         (["ablate"], "nothing to ablate"),
         (["ablate", "--mlp", "0", "--others", "on"], "--others is about the slices"),
         (["ablate", "--mlp", "3"], "layers 0 to 2"),
+        (["ablate", "--mlp", "0", "--figure"], "--figure draws one MLP layer after the other"),
         (["ablate", "--mlp", "first"], "--mlp first: not a layer"),
         (["ablate", "--matrix", "h.9.mlp.c_fc"], "the target has no matrix 'h.9.mlp.c_fc'; the nearest is"),
         (["ablate", "--slice", "c_fc"], "'c_fc' is no slice"),

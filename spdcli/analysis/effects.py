@@ -27,8 +27,9 @@ from spdcli.subject import Subject
 if TYPE_CHECKING:
     from spdcli.prompts import Prompts
 
-PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave the processor's cache
+PLAN_BYTES = 2**30  # of which little is held at once, since nothing is kept for backward here; more gains nothing
 GROUP_TOKENS = 1024  # that one clean pass keeps the hidden states of
+GROUP_PADDING = 1  # tokens that a question of a group may be shorter than its longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,14 +175,16 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
 def question_groups(batch: Batch, tokens: int = GROUP_TOKENS) -> Iterator[tuple[Tensor, Batch]]:
     """The questions of a batch, shortest first, in groups of at most `tokens` fed tokens (or of one question).
 
-    Yields the rows of a group and their batch, padded no further than its own longest.
+    Yields the rows of a group and their batch, padded to its own longest, by GROUP_PADDING tokens at most.
     """
     lengths = batch.valid.sum(1)
     order = lengths.argsort(stable=True)
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * int(lengths[order[stop]]) <= tokens:
+        while stop < len(order) and lengths[order[stop]] <= lengths[order[start]] + GROUP_PADDING:
+            if (stop + 1 - start) * int(lengths[order[stop]]) > tokens:
+                break
             stop += 1
         rows = order[start:stop]
         yield rows, _cut(batch.select(rows), int(lengths[rows].max()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,6 +59,9 @@ OthersOption = Annotated[
     Others | None,
     typer.Option("--others", help="Masks of the other slices: 1, their importance g, or U(g, 1).", show_default="on"),
 ]
+WithFigure = Annotated[
+    bool, typer.Option("--figure", help="With --mlp, draw P(answer) against the zeroed layer into RUN/figures.")
+]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of --others sampled.")]
 
 
@@ -68,6 +72,7 @@ def ablate(
     mlp: Mlp = None,
     others: OthersOption = None,
     samples: Samples = 16,
+    figure: WithFigure = False,
     prompt: Prompt = None,
     facts: FactsOption = None,
     no_facts: NoFacts = False,
@@ -90,6 +95,8 @@ def ablate(
         raise UsageError("nothing to ablate", "give --slice ADDRESS, --matrix NAME or --mlp N")
     if others and not slice:
         raise UsageError("--others is about the slices of a decomposed model, and no --slice is given")
+    if figure and not (mlp and (len(mlp) > 1 or mlp == ["all"])):
+        raise UsageError("--figure draws one MLP layer after the other", "give --mlp all, or several --mlp")
     from spdcli.loading import load
 
     texts = read_prompts(prompt)
@@ -112,8 +119,22 @@ def ablate(
     title = f"Without {listed(data['slices'] + data['zeroed'])}" + (f" (others {mode})" if mode else "")
     together = [] if each_mlp else [effects_table(title, prompts_only(data["effects"]))]
     told = facts_tables(data["facts"], data["effects"], verbose)
-    console.show(data, *together, *alone_table(data["alone"]), *told)
+    drawn = draw_layers(loaded, data["alone"]) if figure else []
+    console.show(data | {"figures": drawn}, *together, *alone_table(data["alone"]), *told)
     quiet_lines(console, data["effects"])
+    for path in drawn[:1]:
+        console.result(path)
+
+
+def draw_layers(loaded: LoadedRun, alone: dict[str, Any]) -> list[Path]:
+    """Figure 9 of the MLP layers among what was zeroed alone; a single layer of a model is all of them."""
+    from spdcli.figures_facts import save_zeroed
+    from spdcli.runs import FIGURES
+
+    layers = {label: effects for label, effects in alone.items() if label.startswith("mlp ")}
+    if not layers:
+        raise UsageError("--figure needs several layers, and this target has one")
+    return save_zeroed(layers, loaded.directory / FIGURES)
 
 
 def take_away(

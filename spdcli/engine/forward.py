@@ -67,7 +67,7 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
         calls.append((args[1:], kwargs))
 
     handles = [block.register_forward_pre_hook(keep_call, with_kwargs=True) for block in target.blocks]
-    handles.append(target.blocks[-1].register_forward_hook(lambda module, args, output: last.append(_hidden(output))))
+    handles.append(target.blocks[-1].register_forward_hook(lambda module, args, output: last.append(hidden_of(output))))
     for name in names:
         keep_input = lambda module, args, name=name: inputs.__setitem__(name, args[0])  # noqa: E731
         handles.append(target.matrices[name].module.register_forward_pre_hook(keep_input))
@@ -94,7 +94,8 @@ def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tenso
     return target.record_patterns()
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block, or a part of one, returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -244,7 +245,7 @@ def plan_pass(
             block: Callable[..., Any] = target.blocks[number]
             if ends and target.last_block is not None and number == len(target.blocks) - 1:
                 block = target.last_block
-            hidden = _hidden(block(hidden, *args, **kwargs))
+            hidden = hidden_of(block(hidden, *args, **kwargs))
     return hidden
 
 

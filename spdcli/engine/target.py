@@ -6,7 +6,7 @@ T positions, I d_in, O d_out, N vocabulary, D width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -93,6 +93,8 @@ class Target:
     of one module are neighbours and together cover all its columns. While `record_patterns()` is open, every block
     that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell). `last_block`,
     called like the last block, gives its output at the last position alone, `[R, 1, D]` (None where it cannot).
+    `parts[kind]` are the modules, one a block, whose outputs are added to the stream: `mlp` and `attention` (empty
+    where a block is no such sum).
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ class Target:
     matrices: dict[str, Matrix]
     record_patterns: Callable[[], AbstractContextManager[list[Tensor]]] | None = None
     last_block: Callable[..., Tensor] | None = None
+    parts: Mapping[str, list[nn.Module]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -35,7 +35,8 @@ class Architecture:
     """Where a causal language model keeps its parts.
 
     `base` is a path below the whole model; `blocks`, `final_norm` and `embedding` are paths below
-    `base`; `head` is a path below the whole model again. `transposed` is True where weights are
+    `base`; `head` is a path below the whole model again. `attention` and `mlp` are the two modules of
+    a block whose outputs are added to the residual stream. `transposed` is True where weights are
     stored `[O, I]` (nn.Linear). `matrices` are in the order of execution.
     """
 
@@ -44,6 +45,8 @@ class Architecture:
     final_norm: str
     embedding: str
     head: str
+    attention: str
+    mlp: str
     transposed: bool
     matrices: tuple[MatrixEntry, ...]
 
@@ -55,7 +58,8 @@ def architecture_of(model_type: str) -> Architecture:
     raise SpdError(
         f"models of type '{model_type}' are not supported; known types: {', '.join(sorted(ARCHITECTURES))}",
         "a new type is one entry of ARCHITECTURES in spdcli/targets/architectures.py: the paths of its base model, "
-        "blocks, final norm, embedding and head, and the matrices of a block with where each reads and writes",
+        "blocks, final norm, embedding and head, a block's attention and MLP, and its matrices with where each reads "
+        "and writes",
     )
 
 
@@ -65,6 +69,8 @@ GPT2 = Architecture(
     final_norm="ln_f",
     embedding="wte",
     head="lm_head",
+    attention="attn",
+    mlp="mlp",
     transposed=False,
     matrices=(
         MatrixEntry("attn.c_attn", norm="ln_1", parts=(("q", None), ("k", None), ("v", "attn.c_proj"))),
@@ -80,6 +86,8 @@ LLAMA = Architecture(
     final_norm="norm",
     embedding="embed_tokens",
     head="lm_head",
+    attention="self_attn",
+    mlp="mlp",
     transposed=True,
     matrices=(
         MatrixEntry("self_attn.q_proj", norm="input_layernorm"),

@@ -149,7 +149,14 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
         unembedding_bias=None if head.bias is None else head.get_parameter("bias"),
         embedding=base.get_submodule(language_model.architecture.embedding).get_parameter("weight"),
         matrices={matrix.name: matrix for matrix, _, _ in walk_matrices(language_model, split_attention)},
+        parts=block_parts(language_model),
     )
+
+
+def block_parts(language_model: LanguageModel) -> dict[str, list[nn.Module]]:
+    """The modules of every block whose outputs are added to the residual stream, by kind."""
+    paths = {"attention": language_model.architecture.attention, "mlp": language_model.architecture.mlp}
+    return {kind: [block.get_submodule(path) for block in language_model.blocks] for kind, path in paths.items()}
 
 
 def fuse_activations(model: nn.Module) -> None:
