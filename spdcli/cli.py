@@ -11,11 +11,13 @@ import typer
 from spdcli import __version__
 from spdcli.commands import facts, recipe
 from spdcli.commands.ablate import ablate
+from spdcli.commands.bench import bench
 from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
+from spdcli.commands.plan import plan
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
@@ -63,6 +65,12 @@ COMMANDS = (
         "\nspd decompose recipes/gpt2.toml --out run --resume",
     ),
     (
+        "plan",
+        plan,
+        BUILD,
+        "spd plan recipes/gpt2.toml\nspd plan induction --set decompose.batch=64\nspd plan smollm2 --json | jq .bytes",
+    ),
+    (
         "reproduce",
         reproduce,
         BUILD,
@@ -95,6 +103,12 @@ COMMANDS = (
         svd,
         LOOK,
         "spd svd run\nspd svd run --tolerance 1e-4 --method greedy_svd\nspd svd run --json | jq .result.spd",
+    ),
+    (
+        "bench",
+        bench,
+        LOOK,
+        "spd bench step --case toy-64\nspd bench importance --threads 1\nspd bench step --json | jq .ratios",
     ),
     (
         "ablate",

@@ -146,7 +146,11 @@ class Decompose(Optimisation):
     slice_rate: Rate = 1.0  # multiplies the learning rate of U and V
     stream_batch: Positive = 4  # sequences of data.stream in a step, for losses.targeted
     checkpoint_every: Positive = 500
-    plan_memory: Rate = 4.0  # GiB that the activations of one chunk of a plan may take
+    # GiB that the activations of one chunk of a plan may take; auto: half of what is free, at most 4. How a plan is cut
+    # decides which random number goes where: a run that another machine shall repeat names a size.
+    # float32: products as torch does them; tf32: on a GPU, its tensor cores; bf16: in the blocks, losses in float32.
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    plan_memory: Rate | Literal["auto"] = 4.0
 
 
 class Recipe(Section):

@@ -6,7 +6,6 @@ are written, how its matrices hang on the residual stream.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +35,7 @@ from spdcli.targets.routes import Route
 if TYPE_CHECKING:
     from spdcli.prompts import Prompts
 
+AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster
 START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
 
@@ -70,6 +70,11 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
+
+
+def allow_tensor_cores(precision: str) -> None:
+    """Let float32 products on a GPU round their factors to TF32, unless `precision` is float32."""
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 def optimiser_settings(section: Optimisation) -> OptimiserSettings:
@@ -135,14 +140,15 @@ def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
 
 
 def language_subject(recipe: Recipe, device: torch.device) -> Subject:
-    """A language model and its prompts, ready to decompose."""
+    """A language model and its prompts, ready to decompose; on the `meta` device its weights are not read."""
     from spdcli.prompts import encode
-    from spdcli.targets.huggingface import build_routes, build_target, load_model
+    from spdcli.targets.huggingface import build_routes, build_target, load_model, load_shapes
 
     data = recipe.data
     assert isinstance(recipe.target, HuggingFaceTarget)
     assert data is not None
-    language_model = load_model(recipe.target.model, recipe.target.dtype)
+    load = load_shapes if device.type == "meta" else load_model
+    language_model = load(recipe.target.model, recipe.target.dtype)
     language_model.model.to(device)
     prompts = encode(language_model.tokenizer, data.prompts, data.answers, data.begin_token)
     fixed = prompts.batch.to(device)
@@ -241,28 +247,28 @@ def _assemble(
     return made.to(subject.target.device, subject.target.unembedding.dtype)
 
 
-def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:
-    """How many parameters the slices and the importance functions of `names` will have."""
-    matrices = [subject.target.matrices[name] for name in names]
-    slices = sum(recipe.slices.C * (matrix.d_in + matrix.d_out) for matrix in matrices)
+def shape_of_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> Decomposition:
+    """The decomposition of the matrices `names`, as shapes without storage, on torch's `meta` device.
+
+    A basis of the data's span is taken to have as many directions as there are real positions.
+    """
+    matrices = {name: subject.target.matrices[name] for name in names}
     bases = None
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):
+        C = recipe.slices.C
+        slices = {name: Slices(torch.empty(m.d_in, C), torch.empty(C, m.d_out)) for name, m in matrices.items()}
         if recipe.importance.basis == "span" and subject.prompts is not None:
             rows = int(subject.prompts.batch.valid.sum())
-            bases = {name: torch.empty(min(m.d_in, rows), m.d_in) for name, m in zip(names, matrices, strict=True)}
+            bases = {name: torch.empty(min(m.d_in, rows), m.d_in) for name, m in matrices.items()}
         importances = _importances(recipe, subject, names, bases)
-    return slices, sum(p.numel() for p in importances.parameters() if p.requires_grad)
+    return Decomposition(slices, importances, recipe.slices.delta).to("meta", subject.target.unembedding.dtype)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:
+    """How many parameters the slices and the importance functions of `names` will have."""
+    shapes = shape_of_decomposition(recipe, subject, names)
+    trained = [p for p in shapes.importances.parameters() if p.requires_grad]
+    return sum(p.numel() for p in shapes.slices.parameters()), sum(p.numel() for p in trained)
 
 
 def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tensor]) -> Decomposition:
@@ -298,11 +304,14 @@ def loss_settings(recipe: Recipe) -> LossSettings:
         reverse_kl=section.kl == "variant_to_target",
         layerwise_matrices=section.layerwise_matrices,
         faithfulness_probes=section.faithfulness_probes,
+        half=recipe.decompose.precision == "bf16",
     )
 
 
-def fit_settings(recipe: Recipe) -> FitSettings:
+def fit_settings(recipe: Recipe, free: int = 8 * 2**30) -> FitSettings:
+    """A recipe's [decompose] and [losses]; `free` bytes of memory are left for a plan whose budget is found (auto)."""
     section = recipe.decompose
+    budget = min(AUTO_PLAN, free / 2) if section.plan_memory == "auto" else section.plan_memory * 2**30
     return FitSettings(
         steps=section.steps,
         clip_slices=section.clip_slices,
@@ -310,7 +319,7 @@ def fit_settings(recipe: Recipe) -> FitSettings:
         log_every=section.log_every,
         prune_step=None if section.prune_at is None else round(section.prune_at * section.steps),
         prune_below=section.prune_below,
-        plan_bytes=section.plan_memory * 2**30,
+        plan_bytes=budget,
         losses=loss_settings(recipe),
         targeted=recipe.losses.targeted,
     )

@@ -201,7 +201,7 @@ def test_a_refused_run_does_not_stand_in_the_way_of_the_next(spd, recipe, tmp_pa
 def test_too_large_a_decomposition_is_refused_before_it_is_made(spd, recipe, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr("spdcli.subject.start_decomposition", lambda *_: made.append(1))
-    monkeypatch.setattr("spdcli.subject.free_bytes", lambda device: 3 * GIB)
+    monkeypatch.setattr("spdcli.costs.machine.free_bytes", lambda device: 3 * GIB)
     code, _, err = spd("decompose", recipe, "--out", tmp_path / "run", "--set", "slices.C=4000000")
     assert (code, made) == (1, [])
     slices = 6 * 4_000_000 * 16  # six matrices, 8 + 8 numbers a slice

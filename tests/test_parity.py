@@ -447,6 +447,29 @@ def test_a_step_in_bfloat16(tiny_gpt2_dir):
         assert done.losses[name].item() == pytest.approx(exact.losses[name].item(), rel=0.05)
 
 
+@pytest.mark.parametrize("subject", ["toy", "gpt2 split", "llama"], indirect=True)
+@pytest.mark.parametrize("subset", ["forward", "position"])
+def test_blocks_in_half_precision_and_losses_in_full(subject, subset):
+    """The same draws, so that 8 bits in the products are all that differs; what is no block's is exactly the same."""
+    subject.target.model.float()
+    subject.target.unembedding = subject.target.unembedding.float()
+    decomposition = decompose(subject.target).float()
+    for name, matrix in subject.target.matrices.items():
+        assert matrix.weight.dtype == torch.float32, name
+    settings = LossSettings(COEFFICIENTS, epsilon=1e-6, subset=subset)
+    exact, wanted = engine_step(subject, decomposition, settings)
+    done, gradients = engine_step(subject, decomposition, replace(settings, half=True))
+    assert {loss.dtype for loss in done.losses.values()} <= {torch.float32, torch.float64}
+    for name in ("minimality", "faithfulness"):
+        assert torch.equal(done.losses[name], exact.losses[name])
+    for name in RECONSTRUCTION:
+        assert done.losses[name] != exact.losses[name]
+        assert done.losses[name].item() == pytest.approx(exact.losses[name].item(), rel=0.05)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.98, name
+
+
 def breaks(module):
     def forward(*args, **kwargs):
         raise RuntimeError("broken block")

@@ -12,7 +12,6 @@ from spdcli.runs import TOY_WEIGHTS, save_tensors
 from spdcli.subject import (
     choose_device,
     fit_settings,
-    free_bytes,
     language_subject,
     load_decomposition,
     load_toy,
@@ -60,8 +59,12 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
         choose_device("cuda")
 
 
-def test_memory_is_counted_in_bytes():
-    assert 2**26 < free_bytes(CPU) < 2**46
+def test_the_budget_of_a_plan_is_given_or_found(tmp_path):
+    given = toy_recipe("decompose.plan_memory=0.5", folder=tmp_path)
+    assert fit_settings(given, free=100).plan_bytes == 2**29
+    found = toy_recipe("decompose.plan_memory=auto", folder=tmp_path)
+    assert fit_settings(found, free=2**30).plan_bytes == 2**29
+    assert fit_settings(found, free=2**40).plan_bytes == 4 * 2**30
 
 
 # --- the toy ---------------------------------------------------------------------------------------

@@ -141,12 +141,21 @@ def prepare_subject(run: RunDirectory, loaded: LoadedRecipe, console: Console) -
 
 def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Console) -> dict:
     """Train the decomposition of a run to its end, from its checkpoint where it has one; returns the last record."""
+    from spdcli.costs.machine import free_bytes
+    from spdcli.costs.states import unborn_bytes
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
     from spdcli.recipe_file import select_matrices
     from spdcli.runs import CHECKPOINT
-    from spdcli.subject import fit_settings, optimiser_settings, start_decomposition, stream_batches
+    from spdcli.subject import (
+        allow_tensor_cores,
+        fit_settings,
+        optimiser_settings,
+        start_decomposition,
+        stream_batches,
+    )
 
     recipe = loaded.recipe
+    allow_tensor_cores(recipe.decompose.precision)
     names = select_matrices(loaded, list(subject.target.matrices))
     console.debug(f"{len(names)} matrices, {recipe.slices.C} slices each, on {subject.target.device}")
     refuse_too_large(recipe, subject, names)
@@ -165,8 +174,9 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
         reached = warm_up_faithfulness(subject.target, decomposition, recipe.slices.faithfulness_warmup)
         console.note(f"faithfulness {reached:.1e} after {recipe.slices.faithfulness_warmup} steps of warm-up")
     run.start_metrics(after=state.step)
+    free = free_bytes(subject.target.device) - unborn_bytes(decomposition)
     broad = stream_batches(recipe, subject)
-    steps = fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe), broad)
+    steps = fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe, free), broad)
     with console.live() as live, stop_asked() as asked:
         for record in steps:
             if record is not None:
@@ -221,11 +231,13 @@ def show_progress(live: LiveLine, record: Record, steps: int) -> None:
 
 def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
     """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
-    from spdcli.subject import free_bytes, parameter_counts
+    from spdcli.costs.machine import free_bytes
+    from spdcli.costs.states import training_bytes
+    from spdcli.subject import parameter_counts
 
     slices, gates = parameter_counts(recipe, subject, names)
     element = subject.target.unembedding.element_size()
-    needed = 4 * element * (slices + gates)  # the value, its gradient, two moments
+    needed = training_bytes(slices + gates, element)
     free = free_bytes(subject.target.device)
     if needed <= free:
         return

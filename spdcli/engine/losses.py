@@ -71,7 +71,7 @@ def minimality(importances: Mapping[str, Tensor], valid: Tensor, p: float, epsil
     `importances[m]` is g_upper `[B, T, C]`; `valid` `[B, T]` is False at padding.
     """
     per_position = [((g + epsilon) ** p - epsilon**p).sum(-1) for g in importances.values()]
-    return torch.stack(per_position).sum(0)[valid].mean()
+    return (torch.stack(per_position).sum(0) * valid).sum() / valid.sum()
 
 
 def annealed_p(step: int, steps: int, start: float, final: float) -> float:

@@ -52,7 +52,17 @@ def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, 
     asked = asked.last(x.shape[1])
     rows = asked.rows
     rest = torch.ones(len(x), device=x.device).index_fill(0, rows, 0.0).argsort(descending=True)[: len(x) - len(rows)]
-    return _Replaced.apply(x, weight, bias, U, V, asked.mask, rows, rest, asked.origin, asked.noise, asked.delta)
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return _Replaced.apply(x, weight, bias, U, V, asked.mask, rows, rest, asked.origin, asked.noise, asked.delta)
+    narrow = torch.get_autocast_dtype(device)  # autocast does not see into a kernel of one's own
+    wide = [_to(tensor, narrow) for tensor in (x, weight, bias, U, V, asked.mask)]
+    with torch.autocast(device, enabled=False):
+        return _Replaced.apply(*wide, rows, rest, asked.origin, _to(asked.noise, narrow), _to(asked.delta, narrow))
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 class _Replaced(torch.autograd.Function):

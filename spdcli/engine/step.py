@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +30,8 @@ class LossSettings:
     """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses].
 
     `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses, and
-    `faithfulness_probes` random vectors for the exact faithfulness; None is exact.
+    `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the plan
+    pass multiply in bfloat16; importances and losses stay as they are.
     `delta_mask` is that of every variant; 0 leaves it to the masks' source.
     """
 
@@ -43,6 +45,7 @@ class LossSettings:
     reverse_kl: bool = False
     layerwise_matrices: int | None = None
     faithfulness_probes: int | None = None
+    half: bool = False
     delta_mask: float = 0.0
 
     @property
@@ -86,6 +89,7 @@ def reconstruction(
     consume: Callable[[Variant, slice, Tensor], Tensor | None],
     reverse: bool = False,
     attend: Callable[[Variant, Tensor], Tensor] | None = None,
+    half: bool = False,
 ) -> None:
     """One pass over a plan, chunk by chunk.
 
@@ -93,12 +97,15 @@ def reconstruction(
     variant, the sequences and their KLs (`[k]`, looked-at positions in order); what it returns is summed over the
     chunk and, unless None, sent backward before the next chunk is built. `attend` gets, for the variants of
     ATTENDED, the KL of their attention to the target's (see `attention_errors`), and is summed likewise.
+    `half` is for the blocks alone.
     """
     sequences, positions = clean.place.shape
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
         asked = {n: a for n in slices.names if (a := ask(chunk, n, g.get(n), slices.delta, noise)) is not None}
-        with recording(target, attend is not None) as patterns:
+        narrow = torch.autocast(target.device.type, torch.bfloat16) if half else nullcontext()
+        with recording(target, attend is not None) as patterns, narrow:
             hidden = plan_pass(target, slices, clean, chunk, asked, ends=clean.ends and attend is None)
+        hidden = hidden.to(target.unembedding.dtype)
         terms = [
             consume(piece.variant, slice(piece.start, piece.stop), divergence)
             for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)
@@ -193,7 +200,7 @@ def backward_step(
         gradients = [*(torch.ones_like(term) for term in direct.values()), *(leaves[name].grad for name in carried)]
         torch.autograd.backward(roots, gradients)
     valid = clean.batch.valid
-    active = {name: (g.detach() > 0)[valid].sum(-1).float().mean() for name, g in lower.items()}
+    active = {name: ((g.detach() > 0).sum(-1) * valid).sum() / valid.sum() for name, g in lower.items()}
     return Step({name: term.detach() for name, term in (terms | direct).items()}, active)
 
 
@@ -237,5 +244,8 @@ def _plan_terms(
         settings.delta_mask,
     )
     watch = attend if attention > 0 else None
-    reconstruction(target, decomposition, clean, variants, leaves, noise, budget, consume, settings.reverse_kl, watch)
+    reverse = settings.reverse_kl
+    reconstruction(
+        target, decomposition, clean, variants, leaves, noise, budget, consume, reverse, watch, settings.half
+    )
     return sums

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 
 from spdcli.engine.target import Matrix, Target
@@ -87,9 +87,29 @@ def load_model(model: str, dtype: str) -> LanguageModel:
         raise SpdError(f"'{model}' cannot be loaded: {reason}") from error
     if report["missing_keys"]:
         raise SpdError(f"'{model}' lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
+    return _frozen(loaded, tokenizer, architecture, folder)
+
+
+def _frozen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture, folder: Path
+) -> LanguageModel:
     # So that whoever holds only the tokenizer can tell which prompts are too long.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, loaded.config.max_position_embeddings)
-    return LanguageModel(loaded.eval().requires_grad_(False), tokenizer, architecture, folder)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer, architecture, folder)
+
+
+def load_shapes(model: str, dtype: str) -> LanguageModel:
+    """As `load_model`, but the weights are not read: they are shapes on torch's `meta` device."""
+    folder = resolve(model)
+    architecture = architecture_of(read_config(folder).get("model_type", "without a model_type"))
+    with quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return _frozen(shapes, tokenizer, architecture, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError
 from spdcli.targets.routes import Route, back_through, final_scale, through, unchanged
 
+ACCURACY_BATCH = 1024  # sequences that an accuracy is measured on at once: more would need more memory than training
+
 
 @dataclass(frozen=True)
 class ToyShape:
@@ -233,5 +235,5 @@ def toy_accuracy(toy: InductionToy, sequences: int, generator: torch.Generator) 
     data = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator)
     device = next(toy.parameters()).device
     assert data.answers is not None
-    right = toy.logits(data.tokens.to(device)).argmax(-1).cpu().eq(data.answers)
-    return right.float().mean().item()
+    guesses = [toy.logits(part.to(device)).argmax(-1).cpu() for part in data.tokens.split(ACCURACY_BATCH)]
+    return torch.cat(guesses).eq(data.answers).float().mean().item()

@@ -1,0 +1,72 @@
+"""`spd plan`: what a recipe will cost, before the work begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from spdcli.commands.options import Device, Json, Quiet, Set, Verbose, make_console
+from spdcli.commands.train import RecipeName
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def plan(
+    recipe: RecipeName,
+    set_: Set = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a recipe will cost: parameters, memory, operations, time.
+
+    The step is gone through without numbers; then its operations are tried
+    on this machine for a few seconds. Exits 1 where it does not fit.
+    """
+    from spdcli.recipe_file import load_recipe
+
+    console = make_console(json, quiet, verbose)
+    loaded = load_recipe(recipe, set_ or [], device=device)
+    from spdcli.costs.estimate import estimate
+    from spdcli.errors import SpdError
+    from spdcli.subject import choose_device
+
+    found = estimate(loaded, choose_device(loaded.recipe.device))
+    console.show({"schema": "spd.plan/1", **found}, table(found))
+    if not found["fits"]:
+        sizes = f"needs {gib(found['bytes']['total'])}, and {gib(found['free_bytes'])} are free"
+        raise SpdError(f"{loaded.recipe.name} does not fit: it {sizes}", f"--set {', or '.join(found['change'])}")
+    console.result(f"fits: {gib(found['bytes']['total'])}, {span(found['seconds'])}")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def span(seconds: float) -> str:
+    """A time as people say it."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def table(found: dict[str, Any]) -> Table:
+    """One row a number."""
+    from rich.table import Table
+
+    made = Table(title=f"{found['recipe']}: {found['matrices']} matrices, {found['tokens']} tokens a step")
+    made.add_column("")
+    made.add_column("", justify="right")
+    for name, count in found["parameters"].items():
+        made.add_row(f"parameters of {name}", f"{count / 1e6:,.2f} million")
+    made.add_section()
+    for name, size in found["bytes"].items():
+        made.add_row(f"memory: {name}", gib(size))
+    made.add_row("memory that is free", gib(found["free_bytes"]))
+    made.add_section()
+    made.add_row("operations of a step", f"{found['flops_per_step'] / 1e9:,.1f} GFLOP")
+    made.add_row("a step", f"{found['seconds_per_step']:.3g} s")
+    made.add_row(f"all {found['steps']} steps", span(found["seconds"]))
+    return made

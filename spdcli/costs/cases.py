@@ -1,0 +1,186 @@
+"""The cases of every benchmark. A new one is a function that gives groups and an entry in the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from spdcli.costs.bench import Group
+from spdcli.costs.worker import Case
+from spdcli.engine.attention import DENSE_LENGTH
+from spdcli.engine.losses import RECONSTRUCTION
+
+MAX_BATCH, LONG, LONG_BATCH = 64, 10240, 4  # Table 2: batch 64, and 4 at length 10240
+DEFAULT_TOKENS = 4096  # in a batch of Table 2, unless --batch says otherwise: what two cores do in a moment
+GATE_KINDS = (
+    ("scalar", "auto"),
+    ("vector", "auto"),
+    ("attention", "dense"),
+    ("attention", "blocked"),
+    ("attention", "flex"),
+)
+ALL_LOSSES = tuple(f"losses.{name}=1" for name in RECONSTRUCTION)
+TOY = ("importance.kind=vector",)  # on induction.toml: 6 matrices, C 100, gate width 16, the losses of Table 4
+SHARED = ("importance.kind=shared",)  # on gpt2.toml: 48 matrices, gate width 64, its six losses
+CHEAP = ("losses.layerwise_matrices=8", "losses.faithfulness_probes=32")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks of a benchmark: lengths and batch of `importance` (None: the defaults), device,
+    patterns of names (an empty list: every case), and whether every loss is measured by itself."""
+
+    lengths: Sequence[int] = (16, 64, 1024, LONG)
+    batch: int | None = None
+    device: str = "cpu"
+    patterns: Sequence[str] = ()
+    per_loss: bool = False
+
+
+def batch_at(length: int, batch: int | None) -> int:
+    """Sequences of a batch at `length`: few enough for DEFAULT_TOKENS, or `batch`, cut at LONG as in Table 2."""
+    if batch is None:
+        return max(1, min(MAX_BATCH, DEFAULT_TOKENS // length))
+    return max(1, batch * LONG_BATCH // MAX_BATCH) if length >= LONG else batch
+
+
+def importance_groups(wanted: Wanted) -> list[Group]:
+    """Table 2: a decomposition step of the induction toy by kind of importance function and length."""
+    groups = []
+    for length in wanted.lengths:
+        batch = batch_at(length, wanted.batch)
+        shape = (f"target.length={length}", f"decompose.batch={batch}")
+        labels = {"length": length, "batch": batch}
+        cases = []
+        for kind, backend in GATE_KINDS:
+            if backend == "flex" and (wanted.device != "cuda" or length <= DENSE_LENGTH):
+                continue  # no backward on the processor; for short sequences dense is what it would be measured against
+            name = f"{kind} {backend}".removesuffix(" auto")
+            relative = ("importance.relative=scalar",) if backend == "flex" else ()
+            chosen = (f"importance.kind={kind}", f"importance.backend={backend}", *relative)
+            cases.append(Case(f"{name}, length {length}", "induction", (*chosen, *shape), labels=labels))
+        groups.append(Group(cases))
+    return groups
+
+
+def step_groups(wanted: Wanted) -> list[Group]:
+    """A whole step: the plan pass against every variant by itself."""
+    groups = [
+        _ways("toy-256", "induction", (*TOY, "decompose.batch=256"), ("plan", "one by one", "plain")),
+        _ways("toy-64", "induction", (*TOY, "decompose.batch=64"), ("plan", "one by one", "plain")),
+        _ways("toy-256 all six", "induction", (*TOY, *ALL_LOSSES, "decompose.batch=256"), ("plan", "one by one")),
+        _ways("gpt2-C64", "gpt2", (*SHARED, "slices.C=64"), ("plan", "one by one"), cheap=True),
+        _ways("gpt2-C768", "gpt2", (*SHARED, "slices.C=768"), ("plan", "one by one"), cheap=True),
+    ]
+    if not wanted.per_loss:
+        return groups
+    several = groups[2:]  # the toy with every loss, and GPT-2
+    return [alone for group in several for loss in RECONSTRUCTION for alone in _of_one_loss(group, loss)]
+
+
+def _ways(name: str, recipe: str, settings: tuple[str, ...], ways: Sequence[str], cheap: bool = False) -> Group:
+    cases = [Case(f"{name} {way}", recipe, settings, way, keep_freed=way != "plain") for way in ways]
+    ratios = {f"{name} {way} / plan": (f"{name} {way}", f"{name} plan") for way in ways[1:]}
+    if cheap:
+        cases.append(Case(f"{name} plan, sampled", recipe, (*settings, *CHEAP)))
+        ratios[f"{name} plan / sampled"] = (f"{name} plan", f"{name} plan, sampled")
+    return Group(cases, ratios)
+
+
+def _of_one_loss(group: Group, loss: str) -> list[Group]:
+    """The group with one loss alone and no other term; none where its recipe does not use that loss."""
+    others = tuple(f"losses.{name}=0" for name in (*RECONSTRUCTION, "faithfulness", "minimality") if name != loss)
+    toy = group.cases[0].recipe == "induction"
+    if not toy and loss == "recon_layerwise":
+        return []
+    cases = [
+        replace(case, name=f"{case.name}, {loss}", settings=(*case.settings, *others))
+        for case in group.cases
+        if "sampled" not in case.name or "layerwise" in loss
+    ]
+    names = {case.name for case in cases}
+    ratios = {
+        f"{name}, {loss}": (f"{above}, {loss}", f"{below}, {loss}")
+        for name, (above, below) in group.ratios.items()
+        if {f"{above}, {loss}", f"{below}, {loss}"} <= names
+    }
+    return [Group(cases, ratios)]
+
+
+def scaling_groups(wanted: Wanted) -> list[Group]:
+    """Time and memory against matrices, tokens and C, around a toy of 6 matrices, 16 x 64 tokens and C 50."""
+    middle = {"target.layers": 2, "decompose.batch": 16, "slices.C": 50}
+    runs = {"target.layers": (1, 2, 4, 8), "decompose.batch": (4, 16, 64), "slices.C": (25, 50, 100, 200)}
+    words = {"target.layers": ("matrices", 3), "decompose.batch": ("tokens", 64), "slices.C": ("C", 1)}
+    groups = []
+    for key, values in runs.items():
+        word, unit = words[key]
+        cases = []
+        for value in values:
+            settings = tuple(f"{name}={size}" for name, size in (middle | {key: value}).items())
+            labels = {words[name][0]: size * words[name][1] for name, size in (middle | {key: value}).items()}
+            cases.append(Case(f"{word} {value * unit}", "induction", (*TOY, *settings), labels=labels))
+        first, last = cases[0].name, cases[-1].name
+        grown = f"{last} / {first}"
+        groups.append(Group(cases, {f"{grown}, seconds": (last, first)}, {f"{grown}, peak": (last, first)}))
+    return groups
+
+
+def allocator_groups(wanted: Wanted) -> list[Group]:
+    """The allocator's thresholds: the same step with freed memory kept, and with glibc's defaults."""
+    groups = []
+    for name, recipe, settings in (
+        ("toy-64", "induction", (*TOY, "decompose.batch=64")),
+        ("gpt2-C64", "gpt2", (*SHARED, "slices.C=64")),
+    ):
+        for way in ("plan", "plain") if recipe == "induction" else ("plan",):
+            kept, default = f"{name} {way}, freed memory kept", f"{name} {way}, glibc's defaults"
+            cases = [Case(kept, recipe, settings, way), Case(default, recipe, settings, way, keep_freed=False)]
+            groups.append(Group(cases, {f"{name} {way}, defaults / kept": (default, kept)}))
+    return groups
+
+
+def memory_groups(wanted: Wanted) -> list[Group]:
+    """Attention importances at 5120 and 10240 positions: memory that grows linearly with the length."""
+    cases = []
+    for length in (LONG // 2, LONG):
+        batch = batch_at(length, wanted.batch)
+        settings = ("importance.kind=attention", "importance.backend=blocked", f"target.length={length}")
+        labels = {"length": length, "batch": batch}
+        cases.append(
+            Case(
+                f"attention blocked, length {length}",
+                "induction",
+                (*settings, f"decompose.batch={batch}"),
+                labels=labels,
+            )
+        )
+    pair = (cases[1].name, cases[0].name)
+    return [Group(cases, {"length 10240 / 5120, seconds": pair}, {"length 10240 / 5120, peak": pair})]
+
+
+def groups_of(what: str, wanted: Wanted) -> list[Group]:
+    """The groups of benchmark `what`, cut to the cases whose names match one of the patterns."""
+    kept = []
+    for group in BENCHMARKS[what](wanted):
+        cases = [case for case in group.cases if _matches(case.name, wanted.patterns)]
+        names = {case.name for case in cases}
+        if cases:
+            ratios = {name: pair for name, pair in group.ratios.items() if names.issuperset(pair)}
+            memory = {name: pair for name, pair in group.memory.items() if names.issuperset(pair)}
+            kept.append(Group(cases, ratios, memory))
+    return kept
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatchcase(name, f"{pattern}*") for pattern in patterns)
+
+
+BENCHMARKS: dict[str, Callable[[Wanted], list[Group]]] = {
+    "importance": importance_groups,
+    "step": step_groups,
+    "scaling": scaling_groups,
+    "allocator": allocator_groups,
+    "memory": memory_groups,
+}

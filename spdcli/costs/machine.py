@@ -1,0 +1,91 @@
+"""This machine: its name, its threads, how much memory this process uses and how much is left."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRODUCT_SIZE = 1536  # of the square products that the matrix-product rate is measured on
+STATUS = Path("/proc/self/status")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory of this process now, in bytes: resident, or what its tensors hold of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") or _highest_resident()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had at once, in bytes, from its start on."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not ru_maxrss where the other is to be had: that one begins with the peak of the process that forked us.
+    return _status("VmHWM") or _highest_resident()
+
+
+def _status(key: str) -> int:
+    if not STATUS.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024 if key in lines else 0
+
+
+def _highest_resident() -> int:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else most * 1024
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a measurement has to be read with: processor, threads, library, device."""
+    found = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next to this call is honest."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Two random `[PRODUCT_SIZE, PRODUCT_SIZE]` matrices: the product by which this machine's rate is measured."""
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device).unbind(0)
+    return a, b

@@ -1,0 +1,125 @@
+"""The obvious way to make a step, which the plan pass is measured against: every variant is a run of the whole model.
+
+It computes the same losses and gradients as `engine.step.backward_step`: the matrices of a variant are replaced while
+the target runs from its embedding to the logits of every position; KLs come from two log-softmaxes, all losses are
+added up, and one backward goes through all of it. While `whole_gates()` is open the gate network's hidden layer is
+made whole too, as three lines of PyTorch would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spdcli.engine import importance
+from spdcli.engine.fit import FitSettings, FitState
+from spdcli.engine.forward import Clean, Noise, ask, clean_pass, replaced
+from spdcli.engine.losses import minimality
+from spdcli.engine.optimise import set_rate
+from spdcli.engine.plan import Piece, Variant, draw_variants
+from spdcli.engine.step import LossSettings, exact_faithfulness
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import Batch, Target
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+def one_by_one_step(
+    target: Target,
+    decomposition: Decomposition,
+    clean: Clean,
+    settings: LossSettings,
+    p: float,
+    variants: Sequence[Variant],
+    noise: Noise,
+) -> dict[str, Tensor]:
+    """All losses of a step on `variants`, and their gradients in the parameters."""
+    batch = clean.batch
+    lower, upper = decomposition.importance(clean.inputs, clean.padding)
+    losses: dict[str, Tensor] = {}
+    for variant in variants:
+        piece = Piece(variant, 0, len(batch.tokens))
+        names = [name for name in decomposition.names if name in variant.matrices]
+        asked = {name: ask([piece], name, lower.get(name), decomposition.delta, noise) for name in names}
+        with replaced(target, decomposition, {name: one for name, one in asked.items() if one is not None}):
+            log_q = whole_run(target, batch.tokens, batch.valid).log_softmax(-1)[batch.looked]
+        first, second = (log_q, clean.log_probs) if settings.reverse_kl else (clean.log_probs, log_q)
+        divergence = (first.exp() * (first - second)).sum(-1).mean() * variant.weight
+        losses[variant.loss] = losses.get(variant.loss, 0) + divergence
+    if settings.coefficients.get("faithfulness", 0) > 0:
+        losses["faithfulness"] = exact_faithfulness(target, decomposition)
+    if settings.coefficients.get("minimality", 0) > 0:
+        losses["minimality"] = minimality(upper, batch.valid, p, settings.epsilon)
+    torch.stack([settings.coefficients[name] * loss for name, loss in losses.items()]).sum().backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def whole_run(target: Target, tokens: Tensor, valid: Tensor) -> Tensor:
+    """The target's logits at every position, `[B, T, N]`."""
+    last: list[Any] = []
+    handle = target.blocks[-1].register_forward_hook(lambda module, args, output: last.append(output))
+    try:
+        target.run(tokens, valid)
+    finally:
+        handle.remove()
+    hidden = last[0][0] if isinstance(last[0], tuple) else last[0]
+    return F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
+
+
+def whole_vector_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
+    """`engine.gates.vector_gates` with the hidden layer `[N, G, C]` made whole and left to autograd."""
+    hidden = (x @ w1 + b1).unflatten(-1, w2.shape)
+    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation](hidden), w2) + b2
+
+
+def whole_scalar_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
+    """`engine.gates.scalar_gates` with the hidden layer `[N, G, C]` made whole and left to autograd."""
+    hidden = x[:, None] * w1 + b1
+    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation](hidden), w2) + b2
+
+
+@contextmanager
+def whole_gates() -> Iterator[None]:
+    """While open, importance functions use the two functions above in place of the engine's kernels."""
+    plain = {"vector_gates": whole_vector_gates, "scalar_gates": whole_scalar_gates}
+    kernels = {name: getattr(importance, name) for name in plain}
+    try:
+        for name, function in plain.items():
+            setattr(importance, name, function)
+        yield
+    finally:
+        for name, function in kernels.items():
+            setattr(importance, name, function)
+
+
+def fit_one_by_one(
+    target: Target,
+    decomposition: Decomposition,
+    batches: Callable[[torch.Generator], Batch],
+    state: FitState,
+    settings: FitSettings,
+) -> Iterator[dict[str, Tensor]]:
+    """As `engine.fit.fit`, with every step one by one; yields the losses of each step."""
+    noise = Noise(state.generators["noise"])
+    blocks = {name: target.matrices[name].block for name in decomposition.names}
+    losses = settings.losses
+    while state.step < settings.steps:
+        batch = batches(state.generators["data"])
+        clean = clean_pass(target, batch, decomposition.names)
+        generator, shape = state.generators["plan"], (len(clean.place), clean.place.shape[1])
+        variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, generator)
+        state.optimiser.zero_grad(set_to_none=True)
+        p = losses.p(state.step, settings.steps)
+        done = one_by_one_step(target, decomposition, clean, losses, p, variants, noise)
+        for group, limit in zip(state.optimiser.param_groups, (settings.clip_slices, settings.clip_gates), strict=True):
+            torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf)
+        set_rate(state.optimiser, state.schedule, state.step)
+        state.optimiser.step()
+        state.step += 1
+        yield done

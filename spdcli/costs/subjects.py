@@ -1,0 +1,55 @@
+"""Targets with random weights, of the size that a recipe asks for: speed does not depend on what was learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdcli.engine.target import Batch
+from spdcli.prompts import Prompts
+from spdcli.recipe import InductionTarget, Recipe
+from spdcli.subject import Subject, toy_shape, toy_subject
+from spdcli.targets.induction import InductionToy
+
+
+def random_subject(recipe: Recipe, device: torch.device, prompts: tuple[int, int] = (2, 9)) -> Subject:
+    """The subject of a recipe with random weights: its toy, or a GPT-2 small on `prompts` random sequences of tokens.
+
+    `prompts` is (sequences, tokens in each); the toy draws its own sequences.
+    """
+    torch.manual_seed(recipe.seed)
+    if isinstance(recipe.target, InductionTarget):
+        return toy_subject(recipe, InductionToy(toy_shape(recipe.target)).to(device).eval())
+    return random_gpt2(recipe, device, prompts)
+
+
+def random_gpt2(recipe: Recipe, device: torch.device, shape: tuple[int, int]) -> Subject:
+    """GPT-2 small with random weights, on random tokens `[B, T]`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from spdcli.targets.architectures import architecture_of
+    from spdcli.targets.huggingface import LanguageModel, build_target
+
+    config = GPT2Config(attn_implementation="sdpa")
+    with device:
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    no_tokenizer: Any = None
+    language_model = LanguageModel(model, no_tokenizer, architecture_of(config.model_type), Path())
+    tokens = torch.randint(config.vocab_size, shape)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    batch = Batch(tokens, valid, valid, answers=tokens[:, -1]).to(device)
+    if recipe.losses.last_token_only:
+        last = torch.zeros_like(batch.valid)
+        last[:, -1] = True
+        batch = replace(batch, looked=last)
+    return Subject(
+        target=build_target(language_model, split_attention=False),
+        batches=lambda generator: batch,
+        length=shape[1],
+        token_text=str,
+        routes={},
+        prompts=Prompts(batch, torch.full((len(tokens),), shape[1] - 1), [], [], [], no_tokenizer),
+    )
