@@ -76,8 +76,8 @@ COMMANDS = (
         "reproduce",
         reproduce,
         BUILD,
-        "spd reproduce induction\nspd reproduce induction --seeds 5 --out five\n"
-        "spd reproduce induction --seeds 3 --same-toy --out same\nspd reproduce facts --seeds 3 --out facts",
+        "spd reproduce induction --seeds 5 --out five\nspd reproduce induction --seeds 3 --same-toy --out same\n"
+        "spd reproduce facts --seeds 3 --out facts",
     ),
     (
         "compare",

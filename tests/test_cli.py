@@ -206,7 +206,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_ls_in_every_mode(spd: Spd) -> None:
-    names = ["gpt2", "gpt2-laptop", "induction", "induction-quick", "smollm2"]
+    names = ["gpt2", "gpt2-laptop", "induction", "induction-quick", "smollm2", "smollm2-facts"]
     assert sorted(line.split()[0] for line in spd("recipe", "ls")[1].splitlines()) == names
     assert sorted(spd("recipe", "ls", "-q")[1].split()) == names
     data = json.loads(spd("recipe", "ls", "--json")[1])

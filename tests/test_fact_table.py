@@ -17,7 +17,7 @@ from spdcli.analysis.edits import find_slices, suppression
 from spdcli.analysis.fact_bounds import PAIRS, Pair, fact_claims, method_rows
 from spdcli.analysis.fact_table import METHODS, by_effect, by_rule, edits_of, fact_table, open_stage, positions_of
 from spdcli.analysis.table1 import compare, passes
-from spdcli.errors import SpdError
+from spdcli.errors import SpdError, UsageError
 from spdcli.facts import Fact, Facts, Known
 from spdcli.recipe_file import load_recipe
 from spdcli.subject import language_subject, start_decomposition
@@ -33,6 +33,7 @@ SETTINGS = [
     "data.stream_sequences=16",
     "data.stream_length=5",
 ]
+SUBJECTS = (" Bryant", " Woods")
 FACTS = Facts(
     known=Known(probability=1e-7, rank=10_000),
     fact=[Fact(category="x", prompt=prompt) for prompt in ("Tiger plays the sport of golf", "the sport of the Bryant")],
@@ -49,7 +50,7 @@ def stage_of(folder, tmp_path, *settings, facts=FACTS):
         if hasattr(module, "variance_epsilon"):
             module.forward = exact_norm(module)
     names = [name for name in subject.target.matrices if name.startswith(("layers.0.mlp", "layers.1.mlp"))]
-    stage = open_stage(subject, start_decomposition(recipe, subject, names), facts, recipe.slices.ridge, 0)
+    stage = open_stage(subject, start_decomposition(recipe, subject, names), facts, SUBJECTS, recipe.slices.ridge, 0)
     for values in stage.activity.g.values():
         values.zero_()
     return stage
@@ -60,19 +61,21 @@ def switch(stage, name, index, *places, importance=1.0):
         stage.activity.g[name][row, position, index] = importance
 
 
-def test_the_rule_takes_slices_of_one_token_that_is_not_the_first(tiny_llama_dir, tmp_path):
+def test_the_rule_takes_the_subjects_own_slice_of_which_the_weights_hold_most(tiny_llama_dir, tmp_path):
     stage = stage_of(tiny_llama_dir, tmp_path)
-    switch(stage, UP, 0, (0, 0))  # the first token
-    switch(stage, UP, 1, (0, 1), (1, 1))  # both prompts
-    switch(stage, UP, 2, (0, 2), (0, 3))  # two tokens
+    assert stage.own.texts[0].startswith("Kobe Bryant")  # K, obe, Bryant: the subject's last token is at 2
+    assert by_rule(stage, 0) == []
+    switch(stage, UP, 1, (0, 1))  # another token
+    switch(stage, UP, 2, (0, 2), (1, 1))  # the other prompt too
+    switch(stage, DOWN, 3, (0, 2))  # another matrix
+    assert by_rule(stage, 0) == []
     for index in (5, 6, 7):
-        switch(stage, UP, index, (0, index - 3), importance=0.1 * index)
-    switch(stage, DOWN, 3, (0, 3))  # another matrix
+        switch(stage, UP, index, (0, 2), importance=0.1 * index)
+    switch(stage, UP, 6, (0, 3))  # elsewhere in the same prompt: that is allowed
     own, weight = stage.decomposition.of(UP), stage.subject.target.matrices[UP].weight
     sizes = {c: abs((own.U[:, c] @ weight @ own.V[c] / own.U[:, c].norm() / own.V[c].norm()).item()) for c in (5, 6, 7)}
-    expected = sorted(sizes, key=sizes.get, reverse=True)[:2]
-    assert [str(address) for address in by_rule(stage, 0)] == [f"{UP}:{index}" for index in expected]
-    assert positions_of(stage, 0, by_rule(stage, 0)) == [index - 3 for index in expected]
+    assert [str(address) for address in by_rule(stage, 0)] == [f"{UP}:{max(sizes, key=sizes.get)}"]
+    assert positions_of(stage, 0, by_rule(stage, 0)) == [2]
     assert by_rule(stage, 1) == []
 
 
@@ -132,7 +135,7 @@ def test_every_number_of_the_table_against_weights_changed_by_hand(tiny_llama_di
     assert table[1]["edits"] == {}  # nothing is active there
     assert list(table[0]["edits"]) == list(METHODS)
     edits, chosen = edits_of(stage, 0)
-    assert set(chosen["rule"]) == {f"{UP}:1", f"{UP}:2"}
+    assert chosen["rule"] == [f"{UP}:2"]
     for method, edit in edits.items():
         found = table[0]["edits"][method]
         own, other = answers(stage, edit)
@@ -146,7 +149,7 @@ def test_every_number_of_the_table_against_weights_changed_by_hand(tiny_llama_di
         assert (found["slices"] is None) == (method not in ("rule", "effect"))
         if method not in ("rule", "effect"):
             assert list(edit) == [UP]
-            assert torch.linalg.matrix_rank(edit[UP].read @ edit[UP].write) == 2
+            assert torch.linalg.matrix_rank(edit[UP].read @ edit[UP].write) == 1
     # Untrained slices are the static duals: training is what the two differ by.
     assert table[0]["edits"]["static"]["own"] == pytest.approx(table[0]["edits"]["rule"]["own"], rel=1e-5)
     assert table[0]["edits"]["random"]["norm"] == pytest.approx(table[0]["edits"]["rule"]["norm"])
@@ -160,7 +163,10 @@ def test_what_a_table_cannot_be_made_of(tiny_llama_dir, tmp_path):
     subject = language_subject(recipe, torch.device("cpu"))
     elsewhere = start_decomposition(recipe, subject, ["layers.1.mlp.up_proj"])
     with pytest.raises(SpdError, match="does not decompose the first MLP"):
-        open_stage(subject, elsewhere, FACTS, 0.3, 0)
+        open_stage(subject, elsewhere, FACTS, SUBJECTS, 0.3, 0)
+    first = start_decomposition(recipe, subject, [UP])
+    with pytest.raises(UsageError, match="prompt 2 has no token ' Bryant'"):
+        open_stage(subject, first, FACTS, (" Bryant", " Bryant"), 0.3, 0)
 
 
 # --- bounds ----------------------------------------------------------------------------------------
@@ -228,12 +234,12 @@ def test_methods_over_seeds():
 def facts_here(tiny_llama_dir, tmp_path, monkeypatch, capsys):
     """`spd reproduce facts` on a tiny model that knows everything a little, with one pair of prompts."""
     prompts = ("Kobe Bryant plays professional basketball", "Tiger Woods plays the sport of golf")
-    monkeypatch.setattr(fact_bounds, "PAIRS", {"one": Pair(prompts, (0.6, 0.8), True)})
+    monkeypatch.setattr(fact_bounds, "PAIRS", {"one": Pair(prompts, SUBJECTS, (0.6, 0.8), True)})
     monkeypatch.setattr(facts_module, "load_facts", lambda path=None: FACTS)
     path = tmp_path / "small.toml"
     path.write_text(MODEL)
     run = spd_here(monkeypatch, capsys)
-    sparse = "importance.gate_bias=-1.0"  # so that some slices are active at a single token without much training
+    sparse = "importance.gate_bias=-0.6"  # so that some slices are one prompt's own without much training
     settings = [part for one in (f"target.model={tiny_llama_dir}", *SETTINGS[1:], sparse) for part in ("--set", one)]
     return lambda *more: run("reproduce", "facts", "--recipe", path, "--out", tmp_path / "out", *settings, *more)
 

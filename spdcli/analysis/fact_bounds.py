@@ -14,25 +14,34 @@ Tables = Mapping[str, Sequence[Mapping[str, Any]]]  # of one seed: the `fact_tab
 
 @dataclass(frozen=True)
 class Pair:
-    """Two prompts that are decomposed together; `falls` are the least falls of their answers by the rule.
+    """Two prompts that are decomposed together, with the last token of each one's subject.
 
+    `falls` are the least falls of their answers by the rule.
     Only of a `stated` pair do bounds decide; those of the others say what counts as agreeing.
     """
 
     prompts: tuple[str, str]
+    subjects: tuple[str, str]
     falls: tuple[float, float]
     stated: bool
 
 
 PAIRS = {
     "athletes": Pair(
-        ("Kobe Bryant plays professional basketball", "Tiger Woods plays professional golf"), (0.6, 0.8), True
+        ("Kobe Bryant plays professional basketball", "Tiger Woods plays professional golf"),
+        (" Bryant", " Woods"),
+        (0.6, 0.8),
+        True,
     ),
     "painters": Pair(
-        ("Pablo Picasso was a painter from Spain", "Claude Monet was a painter from France"), (0.6, 0.6), False
+        ("Pablo Picasso was a painter from Spain", "Claude Monet was a painter from France"),
+        (" Picasso", " Monet"),
+        (0.6, 0.6),
+        False,
     ),
     "landmarks": Pair(
         ("The Eiffel Tower is located in the city of Paris", "The Acropolis is located in the city of Athens"),
+        (" Tower", "ropolis"),
         (0.6, 0.6),
         False,
     ),

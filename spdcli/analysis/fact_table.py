@@ -1,15 +1,13 @@
 """Is a fact in a run's slices? Cutting them, beside what needs no decomposition: the table of section 5.2.
 
-For each of a run's prompts at most `TOP` slices of the first MLP are suppressed, chosen in two ways:
+For each of a run's prompts at most two slices of the first MLP are suppressed, chosen in two ways:
 
-    rule     stated before any effect is seen: the slices of MLP 0's up matrix (c_fc in GPT-2) that are active at one
-             single token of all prompts, and that not the first; those of which W holds most, |ûᵀ W v̂|
-    effect   of all slices of MLP 0 that are active in this prompt and at no first token, alone and in pairs, the ones
-             that lower its answer most while the run's other prompts change by less than OTHER. Facts take no part in
-             the choice
-
-First tokens are left out because attention sinks into them: what they read is the token alone, the same in every text
-that begins with it, and later blocks make of it a state a hundred times as large as others.
+    rule     stated before any effect is seen: of MLP 0's up matrix (c_fc in GPT-2) the slice that is active at the last
+             token of the prompt's subject and in no other prompt; of several the one of which W holds most, |ûᵀ W v̂|
+    effect   of all slices of MLP 0 that are active in the prompt, alone and in pairs, the ones that lower its answer
+             most while the run's other prompts change by less than OTHER. Facts take no part in the choice. Slices
+             active at a first token are left out: what they read is that token alone, the same in every text that
+             begins with it, and attention sinks into it
 
 and beside them edits of the same matrix and rank, at the tokens where the rule's slices are active: see `baselines`.
 Each is measured on the run's own prompts and on the facts that the unchanged model knows.
@@ -39,17 +37,25 @@ from spdcli.analysis.effects import Questions, measure_columns, measure_edits, p
 from spdcli.analysis.facts import facts_beside, known_mask, summarise
 from spdcli.analysis.inspection import matching
 from spdcli.analysis.questions import pick
-from spdcli.analysis.selection import Activity, carried, in_order, own_activity, with_direction
+from spdcli.analysis.selection import (
+    Activity,
+    Rule,
+    carried,
+    find_positions,
+    in_order,
+    own_activity,
+    select,
+    with_direction,
+)
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition, distinct_rows
-from spdcli.errors import SpdError
+from spdcli.errors import SpdError, UsageError
 from spdcli.facts import Facts
 from spdcli.stream import ridged, second_moments
 from spdcli.subject import Subject
 
-TOP = 2
 OTHER = 0.1  # how far the run's other prompts may change when slices are chosen by effect
-PAIRED = 6  # the strongest slices that are tried in pairs
+PAIRED = 12  # the strongest slices that are tried in pairs
 FIRST_MLP = ("*.0.mlp.*",)
 READS = ("*.0.mlp.up_proj", "*.0.mlp.c_fc")  # the matrix of the rule and of all baselines
 DIRECT_RIDGE = 0.02
@@ -58,21 +64,36 @@ METHODS = ("rule", "effect", "static", "static_plain", "direct", "optimised", "r
 
 @dataclass(eq=False)
 class Stage:
-    """A run and all that its table needs: its activity, its prompts as questions, the facts it knows, moments."""
+    """A run and all that its table needs.
+
+    Its activity, its prompts as questions, the facts it knows, the last token of every prompt's subject, and the
+    matrix `name` of the rule with the second moment of its inputs on broad text.
+    """
 
     subject: Subject
     decomposition: Decomposition
     activity: Activity
     own: Questions
     facts: Questions
+    subjects: Sequence[str]
     name: str
     moment: Tensor
     ridge: float
     seed: int
 
 
-def open_stage(subject: Subject, decomposition: Decomposition, facts: Facts, ridge: float, seed: int) -> Stage:
-    """The stage of a run of a language model. SpdError where it has no first MLP, no stream, or knows no fact."""
+def open_stage(
+    subject: Subject,
+    decomposition: Decomposition,
+    facts: Facts,
+    subjects: Sequence[str],
+    ridge: float,
+    seed: int,
+) -> Stage:
+    """The stage of a run of a language model. SpdError where it has no first MLP, no stream, or knows no fact.
+
+    UsageError where a prompt does not have the token that `subjects` names for it.
+    """
     names = [name for name in decomposition.names if any(fnmatchcase(name, pattern) for pattern in READS)]
     if not names:
         raise SpdError("the run does not decompose the first MLP", "slices.matrices has to cover layers.0.mlp.up_proj")
@@ -87,15 +108,19 @@ def open_stage(subject: Subject, decomposition: Decomposition, facts: Facts, rid
     if asked is None or not known:
         raise SpdError("the model knows none of the facts", "spd facts check MODEL says what it knows")
     moment = second_moments(subject.target, subject.stream(), names)[names[0]]
-    return Stage(subject, decomposition, activity, own, pick(asked.questions, known), names[0], moment, ridge, seed)
+    for row, token in enumerate(subjects):
+        find_positions(activity.texts, row, token)
+    facts_known = pick(asked.questions, known)
+    return Stage(subject, decomposition, activity, own, facts_known, subjects, names[0], moment, ridge, seed)
 
 
 def by_rule(stage: Stage, row: int) -> list[Address]:
-    """The slices of prompt `row` by the rule; empty where none is active at a single token."""
-    active = stage.activity.g[stage.name] > 0
-    single = active.flatten(0, 1).sum(0) == 1
-    found = with_direction(stage.decomposition, {stage.name: single & active[row, 1:].any(0)})
-    return in_order(found, [carried(stage.subject.target, stage.decomposition, [stage.name])])[:TOP]
+    """The slice of prompt `row` by the rule; empty where none is its own."""
+    rule = Rule(row, stage.subjects[row], matrices=(stage.name,), top=1, by="weight")
+    try:
+        return select(stage.subject, stage.decomposition, stage.activity, stage.own, rule)
+    except UsageError:
+        return []
 
 
 def by_effect(stage: Stage, row: int) -> list[Address]:

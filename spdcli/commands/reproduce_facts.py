@@ -50,7 +50,7 @@ def reproduce_facts(
     tables: dict[int, dict[str, Any]] = {}
     for nth, (run, (pair, loaded)) in enumerate(zip(runs, wanted, strict=True), 1):
         console.note(f"{pair}, seed {loaded.recipe.seed} ({nth} of {len(runs)}) in {run.path}")
-        tables.setdefault(loaded.recipe.seed, {})[pair] = table_of(run, loaded, console)
+        tables.setdefault(loaded.recipe.seed, {})[pair] = table_of(run, loaded, pair, console)
     rows, broken = compare(list(tables.values()), fact_claims(pairs))
     data: dict[str, Any] = {
         "schema": "spd.reproduce/1",
@@ -82,12 +82,13 @@ def pair_recipes(recipe: str, settings: list[str], device: str | None, seeds: in
     return [load_recipe(recipe, [*settings, prompts], seed=start + k, device=device) for k in range(seeds)]
 
 
-def table_of(run: RunDirectory, loaded: LoadedRecipe, console: Console) -> list[dict[str, Any]]:
+def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Console) -> list[dict[str, Any]]:
     """The table of one run, trained and measured now unless that was done before."""
     found = read_json(run / TABLE)
     if found.get("schema") == "spd.facts.table/1" and (run / "decomposition.safetensors").exists():
         console.note(f"{run.path} is measured already")
         return found["table"]
+    from spdcli.analysis.fact_bounds import PAIRS
     from spdcli.analysis.fact_table import fact_table, open_stage
     from spdcli.commands.decompose import prepare_subject
     from spdcli.facts import load_facts
@@ -98,7 +99,8 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, console: Console) -> list[
     subject = prepare_subject(run, loaded, console)
     finish_run(run, loaded, lambda: subject, console)
     decomposition = load_decomposition(recipe, subject, load_tensors(run / DECOMPOSITION)[0])
-    stage = open_stage(subject, decomposition, load_facts(), recipe.slices.ridge, recipe.seed)
+    ridge, seed = recipe.slices.ridge, recipe.seed
+    stage = open_stage(subject, decomposition, load_facts(), PAIRS[pair].subjects, ridge, seed)
     table = fact_table(stage)
     write_json(run / TABLE, {"schema": "spd.facts.table/1", "table": table})
     return table
