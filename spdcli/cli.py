@@ -83,7 +83,7 @@ COMMANDS = (
         "compare",
         compare,
         LOOK,
-        "spd compare induction-quick --with losses.layerwise_matrices=2 --with losses.faithfulness_probes=4\n"
+        "spd compare induction-quick --with losses.layerwise_matrices=2\n"
         "spd compare smollm2 --with importance.basis=full --set decompose.steps=200",
     ),
     ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
@@ -117,7 +117,7 @@ COMMANDS = (
         trace,
         LOOK,
         "spd trace run --subject 'Kobe Bryant' --subject 'Tiger Woods'\n"
-        "spd trace openai-community/gpt2 --prompt 'Kobe Bryant plays the sport of basketball' --subject 'Kobe Bryant'",
+        "spd trace gpt2 --prompt 'Golf is what Tiger Woods plays' --subject Tiger",
     ),
     (
         "report",

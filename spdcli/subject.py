@@ -286,7 +286,13 @@ def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tens
     if recipe.importance.basis == "span":
         bases = {name: tensors[f"importances.bases.{name.replace('.', '/')}"] for name in ordered}
     made = _assemble(recipe, subject, ordered, bases)
-    made.load_state_dict(tensors)
+    try:
+        made.load_state_dict(tensors)
+    except RuntimeError as error:  # torch's own words are a page
+        raise SpdError(
+            "the saved decomposition does not fit its recipe: other slices or gates, or an older version of spd",
+            "run spd decompose again",
+        ) from error
     return made.requires_grad_(False).eval()
 
 

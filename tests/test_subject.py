@@ -304,6 +304,16 @@ def test_every_setting_reaches_the_engine(tmp_path):
     assert not loss_settings(toy_recipe(folder=tmp_path)).reverse_kl
 
 
+def test_gates_of_another_shape_are_told_in_one_line(tmp_path):
+    recipe = toy_recipe(folder=tmp_path)
+    subject = toy_subject(recipe, loud_toy(recipe))
+    saved = start_decomposition(recipe, subject, ["Q0"]).state_dict()
+    saved["importances.gates.Q0.w2"] = saved["importances.gates.Q0.w2"].t().contiguous()
+    with pytest.raises(SpdError, match="does not fit its recipe") as error:
+        load_decomposition(recipe, subject, saved)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_toy_is_opened_from_the_directory_of_its_training(tmp_path, heads):
     recipe = toy_recipe(f"target.heads={heads}", folder=tmp_path)
