@@ -80,7 +80,7 @@ def test_the_rule_takes_the_subjects_own_slice_of_which_the_weights_hold_most(ti
 
 
 def test_the_choice_by_effect_is_the_best_of_all_singles_and_pairs(tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("spdcli.analysis.fact_table.OTHER", 0.4)
+    monkeypatch.setattr("spdcli.analysis.selection.SPARED", 0.4)
     stage = stage_of(tiny_llama_dir, tmp_path)
     active = [(UP, 1), (UP, 2), (GATE, 3), (DOWN, 2), (DOWN, 4)]
     for name, index in active:

@@ -16,10 +16,8 @@ from spdcli.analysis.edits import Address, suppression
 from spdcli.analysis.places import (
     BASELINE,
     CONTROL,
-    PAIRED,
     SLICES,
     SOUGHT,
-    SPARED,
     Scene,
     chosen_matrix,
     fact_edits,
@@ -28,7 +26,7 @@ from spdcli.analysis.places import (
     slices_by_effect,
     slices_by_rule,
 )
-from spdcli.analysis.selection import own_activity
+from spdcli.analysis.selection import PAIRED, SPARED, own_activity
 from spdcli.errors import UsageError
 from spdcli.targets.huggingface import build_target, load_model
 from spdcli.targets.induction import toy_target
@@ -117,7 +115,7 @@ def ratio_of(subject, scene, slices):
 @pytest.mark.parametrize("spared", [SPARED, 1e9, 0.0])
 def test_slices_by_effect_are_the_best_that_spare_the_others(spared, planted, monkeypatch):
     subject, scene = planted
-    monkeypatch.setattr("spdcli.analysis.places.SPARED", spared)
+    monkeypatch.setattr("spdcli.analysis.selection.SPARED", spared)
     every = torch.full_like(scene.activity.g[FC], 0.5) * scene.questions.batch.valid[..., None]
     every[:, 0] = 0
     scene = replace(scene, activity=replace(scene.activity, g=scene.activity.g | {FC: every}))
@@ -125,8 +123,8 @@ def test_slices_by_effect_are_the_best_that_spare_the_others(spared, planted, mo
     assert len(addresses) <= PAIRED  # all of them are paired
     tried = {(one,): ratio_of(subject, scene, [one]) for one in addresses}
     tried |= {pair: ratio_of(subject, scene, list(pair)) for pair in itertools.combinations(addresses, 2)}
-    fair = {slices: ratio for slices, ratio in tried.items() if abs(ratio[TIGER] - 1) < spared} or tried
-    best = min(fair, key=lambda slices: fair[slices][KOBE])
+    fair = {slices: ratio for slices, ratio in tried.items() if abs(ratio[TIGER] - 1) < spared}
+    best = min(fair, key=lambda slices: fair[slices][KOBE]) if fair else ()
     assert set(slices_by_effect(scene, KOBE)) == set(best)
 
 

@@ -5,7 +5,7 @@ For each of a run's prompts at most two slices of the first MLP are suppressed, 
     rule     stated before any effect is seen: of MLP 0's up matrix (c_fc in GPT-2) the slice that is active at the last
              token of the prompt's subject and in no other prompt; of several the one of which W holds most, |ûᵀ W v̂|
     effect   of all slices of MLP 0 that are active in the prompt, alone and in pairs, the ones that lower its answer
-             most while the run's other prompts change by less than OTHER. Facts take no part in the choice. Slices
+             most while the run's other prompts change by less than SPARED. Facts take no part in the choice. Slices
              active at a first token are left out: what they read is that token alone, the same in every text that
              begins with it, and attention sinks into it
 
@@ -15,8 +15,7 @@ Each is measured on the run's own prompts and on the facts that the unchanged mo
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,21 +31,12 @@ from spdcli.analysis.baselines import (
     singular_edit,
     static_duals,
 )
-from spdcli.analysis.edits import Address, Edit, suppression, suppressions
-from spdcli.analysis.effects import Questions, measure_columns, measure_edits, present_answers
+from spdcli.analysis.edits import Address, Edit, suppression
+from spdcli.analysis.effects import Questions, measure_edits, present_answers
 from spdcli.analysis.facts import facts_beside, known_mask, summarise
 from spdcli.analysis.inspection import matching
 from spdcli.analysis.questions import pick
-from spdcli.analysis.selection import (
-    Activity,
-    Rule,
-    carried,
-    find_positions,
-    in_order,
-    own_activity,
-    select,
-    with_direction,
-)
+from spdcli.analysis.selection import Activity, Rule, find_positions, most_lowering, own_activity, select
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition, distinct_rows
 from spdcli.errors import SpdError, UsageError
@@ -54,8 +44,6 @@ from spdcli.facts import Facts
 from spdcli.stream import ridged, second_moments
 from spdcli.subject import Subject
 
-OTHER = 0.1  # how far the run's other prompts may change when slices are chosen by effect
-PAIRED = 12  # the strongest slices that are tried in pairs
 FIRST_MLP = ("*.0.mlp.*",)
 READS = ("*.0.mlp.up_proj", "*.0.mlp.c_fc")  # the matrix of the rule and of all baselines
 DIRECT_RIDGE = 0.02
@@ -126,25 +114,7 @@ def by_rule(stage: Stage, row: int) -> list[Address]:
 def by_effect(stage: Stage, row: int) -> list[Address]:
     """The slice or the pair that lowers the answer of prompt `row` most; empty where none may be taken."""
     names = matching(list(stage.activity.g), FIRST_MLP)
-    active = {name: stage.activity.g[name] > 0 for name in names}
-    found = {name: on[row].any(0) & ~on[:, 0].any(0) for name, on in active.items()}
-    sizes = carried(stage.subject.target, stage.decomposition, names)
-    alone = in_order(with_direction(stage.decomposition, found), [sizes])
-    tried: dict[str, tuple[list[Address], float]] = {}
-
-    def measure(candidates: Mapping[str, list[Address]], edits: Mapping[str, Edit]) -> None:
-        for name, columns in measure_columns(stage.subject.target, stage.own, edits).items():
-            ratio = columns["ratio"]
-            others = torch.cat([ratio[:row], ratio[row + 1 :]])
-            if bool(((others - 1).abs() < OTHER).all()):
-                tried[name] = (candidates[name], ratio[row].item())
-
-    target, decomposition = stage.subject.target, stage.decomposition
-    measure({str(one): [one] for one in alone}, suppressions(target, decomposition, alone))
-    strongest = [slices[0] for slices, _ in sorted(tried.values(), key=lambda entry: entry[1])][:PAIRED]
-    pairs = {f"{a} {b}": [a, b] for a, b in itertools.combinations(strongest, 2)}
-    measure(pairs, {name: suppression(target, decomposition, pair) for name, pair in pairs.items()})
-    return min(tried.values(), key=lambda entry: entry[1])[0] if tried else []
+    return most_lowering(stage.subject.target, stage.decomposition, stage.activity, stage.own, row, names)
 
 
 def positions_of(stage: Stage, row: int, slices: Sequence[Address]) -> list[int]:

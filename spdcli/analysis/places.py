@@ -12,7 +12,6 @@ second matrix, its like in the layer where causal tracing finds the MLPs that re
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from spdcli.analysis.baselines import direct_edit, edit_norm, optimised_edit, random_edit, singular_edit, static_duals
 from spdcli.analysis.edits import Address, Edit, find_matrix, suppression, suppressions
-from spdcli.analysis.effects import Questions, measure_columns
-from spdcli.analysis.selection import Activity, carried, in_order, with_direction, written
+from spdcli.analysis.effects import Questions
+from spdcli.analysis.selection import Activity, carried, in_order, most_lowering, with_direction
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition, distinct_rows
 from spdcli.engine.target import Target
@@ -31,8 +30,6 @@ from spdcli.errors import UsageError
 from spdcli.stream import ridged
 
 NAMES = 2  # slices by rule, and tokens of a subject where there are none
-SPARED = 0.1  # how far slices chosen by effect may change the run's other prompts
-PAIRED = 8  # of the strongest slices, for pairs
 DIRECT_RIDGE = 0.02  # of C's mean eigenvalue
 SLICES, BASELINE, CONTROL, SOUGHT = "slices", "baseline", "control", "sought"
 
@@ -112,30 +109,10 @@ def slices_by_rule(scene: Scene, row: int) -> dict[Address, int]:
 
 
 def slices_by_effect(scene: Scene, row: int) -> list[Address]:
-    """At most two slices of the same MLP that lower the answer most, of all that are active in the prompt and at no
-    prompt's first token.
-
-    Those that change another prompt of the run by more than SPARED are passed over, unless there are no others.
-    """
+    """At most two slices of the same MLP that lower the answer most: see `most_lowering`."""
     target, decomposition = scene.target, scene.decomposition
     names = [n for n in before_output(target, target.matrices[scene.matrix].block) if n in decomposition.names]
-    on = {name: scene.activity.g[name] > 0 for name in names or [scene.matrix]}
-    active = {name: where[row].any(0) & ~where[:, 0].any(0) for name, where in on.items()}
-    length = scene.activity.texts.batch.tokens.shape[1]
-    amounts = written(decomposition, scene.activity, row, range(length))
-    found = in_order(with_direction(decomposition, active), [amounts])
-    if not found:
-        return []
-    single = measure_columns(target, scene.questions, suppressions(target, decomposition, found))
-    strongest = sorted(found, key=lambda address: single[str(address)]["ratio"][row].item())[:PAIRED]
-    pairs = {f"{one} {other}": [one, other] for one, other in itertools.combinations(strongest, 2)}
-    edits = {name: suppression(target, decomposition, pair) for name, pair in pairs.items()}
-    measured = single | (measure_columns(target, scene.questions, edits) if edits else {})
-    slices = {str(address): [address] for address in found} | pairs
-    others = [other for other in range(len(scene.questions.texts)) if other != row]
-    moved = {name: (columns["ratio"][others] - 1).abs().amax() if others else 0.0 for name, columns in measured.items()}
-    sparing = [name for name in measured if moved[name] < SPARED] or list(measured)
-    return slices[min(sparing, key=lambda name: measured[name]["ratio"][row].item())]
+    return most_lowering(target, decomposition, scene.activity, scene.questions, row, names or [scene.matrix])
 
 
 def inputs_at(scene: Scene, name: str, row: int, positions: Sequence[int]) -> tuple[Tensor, Tensor]:

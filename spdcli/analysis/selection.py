@@ -14,13 +14,14 @@ positions, C slices of a matrix.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spdcli.analysis.edits import Address, suppressions
+from spdcli.analysis.edits import Address, Edit, suppression, suppressions
 from spdcli.analysis.effects import Questions, measure_columns, own_questions
 from spdcli.analysis.inspection import TOY_SEQUENCES, Texts, importances_of, matching, own_texts
 from spdcli.analysis.questions import pick
@@ -30,6 +31,8 @@ from spdcli.errors import UsageError
 from spdcli.subject import Subject
 
 RULES = ("importance", "written", "weight", "effect")
+SPARED = 0.1  # how far slices chosen by effect may change the run's other prompts
+PAIRED = 12  # the strongest slices that are tried in pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,3 +188,37 @@ def select(
         kind = "active only there" if rule.unique or rule.only_at else "active"
         raise UsageError(f"no slice of these matrices is {kind} at {rule.token!r} in prompt {rule.row + 1}")
     return ordered[: rule.top]
+
+
+def most_lowering(
+    target: Target,
+    decomposition: Decomposition,
+    activity: Activity,
+    questions: Questions,
+    row: int,
+    names: Sequence[str],
+) -> list[Address]:
+    """The slice or the pair that lowers the answer of prompt `row` most, of those of the matrices `names` that are
+    active in that prompt and at no prompt's first token.
+
+    What changes another prompt by SPARED or more is passed over; nothing is left where all do. Pairs are of the PAIRED
+    strongest. First tokens are left out because what they read is the token alone, the same in every text that begins
+    with it, and attention sinks into them.
+    """
+    on = {name: activity.g[name] > 0 for name in names}
+    found = {name: where[row].any(0) & ~where[:, 0].any(0) for name, where in on.items()}
+    alone = in_order(with_direction(decomposition, found), [carried(target, decomposition, names)])
+    tried: dict[str, tuple[list[Address], float]] = {}
+
+    def measure(candidates: Mapping[str, list[Address]], edits: Mapping[str, Edit]) -> None:
+        for name, columns in measure_columns(target, questions, edits).items() if edits else ():
+            ratio = columns["ratio"]
+            others = torch.cat([ratio[:row], ratio[row + 1 :]])
+            if bool(((others - 1).abs() < SPARED).all()):
+                tried[name] = (candidates[name], ratio[row].item())
+
+    measure({str(one): [one] for one in alone}, suppressions(target, decomposition, alone))
+    strongest = [slices[0] for slices, _ in sorted(tried.values(), key=lambda entry: entry[1])][:PAIRED]
+    pairs = {f"{a} {b}": [a, b] for a, b in itertools.combinations(strongest, 2)}
+    measure(pairs, {name: suppression(target, decomposition, pair) for name, pair in pairs.items()})
+    return min(tried.values(), key=lambda entry: entry[1])[0] if tried else []
