@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -43,14 +43,14 @@ def real_cache() -> Iterator[None]:
         yield
 
 
-def save_tokenizer(folder: Path) -> int:
-    """Saves a byte-level tokenizer that knows WORDS; 'Kobe' is 'K', 'obe'. Returns its vocabulary size."""
+def save_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> int:
+    """Saves a byte-level tokenizer that knows `words`; 'Kobe' is 'K', 'obe'. Returns its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in words:
         for end in range(1, len(word)):
             if (word[:end], word[end]) not in merges:
                 merges.append((word[:end], word[end]))

@@ -8,7 +8,7 @@ import pytest
 from small_runs import one_line, spd_here
 
 from spdcli.commands.bench import Benchmark
-from spdcli.costs.bench import Conditions, Group, measure
+from spdcli.costs.bench import Conditions, Group, measure, too_large
 from spdcli.costs.cases import BENCHMARKS, Wanted, batch_at, groups_of
 from spdcli.costs.worker import WAYS, Case
 from spdcli.errors import SpdError
@@ -74,6 +74,51 @@ def test_a_measurement(capsys):
         assert row["product_share"] == pytest.approx(row["flops"] / row["seconds"] / row["product_flops_per_second"])
     assert said[-1][1] == 6
     assert "seconds" in json.dumps(found)
+
+
+def test_long_cases_make_fewer_steps():
+    group = Group([Case("plan", "induction", TINY)], seconds=0)
+    (row,) = measure([group], Conditions(rounds=3, threads=1), lambda *said: None)["rows"]
+    assert row["steps"] == 1
+
+
+def test_what_does_not_fit_is_not_started(monkeypatch):
+    monkeypatch.setattr("spdcli.costs.estimate.free_bytes", lambda device: 0)
+    cases = [Case("small", "induction", TINY), Case("large", "induction", TINY, large=True, labels={"batch": 2})]
+    pair = {"large / small": ("large", "small")}
+    asked = []
+    say = lambda name, done, total: asked.append((name, done, total))  # noqa: E731
+    found = measure([Group(cases, pair, pair), Group(cases[1:])], Conditions(rounds=1, threads=1), say)
+    small, *large = found["rows"]
+    assert "skipped" not in small
+    assert small["seconds"] > 0
+    assert found["ratios"] == {}
+    assert {name for name, _, _ in asked} == {"matrix product", "small"}
+    assert asked[0][1:] == (2, 6)
+    for row in large:
+        assert (row["name"], row["batch"]) == ("large", 2)
+        assert row["skipped"].startswith("needs 0.")
+        assert "seconds" not in row
+    monkeypatch.setattr("spdcli.costs.estimate.free_bytes", lambda device: 2**40)
+    assert too_large(cases[1], "cpu") == ""
+
+
+def test_a_skipped_case_is_told(monkeypatch, capsys):
+    row = {"name": "large, length 8", "batch": 2, "skipped": "needs 40.1 GiB, 20.0 are free"}
+    monkeypatch.setattr("spdcli.costs.bench.measure", lambda *asked: {"rows": [row], "ratios": {}})
+    spd = spd_here(monkeypatch, capsys)
+    code, out, err = spd("bench", "importance")
+    assert code == 0
+    assert "skipped" in out
+    assert "large, length 8: not measured: needs 40.1 GiB" in err
+    code, out, _ = spd("bench", "importance", "--json")
+    assert (code, json.loads(out)["rows"]) == (0, [row])
+    assert spd("bench", "importance", "-q") == (0, "", "")
+
+
+def test_dense_attention_is_looked_at_first():
+    large = {case.name for group in groups_of("importance", Wanted()) for case in group.cases if case.large}
+    assert large == {"attention dense, length 1024", "attention dense, length 10240"}
 
 
 def test_what_goes_wrong_in_a_process_is_told_with_its_case():

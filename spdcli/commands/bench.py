@@ -73,6 +73,8 @@ def bench(
 
     Every case has random weights and a process of its own. Cases that are
     compared take turns; medians are shown, and ratios are of the same run.
+    Long cases of importance make fewer steps than --rounds, and one that
+    needs too much memory is not started.
     Peaks are of the whole process, the libraries' 0.2 to 0.4 GB included.
     """
     console = make_console(json, quiet, verbose)
@@ -96,8 +98,10 @@ def bench(
         table(found["rows"], f"spd bench {what.value}: {title(machine)}"),
         *(f"{name}: {ratio:.2f}" for name, ratio in found["ratios"].items()),
     )
-    if quiet:
-        for row in found["rows"]:
+    for row in found["rows"]:
+        if "skipped" in row:
+            console.note(f"{row['name']}: not measured: {row['skipped']}")
+        elif quiet:
             console.result(f"{row['name']}: {row['seconds']:.4g} s")
 
 
@@ -128,6 +132,10 @@ def table(rows: list[dict[str, Any]], heading: str) -> Table:
     for column in columns if batches else columns[1:]:
         made.add_column(column, justify="right")
     for row in rows:
+        batch = [str(row["batch"])] if batches else []
+        if "skipped" in row:
+            made.add_row(row["name"], *batch, "skipped")
+            continue
         cells = [
             f"{row['seconds']:.3g}",
             f"{1 / row['seconds']:.3g}",
@@ -137,5 +145,5 @@ def table(rows: list[dict[str, Any]], heading: str) -> Table:
             f"{row['flops_per_second'] / 1e9:.1f}",
             f"{row['product_share']:.0%}",
         ]
-        made.add_row(row["name"], *([str(row["batch"])] if batches else []), *cells)
+        made.add_row(row["name"], *batch, *cells)
     return made

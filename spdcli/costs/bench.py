@@ -8,6 +8,7 @@ machine's own rate, at the same time.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from spdcli.errors import SpdError
 
 PRODUCT = Case("matrix product", "", way="product")
 LONG_STEP = 30.0  # seconds; a case whose first step takes longer is measured by that step alone
+SHARE = 0.5  # of the free memory, that a large case may need: others of its group, and other programs, need some too
 Say = Callable[[str, int, int], None]
 
 
@@ -27,12 +29,14 @@ Say = Callable[[str, int, int], None]
 class Group:
     """Cases that are measured side by side, and the ratios of their seconds that are wanted.
 
-    `ratios[name]` is (numerator, denominator), two names of cases; so is `memory`, of their peaks.
+    `ratios[name]` is (numerator, denominator), two names of cases; so is `memory`, of their peaks. `seconds` bounds
+    what the measured steps of one case take, by its first step: then it makes fewer than other cases, but one.
     """
 
     cases: Sequence[Case]
     ratios: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     memory: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,20 @@ class Member:
         self.process.start()
         theirs.close()
         self.seconds: list[float] = []
+        self.took = 0.0  # by the first step
         self.counted: dict[str, Any] = {}
         self.base = self._answer()["ready"]
 
-    def step(self, first: bool) -> None:
-        """Make one step: the first is counted, and measured only if it is a LONG_STEP; then no other follows."""
-        if first:
-            self.counted = self.ask("count")
-            seconds = self.counted.pop("seconds")
-            if seconds >= LONG_STEP:
-                self.seconds = [seconds]
-        elif self.seconds[:1] < [LONG_STEP]:
+    def first_step(self) -> None:
+        """Make one step and count it; it is measured only if it is a LONG_STEP, and then no other follows."""
+        self.counted = self.ask("count")
+        self.took = self.counted.pop("seconds")
+        if self.took >= LONG_STEP:
+            self.seconds = [self.took]
+
+    def step(self, limit: float) -> None:
+        """Make one more step, unless it is not the first and all of them would take more than `limit` seconds."""
+        if self.took < LONG_STEP and (not self.seconds or self.took * (len(self.seconds) + 1) <= limit):
             self.seconds.append(self.ask("step")["seconds"])
 
     def ask(self, what: str) -> dict[str, Any]:
@@ -110,26 +117,61 @@ def measure(groups: Sequence[Group], conditions: Conditions, say: Say) -> dict[s
     A row: `seconds` is the median of a step over the rounds, `fastest` the least of them, `peak_bytes` the most memory
     that the case's process had at once, `base_bytes` what it had before anything was built, `flops` those of one
     step's matrix products, `bytes` what its operations read and write, `flops_per_second` of the two, and
-    `product_share` that rate over the rate of one large matrix product in the same rounds.
+    `product_share` that rate over the rate of one large matrix product in the same rounds. A large case that needs
+    more than its SHARE of the free memory is never started: its row says so, as `skipped`, and has no numbers.
     """
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     total = sum(len(group.cases) for group in groups) * (conditions.rounds + 1)
     done = 0
     for group in groups:
-        with started([PRODUCT, *group.cases], conditions) as members:
+        skipped = {case.name: why for case in group.cases if (why := too_large(case, conditions.device))}
+        done += len(skipped) * (conditions.rounds + 1)
+        cases = [case for case in group.cases if case.name not in skipped]
+        with started([PRODUCT, *cases] if cases else [], conditions) as members:
             for number in range(conditions.rounds + 1):
                 for member in members:
                     say(member.case.name, done, total)
-                    member.step(first=number == 0)
+                    if number == 0:
+                        member.first_step()
+                    else:
+                        member.step(math.inf if member is members[0] else group.seconds)
                     done += member is not members[0]
             found = {member.case.name: row(member, members[0]) for member in members[1:]}
-        rows += found.values()
-        for name, (above, below) in group.ratios.items():
-            ratios[name] = found[above]["seconds"] / found[below]["seconds"]
-        for name, (above, below) in group.memory.items():
-            ratios[name] = found[above]["peak_bytes"] / found[below]["peak_bytes"]
+        rows += [found.get(case.name) or told(case) | {"skipped": skipped[case.name]} for case in group.cases]
+        for pairs, key in ((group.ratios, "seconds"), (group.memory, "peak_bytes")):
+            for name, (above, below) in pairs.items():
+                if above in found and below in found:
+                    ratios[name] = found[above][key] / found[below][key]
     return {"rows": rows, "ratios": ratios}
+
+
+def too_large(case: Case, device: str) -> str:
+    """Why a large case cannot be measured here, in words; nothing where it can."""
+    if not case.large:
+        return ""
+    import torch
+
+    from spdcli.costs.estimate import estimate
+    from spdcli.recipe_file import load_recipe
+
+    found = estimate(load_recipe(case.recipe, case.settings), torch.device(device), seconds=False)
+    needed, free = found["bytes"]["total"], found["free_bytes"]
+    if needed <= SHARE * free:
+        return ""
+    return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free, of which a case may have {SHARE:.0%}"
+
+
+def told(case: Case) -> dict[str, Any]:
+    """What a row says of its case, whatever it measured."""
+    return {
+        "name": case.name,
+        "way": case.way,
+        "recipe": case.recipe,
+        "settings": list(case.settings),
+        "keep_freed": case.keep_freed,
+        **case.labels,
+    }
 
 
 def row(member: Member, product: Member) -> dict[str, Any]:
@@ -148,9 +190,5 @@ def row(member: Member, product: Member) -> dict[str, Any]:
         "flops_per_second": rate,
         "product_flops_per_second": product_rate,
         "product_share": rate / product_rate,
-        "way": case.way,
-        "recipe": case.recipe,
-        "settings": list(case.settings),
-        "keep_freed": case.keep_freed,
-        **case.labels,
+        **told(case),
     }

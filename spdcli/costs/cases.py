@@ -12,6 +12,7 @@ from spdcli.engine.attention import DENSE_LENGTH
 from spdcli.engine.losses import RECONSTRUCTION
 
 MAX_BATCH, LONG, LONG_BATCH = 64, 10240, 4  # Table 2: batch 64, and 4 at length 10240
+CASE_SECONDS = 10.0  # that the measured steps of one case of Table 2 may take in all, if they are more than one
 DEFAULT_TOKENS = 4096  # in a batch of Table 2, unless --batch says otherwise: what two cores do in a moment
 GATE_KINDS = (
     ("scalar", "auto"),
@@ -59,8 +60,10 @@ def importance_groups(wanted: Wanted) -> list[Group]:
             name = f"{kind} {backend}".removesuffix(" auto")
             relative = ("importance.relative=scalar",) if backend == "flex" else ()
             chosen = (f"importance.kind={kind}", f"importance.backend={backend}", *relative)
-            cases.append(Case(f"{name}, length {length}", "induction", (*chosen, *shape), labels=labels))
-        groups.append(Group(cases))
+            large = backend == "dense" and length > DENSE_LENGTH  # grows with the square of the length
+            made = Case(f"{name}, length {length}", "induction", (*chosen, *shape), large=large, labels=labels)
+            cases.append(made)
+        groups.append(Group(cases, seconds=CASE_SECONDS))
     return groups
 
 
@@ -169,7 +172,7 @@ def groups_of(what: str, wanted: Wanted) -> list[Group]:
         if cases:
             ratios = {name: pair for name, pair in group.ratios.items() if names.issuperset(pair)}
             memory = {name: pair for name, pair in group.memory.items() if names.issuperset(pair)}
-            kept.append(Group(cases, ratios, memory))
+            kept.append(replace(group, cases=cases, ratios=ratios, memory=memory))
     return kept
 
 

@@ -23,6 +23,7 @@ class Case:
     `recipe` with `settings` (as `--set` takes them) says what is decomposed, with random weights; `way` how a step is
     made: by the engine (plan), every variant by itself (one by one), the same with the gate network made whole
     (plain), or, in place of a step, one square matrix product (product). `keep_freed` is the allocator's switch.
+    `large` says that it may need more memory than there is: that is found out, without numbers, before it is started.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     settings: tuple[str, ...] = ()
     way: str = "plan"
     keep_freed: bool = True
+    large: bool = False
     prompts: tuple[int, int] = (2, 9)
     labels: dict[str, Any] = field(default_factory=dict)
 
