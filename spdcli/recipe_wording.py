@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from spdcli.recipe import Recipe, contradictions
+from spdcli.recipe import Recipe
+from spdcli.recipe_rules import contradictions
 from spdcli.toml_lines import KeyPath
 
 Schema = Mapping[str, Any]

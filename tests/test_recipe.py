@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from spdcli.recipe import Losses
 from spdcli.recipe_file import dump_recipe, load_recipe, shipped
+from spdcli.recipe_rules import HOLDING
 
 PAPER = {
     ("induction", "train"): {  # Table 3
@@ -115,3 +117,7 @@ def test_a_shipped_recipe_loads_and_survives_a_round_trip(name: str, tmp_path: P
     copy.write_text(dump_recipe(recipe, spd="0.1", torch="2\n[x]"))
     assert load_recipe(copy).recipe == recipe
     assert copy.read_text().startswith("# spd: 0.1\n# torch: 2 [x]\n")
+
+
+def test_every_loss_that_holds_slices_to_the_target_is_known_to_the_rules():
+    assert set(HOLDING) == {name for name in Losses.model_fields if name == "faithfulness" or "recon" in name}

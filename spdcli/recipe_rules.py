@@ -1,0 +1,189 @@
+"""Settings of a recipe that are fine one by one and cannot be together.
+
+Knows neither torch nor pydantic: a recipe is a dict of sections here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+# The losses that hold slices to the target.
+HOLDING = (
+    "faithfulness",
+    "recon",
+    "recon_layerwise",
+    "recon_partial",
+    "stochastic_recon",
+    "stochastic_recon_layerwise",
+    "stochastic_recon_partial",
+)
+
+
+class Contradiction(NamedTuple):
+    """Settings that are fine one by one and cannot be together."""
+
+    keys: tuple[str, ...]  # dotted; the first is the one that the message starts with
+    message: str
+
+
+Sections = Mapping[str, Any]
+
+
+def contradictions(recipe: Sections) -> list[Contradiction]:
+    """Every contradiction in `recipe`, a dict of sections with their defaults filled in.
+
+    A section or a key may be absent, as the malformed ones of a recipe with other mistakes are:
+    a rule that needs it is silent then, so that all mistakes can be told at once.
+    """
+    found: list[Contradiction] = []
+    for rule in RULES:
+        with suppress(KeyError):
+            found.extend(rule(recipe))
+    return found
+
+
+def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
+    kind, data, train = recipe["target"]["kind"], recipe["data"], recipe["train"]
+    if kind == "huggingface":
+        if data is None:
+            yield Contradiction(("data", "target.kind"), "missing section [data]: a huggingface target needs prompts")
+        if train is not None:
+            yield Contradiction(("train",), "[train] is for the induction toy; a huggingface target comes trained")
+    if kind == "induction":
+        if data is not None:
+            yield Contradiction(("data",), "[data] is for language models; the induction toy makes its own sequences")
+        if train is None and recipe["target"]["path"] is None:
+            yield Contradiction(
+                ("train", "target.kind"),
+                "missing section [train]: an induction target is trained first, unless target.path names a trained one",
+            )
+
+
+def _heads_divide_width(recipe: Sections) -> Iterator[Contradiction]:
+    heads, width = recipe["target"]["heads"], recipe["target"]["d_model"]
+    if width % heads:
+        yield Contradiction(
+            ("target.heads", "target.d_model"), f"[target] heads = {heads} does not divide d_model = {width}"
+        )
+
+
+def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
+    importance = recipe["importance"]
+    if importance["basis"] != "span":
+        return
+    if importance["kind"] != "vector":
+        yield Contradiction(
+            ("importance.basis", "importance.kind"),
+            f"[importance] basis = 'span' is for kind = 'vector', not '{importance['kind']}'",
+        )
+    if recipe["target"]["kind"] == "induction":
+        yield Contradiction(
+            ("importance.basis", "target.kind"),
+            "[importance] basis = 'span' needs a fixed set of prompts; the induction toy draws new sequences",
+        )
+
+
+def _dual_fits(recipe: Sections) -> Iterator[Contradiction]:
+    init = recipe["slices"]["init"]
+    if not init.startswith("dual"):
+        return
+    if recipe["target"]["kind"] == "induction":
+        yield Contradiction(
+            ("slices.init", "target.kind"),
+            f"[slices] init = '{init}' needs a fixed set of prompts; the induction toy draws new sequences",
+        )
+    elif init == "dual_whitened" and recipe["data"] is not None and recipe["data"]["stream"] is None:
+        yield Contradiction(
+            ("slices.init", "data.stream"),
+            "[slices] init = 'dual_whitened' needs broad text to whiten by: [data] stream = 'generated', or a file",
+        )
+
+
+def _targeted_fits(recipe: Sections) -> Iterator[Contradiction]:
+    if not recipe["losses"]["targeted"]:
+        return
+    if not recipe["slices"]["delta"]:
+        yield Contradiction(
+            ("losses.targeted", "slices.delta"), "[losses] targeted keeps the delta on, and [slices] delta = false"
+        )
+    if recipe["data"] is None or recipe["data"]["stream"] is None:
+        yield Contradiction(
+            ("losses.targeted", "data.stream"),
+            "[losses] targeted needs broad text beside the prompts: [data] stream = 'generated', or a file",
+        )
+
+
+def _local_start_fits(recipe: Sections) -> Iterator[Contradiction]:
+    importance = recipe["importance"]
+    if importance["relative_start"] == "local" and importance["relative"] != "scalar":
+        yield Contradiction(
+            ("importance.relative_start", "importance.relative"),
+            f"[importance] relative_start = 'local' needs relative = 'scalar', not '{importance['relative']}'",
+        )
+
+
+def _backend_fits_device(recipe: Sections) -> Iterator[Contradiction]:
+    if recipe["importance"]["backend"] == "flex" and recipe["device"] == "cpu":
+        yield Contradiction(
+            ("importance.backend", "device"), "[importance] backend = 'flex' needs a GPU, and device = 'cpu'"
+        )
+
+
+def _p_falls(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    start, final = losses["p_start"], losses["p_final"]
+    if losses["anneal_p"] and final > start:
+        yield Contradiction(
+            ("losses.p_final", "losses.p_start"),
+            f"[losses] p_final = {final} is above p_start = {start}; p is annealed downwards",
+        )
+
+
+def _something_to_train(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    if not any(losses[name] for name in HOLDING):
+        yield Contradiction(
+            ("losses",),
+            "[losses] faithfulness and every recon coefficient are 0: nothing holds the slices to the target",
+        )
+
+
+def _savings_fit(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    if losses["layerwise_matrices"] and not (losses["recon_layerwise"] or losses["stochastic_recon_layerwise"]):
+        yield Contradiction(
+            ("losses.layerwise_matrices",), "[losses] layerwise_matrices is set, but both layerwise losses are 0"
+        )
+    if losses["faithfulness_probes"] and not losses["faithfulness"]:
+        yield Contradiction(
+            ("losses.faithfulness_probes",), "[losses] faithfulness_probes is set, but faithfulness is 0"
+        )
+
+
+def _attention_fits(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    if not losses["attention"]:
+        return
+    if recipe["target"]["kind"] != "induction":
+        yield Contradiction(("losses.attention",), "[losses] attention is for the induction toy")
+    if not (losses["recon"] or losses["stochastic_recon"]):
+        yield Contradiction(
+            ("losses.attention",), "[losses] attention compares what recon and stochastic_recon run; both are 0"
+        )
+
+
+RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
+    _sections_fit_target,
+    _heads_divide_width,
+    _span_fits,
+    _dual_fits,
+    _targeted_fits,
+    _local_start_fits,
+    _backend_fits_device,
+    _p_falls,
+    _something_to_train,
+    _savings_fit,
+    _attention_fits,
+)
