@@ -17,17 +17,14 @@ from torch import Tensor
 
 from spdcli.allocator import keep_freed_memory
 from spdcli.data import induction_batch, token_name
-from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
-from spdcli.engine.losses import RECONSTRUCTION
-from spdcli.engine.optimise import OptimiserSettings, warmup_steps
-from spdcli.engine.step import LossSettings
 from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
-from spdcli.recipe import HuggingFaceTarget, InductionTarget, Optimisation, Recipe
+from spdcli.recipe import HuggingFaceTarget, InductionTarget, Recipe
 from spdcli.runs import TOY_WEIGHTS, load_tensors
+from spdcli.settings import optimiser_settings
 from spdcli.stream import draw_stream, ridged, second_moments
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
 from spdcli.targets.routes import Route
@@ -35,7 +32,6 @@ from spdcli.targets.routes import Route
 if TYPE_CHECKING:
     from spdcli.prompts import Prompts
 
-AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster
 START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
 
@@ -70,22 +66,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
-
-
-def allow_tensor_cores(precision: str) -> None:
-    """Let float32 products on a GPU round their factors to TF32, unless `precision` is float32."""
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-
-
-def optimiser_settings(section: Optimisation) -> OptimiserSettings:
-    return OptimiserSettings(
-        optimizer=section.optimizer,
-        learning_rate=section.learning_rate,
-        weight_decay=section.weight_decay,
-        schedule=section.schedule,
-        warmup=warmup_steps(section.warmup, section.steps),
-        steps=section.steps,
-    )
 
 
 def toy_shape(target: InductionTarget) -> ToyShape:
@@ -294,38 +274,3 @@ def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tens
             "run spd decompose again",
         ) from error
     return made.requires_grad_(False).eval()
-
-
-def loss_settings(recipe: Recipe) -> LossSettings:
-    section = recipe.losses
-    names = ["faithfulness", "minimality", "attention", *RECONSTRUCTION]
-    return LossSettings(
-        coefficients={name: getattr(section, name) for name in names},
-        samples=section.samples,
-        p_start=section.p_start,
-        p_final=section.p_final,
-        anneal_p=section.anneal_p,
-        epsilon=section.epsilon,
-        subset=section.subset,
-        reverse_kl=section.kl == "variant_to_target",
-        layerwise_matrices=section.layerwise_matrices,
-        faithfulness_probes=section.faithfulness_probes,
-        half=recipe.decompose.precision == "bf16",
-    )
-
-
-def fit_settings(recipe: Recipe, free: int = 8 * 2**30) -> FitSettings:
-    """A recipe's [decompose] and [losses]; `free` bytes of memory are left for a plan whose budget is found (auto)."""
-    section = recipe.decompose
-    budget = min(AUTO_PLAN, free / 2) if section.plan_memory == "auto" else section.plan_memory * 2**30
-    return FitSettings(
-        steps=section.steps,
-        clip_slices=section.clip_slices,
-        clip_gates=section.clip_gates,
-        log_every=section.log_every,
-        prune_step=None if section.prune_at is None else round(section.prune_at * section.steps),
-        prune_below=section.prune_below,
-        plan_bytes=budget,
-        losses=loss_settings(recipe),
-        targeted=recipe.losses.targeted,
-    )

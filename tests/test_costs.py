@@ -20,7 +20,8 @@ from spdcli.costs.tally import Tally
 from spdcli.engine.forward import Noise, clean_pass
 from spdcli.engine.step import backward_step
 from spdcli.recipe_file import load_recipe
-from spdcli.subject import fit_settings, parameter_counts, shape_of_decomposition, start_decomposition
+from spdcli.settings import fit_settings
+from spdcli.subject import parameter_counts, shape_of_decomposition, start_decomposition
 
 CPU = torch.device("cpu")
 KINDS = {"scalar": (), "vector": (), "shared": (), "attention": ("importance.relative=query",)}

@@ -25,7 +25,8 @@ from spdcli.runs import (
     write_atomically,
     write_json,
 )
-from spdcli.subject import fit_settings, optimiser_settings, start_decomposition, toy_subject
+from spdcli.settings import fit_settings, optimiser_settings
+from spdcli.subject import start_decomposition, toy_subject
 
 A_BUG = ZeroDivisionError("a bug")
 FULL = OSError(errno.ENOSPC, "No space left on device")

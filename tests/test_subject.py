@@ -9,15 +9,13 @@ from small_runs import loud_toy, model_recipe, save_toy, toy_recipe
 from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.errors import SpdError
 from spdcli.runs import TOY_WEIGHTS, save_tensors
+from spdcli.settings import fit_settings, loss_settings, optimiser_settings
 from spdcli.subject import (
     choose_device,
-    fit_settings,
     language_subject,
     load_decomposition,
     load_toy,
-    loss_settings,
     open_subject,
-    optimiser_settings,
     parameter_counts,
     start_decomposition,
     toy_shape,

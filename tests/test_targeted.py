@@ -12,7 +12,8 @@ from spdcli.engine.forward import Noise, clean_pass
 from spdcli.engine.optimise import OptimiserSettings
 from spdcli.engine.step import LossSettings, Step, backward_step
 from spdcli.engine.target import Batch
-from spdcli.subject import fit_settings, language_subject, stream_batches
+from spdcli.settings import fit_settings
+from spdcli.subject import language_subject, stream_batches
 
 CPU = torch.device("cpu")
 LOSSES = LossSettings({"recon": 0.5, "stochastic_recon": 2.0, "minimality": 0.1, "faithfulness": 3.0}, epsilon=1e-6)

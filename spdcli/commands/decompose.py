@@ -146,13 +146,8 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
     from spdcli.recipe_file import select_matrices
     from spdcli.runs import CHECKPOINT
-    from spdcli.subject import (
-        allow_tensor_cores,
-        fit_settings,
-        optimiser_settings,
-        start_decomposition,
-        stream_batches,
-    )
+    from spdcli.settings import allow_tensor_cores, fit_settings, optimiser_settings
+    from spdcli.subject import start_decomposition, stream_batches
 
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)

@@ -18,7 +18,8 @@ from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.recipe import InductionTarget, Recipe
 from spdcli.recipe_file import LoadedRecipe, select_matrices
-from spdcli.subject import Subject, fit_settings, language_subject, shape_of_decomposition, toy_shape, toy_subject
+from spdcli.settings import fit_settings
+from spdcli.subject import Subject, language_subject, shape_of_decomposition, toy_shape, toy_subject
 from spdcli.targets.induction import InductionToy
 
 

@@ -91,7 +91,8 @@ def build(case: Case, device: Any) -> Callable[[], object]:
     from spdcli.costs.machine import product_inputs
     from spdcli.costs.subjects import random_subject
     from spdcli.recipe_file import load_recipe, select_matrices
-    from spdcli.subject import fit_settings, optimiser_settings, start_decomposition
+    from spdcli.settings import fit_settings, optimiser_settings
+    from spdcli.subject import start_decomposition
 
     if case.way == "product":
         a, b = product_inputs(device)
