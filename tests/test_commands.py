@@ -302,7 +302,7 @@ def test_a_second_ctrl_c_does_not_wait(spd, recipe, straight, tmp_path, monkeypa
 def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("spdcli.subject.start_decomposition", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr("spdcli.subject.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
         code, _, err = spd("decompose", recipe, "--out", out)
     assert code == 130
     assert err.splitlines()[0].startswith("interrupted: ")
