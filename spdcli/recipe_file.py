@@ -127,12 +127,15 @@ def shipped() -> dict[str, Path]:
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
-    """The file that is meant: an existing one, else the shipped recipe of that name."""
+    """The file that is meant: an existing one, else the shipped recipe of that name.
+
+    A directory may be called like a shipped recipe: runs often are.
+    """
     path = Path(path_or_name)
-    if path.exists():
-        return path
     recipes = shipped()
     name = str(path_or_name).removesuffix(".toml")
+    if path.is_file() or (path.exists() and name not in recipes):
+        return path
     if name in recipes:
         return recipes[name]
     nearby = [str(other) for other in path.parent.glob("*.toml")] if path.parent.is_dir() else []

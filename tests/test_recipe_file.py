@@ -427,3 +427,9 @@ def test_the_toys_matrices_are_known_from_the_recipe(settings: dict[str, Any]) -
 def test_a_share_is_asked_for_with_both_its_ends(tmp_path: Path) -> None:
     (told,) = complaints(tmp_path, VALID, "decompose.prune_at=1.5")
     assert told == "--set decompose.prune_at=1.5: [decompose] prune_at = 1.5: expected a number between 0 and 1"
+
+
+def test_a_directory_may_be_called_like_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert load_recipe("smollm2").recipe.name == "smollm2"
