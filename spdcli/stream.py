@@ -119,7 +119,7 @@ def matrix_inputs(target: Target, batch: Batch, names: Sequence[str]) -> dict[st
         handles.append(target.blocks[after].register_forward_pre_hook(enough))
     try:
         with suppress(_Enough):
-            target.run(batch.tokens, batch.valid)
+            target.run(batch.tokens)
     finally:
         for handle in handles:
             handle.remove()

@@ -119,30 +119,28 @@ def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
     )
 
 
-def language_subject(recipe: Recipe, device: torch.device) -> Subject:
-    """A language model and its prompts, ready to decompose; on the `meta` device its weights are not read."""
+def language_subject(recipe: Recipe, device: torch.device, trained: bool = True) -> Subject:
+    """A language model and its prompts, ready to decompose. Unless `trained`, its weights are not read: they are
+    random, or on torch's `meta` device shapes alone."""
     from spdcli.prompts import encode
-    from spdcli.targets.huggingface import build_routes, build_target, load_model, load_shapes
+    from spdcli.targets.huggingface import build_routes, build_target, load_model, load_untrained
 
     data = recipe.data
     assert isinstance(recipe.target, HuggingFaceTarget)
     assert data is not None
-    load = load_shapes if device.type == "meta" else load_model
-    language_model = load(recipe.target.model, recipe.target.dtype)
+    name, dtype = recipe.target.model, recipe.target.dtype
+    language_model = load_model(name, dtype) if trained else load_untrained(name, dtype, device)
     language_model.model.to(device)
     prompts = encode(language_model.tokenizer, data.prompts, data.answers, data.begin_token)
-    fixed = prompts.batch.to(device)
+    whole = prompts.batch
     if recipe.losses.last_token_only:
-        rows = torch.arange(len(prompts.answer_at))
-        last = torch.zeros_like(prompts.batch.looked)
-        last[rows, prompts.answer_at] = True
-        fixed = replace(fixed, looked=last.to(device))
-    size = recipe.decompose.batch
+        last = torch.zeros_like(whole.looked)
+        last[torch.arange(len(last)), prompts.answer_at] = True
+        whole = replace(whole, looked=last)
+    fixed, size = whole.to(device), recipe.decompose.batch
 
     def batches(generator: torch.Generator) -> Batch:
-        if size >= len(fixed.tokens):
-            return fixed
-        return fixed.select(torch.randperm(len(fixed.tokens), generator=generator)[:size].to(device))
+        return fixed if size >= len(whole.tokens) else some_of(whole, size, generator).to(device)
 
     @cache
     def stream() -> Batch:
@@ -167,12 +165,14 @@ def stream_batches(recipe: Recipe, subject: Subject) -> Callable[[torch.Generato
     """What draws the broad text of a step of a targeted decomposition; None where the recipe wants none."""
     if not recipe.losses.targeted or subject.stream is None:
         return None
-    whole, size = subject.stream(), recipe.decompose.stream_batch
+    device, size = subject.target.device, recipe.decompose.stream_batch
+    whole = subject.stream().to("cpu")
+    return lambda generator: some_of(whole, size, generator).to(device)
 
-    def batches(generator: torch.Generator) -> Batch:
-        return whole.select(torch.randperm(len(whole.tokens), generator=generator)[:size].to(whole.tokens.device))
 
-    return batches
+def some_of(batch: Batch, size: int, generator: torch.Generator) -> Batch:
+    """`size` sequences of a batch on the processor, drawn without replacement."""
+    return batch.select(torch.randperm(len(batch.tokens), generator=generator)[:size])
 
 
 def open_subject(recipe: Recipe, device: torch.device, toy_directory: Path | None = None) -> Subject:
@@ -227,26 +227,28 @@ def _assemble(
     return made.to(subject.target.device, subject.target.unembedding.dtype)
 
 
-def shape_of_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> Decomposition:
-    """The decomposition of the matrices `names`, as shapes without storage, on torch's `meta` device.
+def untrained_decomposition(recipe: Recipe, subject: Subject, names: list[str], device: torch.device) -> Decomposition:
+    """The decomposition of the matrices `names` with random numbers, or on torch's `meta` device shapes alone.
 
     A basis of the data's span is taken to have as many directions as there are real positions.
     """
     matrices = {name: subject.target.matrices[name] for name in names}
     bases = None
-    with torch.device("meta"):
+    with device:
         C = recipe.slices.C
-        slices = {name: Slices(torch.empty(m.d_in, C), torch.empty(C, m.d_out)) for name, m in matrices.items()}
+        slices = {
+            name: Slices(torch.rand(m.d_in, C) / m.d_in, torch.rand(C, m.d_out) / C) for name, m in matrices.items()
+        }
         if recipe.importance.basis == "span" and subject.prompts is not None:
             rows = int(subject.prompts.batch.valid.sum())
-            bases = {name: torch.empty(min(m.d_in, rows), m.d_in) for name, m in matrices.items()}
+            bases = {name: torch.rand(min(m.d_in, rows), m.d_in) for name, m in matrices.items()}
         importances = _importances(recipe, subject, names, bases)
-    return Decomposition(slices, importances, recipe.slices.delta).to("meta", subject.target.unembedding.dtype)
+    return Decomposition(slices, importances, recipe.slices.delta).to(device, subject.target.unembedding.dtype)
 
 
 def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:
     """How many parameters the slices and the importance functions of `names` will have."""
-    shapes = shape_of_decomposition(recipe, subject, names)
+    shapes = untrained_decomposition(recipe, subject, names, torch.device("meta"))
     trained = [p for p in shapes.importances.parameters() if p.requires_grad]
     return sum(p.numel() for p in shapes.slices.parameters()), sum(p.numel() for p in trained)
 

@@ -67,14 +67,36 @@ except SystemExit:
     assert done.stderr.endswith("heavy: []"), done.stderr
 
 
+SMALLEST = """
+import pydantic, rich.table, typer
+from typing import Annotated
+
+class Model(pydantic.BaseModel):
+    x: list[str]
+
+app = typer.Typer(add_completion=False)
+
+@app.command()
+def check(x: Annotated[list[str], typer.Argument()]): Model(x=x)
+
+@app.command()
+def other(): pass
+
+app(["check", "1"])
+"""
+
+
 @pytest.mark.parametrize("arguments", LIGHT[:2], ids=" ".join)
-def test_light_commands_answer_within_half_a_second(arguments: list[str]) -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "spdcli", *arguments], cwd=ROOT, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+def test_light_commands_take_little_more_than_their_libraries(arguments: list[str]) -> None:
+    """A ratio, in turns, to the smallest program of the same libraries: machines differ, and have other work."""
+    commands = {"ours": ["-m", "spdcli", *arguments], "smallest": ["-c", SMALLEST]}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(5):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+            seconds[name].append(time.perf_counter() - start)
+    assert min(seconds["ours"]) < 2.5 * min(seconds["smallest"])
 
 
 def test_importing_the_package_is_instant_and_load_is_there() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +13,19 @@ from small_runs import ROOT, model_recipe, one_line, spd_here, toy_recipe
 from torch import nn
 
 from spdcli.costs.dry import META, Dry, NoNoise
-from spdcli.costs.estimate import Need, changes, estimate, shapes_subject
+from spdcli.costs.estimate import Need, changes, estimate
 from spdcli.costs.heap import Heap
 from spdcli.costs.machine import describe, free_bytes, peak_bytes, used_bytes
-from spdcli.costs.replay import Replay
 from spdcli.costs.states import training_bytes, unborn_bytes
-from spdcli.costs.subjects import random_subject
+from spdcli.costs.subjects import random_subject, untrained_subject
 from spdcli.costs.tally import Tally
+from spdcli.costs.timing import ENOUGH_STEPS, time_a_step
+from spdcli.engine.fit import fit, start_fit
 from spdcli.engine.forward import Noise, clean_pass
 from spdcli.engine.step import backward_step
 from spdcli.recipe_file import load_recipe
-from spdcli.settings import fit_settings
-from spdcli.subject import parameter_counts, shape_of_decomposition, start_decomposition
+from spdcli.settings import fit_settings, optimiser_settings
+from spdcli.subject import parameter_counts, start_decomposition, untrained_decomposition
 
 CPU = torch.device("cpu")
 KINDS = {"scalar": (), "vector": (), "shared": (), "attention": ("importance.relative=query",)}
@@ -69,8 +73,8 @@ def test_a_dry_step_costs_what_the_step_costs(kind, delta, tmp_path):
     decomposition = start_decomposition(recipe, subject, names)
     real = counted(recipe, subject, decomposition, Noise(torch.Generator()), Tally())
     with Dry():
-        shapes = shapes_subject(recipe)
-        shape = shape_of_decomposition(recipe, shapes, names)
+        shapes = untrained_subject(recipe, META)
+        shape = untrained_decomposition(recipe, shapes, names, META)
     dry = counted(recipe, shapes, shape, NoNoise(), Dry())
     assert dry.flops == pytest.approx(real.flops, rel=0.1)
     assert dry.bytes == pytest.approx(real.bytes, rel=0.15)
@@ -83,7 +87,7 @@ def test_a_dry_step_costs_what_the_step_costs(kind, delta, tmp_path):
 def test_a_language_models_shapes_are_read_without_its_weights(tiny_gpt2_dir, tmp_path):
     recipe = model_recipe(tiny_gpt2_dir, folder=tmp_path)
     with Dry():
-        shapes = shapes_subject(recipe)
+        shapes = untrained_subject(recipe, META)
     assert all(p.is_meta for p in shapes.target.model.parameters())
     assert shapes.prompts.batch.tokens.device == CPU
     found = estimate(load_recipe(tmp_path / "model.toml", [f"target.model={tiny_gpt2_dir}"]), CPU)
@@ -96,6 +100,23 @@ def test_a_language_models_shapes_are_read_without_its_weights(tiny_gpt2_dir, tm
     assert found["fits"]
     assert 0 < found["seconds_per_step"] < 5
     assert found["seconds"] == 2 * found["seconds_per_step"]
+
+
+@pytest.mark.parametrize("settings", [(), ("losses.layerwise_matrices=2", "losses.faithfulness_probes=3")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_asks_the_device_for_no_number(kind, settings, tmp_path):
+    """On the meta device, which has none to give, a step of a fresh batch goes through: on a GPU it does not wait."""
+    recipe = toy_recipe(f"importance.kind={kind}", *KINDS[kind], *settings, folder=tmp_path)
+    subject = untrained_subject(recipe, META)
+    names = list(subject.target.matrices)
+    made = untrained_decomposition(recipe, subject, names, META)
+    batch, wanted, generator = subject.batches(torch.Generator()), fit_settings(recipe), torch.Generator()
+    assert batch.tokens.is_meta
+    clean = clean_pass(subject.target, batch, names)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(batch.valid.all())
+    backward_step(subject.target, made, clean, wanted.losses, 0.5, generator, NoNoise(), wanted.plan_bytes)
+    assert all(p.grad is not None for p in made.slices.parameters())
 
 
 def test_parameters_are_those_that_are_trained(tmp_path):
@@ -132,17 +153,61 @@ def test_untouched_blocks_cost_no_memory():
     heap.close()
 
 
-def test_kinds_of_operations_are_tried_once_and_counted():
-    replay = Replay()
-    with Dry(watch=replay):
-        x = torch.randn(64, 64, device=META)
-        for _ in range(5):
-            x @ x
-        x.t() @ x
-    counts = sorted(kind.count for kind in replay.kinds.values() if "mm" in str(kind.function))
-    assert counts == [1, 5]
-    assert 0 < replay.seconds(CPU) < 1
-    assert replay.seconds(CPU, limit=-1.0) > 0  # nothing tried: guesses alone
+def test_the_time_of_a_step_is_that_of_the_loop(tmp_path):
+    """Side by side with the loop on a toy of its own; generous, since other programs share the machine."""
+    path = tmp_path / "toy.toml"
+    toy_recipe("decompose.batch=64", "slices.C=40", "decompose.steps=12", folder=tmp_path)
+    loaded = load_recipe(path)
+    recipe = loaded.recipe
+    subject = random_subject(recipe, CPU)
+    names = list(subject.target.matrices)
+    decomposition = start_decomposition(recipe, subject, names)
+    state = start_fit(decomposition, optimiser_settings(recipe.decompose), recipe.seed, CPU)
+    seconds = []
+    for _ in fit(subject.target, decomposition, subject.batches, state, fit_settings(recipe)):
+        seconds.append(state.seconds)
+    measured = statistics.median(after - before for before, after in itertools.pairwise(seconds))
+    said = estimate(loaded, CPU)["seconds_per_step"]
+    assert measured / 2.5 < said < 2.5 * measured
+
+
+def test_a_long_first_step_is_the_answer_and_pruning_is_left_out(tmp_path, monkeypatch):
+    toy_recipe("decompose.prune_at=0.5", folder=tmp_path)
+    loaded = load_recipe(tmp_path / "toy.toml")
+    names = list(untrained_subject(loaded.recipe, META).target.matrices)
+    made = []
+
+    def counted_fit(*args, **kwargs):
+        for record in fit(*args, **kwargs):
+            made.append(record)
+            yield record
+
+    monkeypatch.setattr("spdcli.costs.timing.fit", counted_fit)
+    settings = replace(fit_settings(loaded.recipe), steps=1, prune_step=1)
+    monkeypatch.setattr("spdcli.engine.fit.frequent_slices", None)  # whoever prunes fails
+    assert time_a_step(loaded.recipe, names, settings, CPU) > 0
+    assert len(made) == 1 + ENOUGH_STEPS
+    monkeypatch.setattr("spdcli.costs.timing.LONG_STEP", 0.0)
+    made.clear()
+    assert time_a_step(loaded.recipe, names, settings, CPU) > 0
+    assert len(made) == 1
+
+
+def test_broad_text_is_counted_and_its_steps_are_made(tiny_gpt2_dir, tmp_path):
+    stream = (
+        "slices.delta=true",
+        "data.stream=generated",
+        "data.stream_sequences=8",
+        "data.stream_length=12",
+        "decompose.stream_batch=4",
+    )
+    model_recipe(tiny_gpt2_dir, folder=tmp_path)
+    settings = [f"target.model={tiny_gpt2_dir}", *stream]
+    alone = estimate(load_recipe(tmp_path / "model.toml", settings), CPU)
+    beside = estimate(load_recipe(tmp_path / "model.toml", [*settings, "losses.targeted=1"]), CPU)
+    assert beside["flops_per_step"] > 1.5 * alone["flops_per_step"]
+    assert beside["bytes"]["activations"] >= alone["bytes"]["activations"]
+    assert beside["seconds_per_step"] > 0
 
 
 def test_what_to_change_when_it_does_not_fit(tiny_gpt2_dir, tmp_path):
@@ -172,6 +237,8 @@ def test_plan_says_that_it_fits_and_that_it_does_not(monkeypatch, capsys, tmp_pa
     code, out, err = spd("plan", tmp_path / "toy.toml", "-q")
     assert (code, out) == (1, "")
     one_line(err, "small does not fit: it needs ", "hint: --set ")
+    code, out, err = spd("plan", tmp_path / "toy.toml", "--json")
+    assert json.loads(out)["seconds_per_step"] is None
 
 
 def test_the_machine_is_described():

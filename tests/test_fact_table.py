@@ -112,7 +112,7 @@ def answers(stage, edit, questions=None):
         found = []
         for row in range(len(questions.texts)):
             tokens = questions.batch.tokens[row][questions.batch.valid[row]][None]
-            hidden = target.run(tokens, torch.ones_like(tokens, dtype=torch.bool)).last_hidden_state[0, -1]
+            hidden = target.run(tokens).last_hidden_state[0, -1]
             found.append((target.unembedding @ hidden).softmax(-1)[questions.batch.answers[row]].item())
         return found
 

@@ -25,7 +25,7 @@ def directory(request, tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def record_blocks(target, tokens, valid):
+def record_blocks(target, tokens):
     """What every block was called with, and the stream after the last: as the engine listens in."""
     calls, handles = [], []
     for block in target.blocks:
@@ -33,7 +33,7 @@ def record_blocks(target, tokens, valid):
         handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
     last = []
     handles.append(target.blocks[-1].register_forward_hook(lambda module, args, output: last.append(output)))
-    target.run(tokens, valid)
+    target.run(tokens)
     for handle in handles:
         handle.remove()
     return calls, last[0]
@@ -66,7 +66,7 @@ def test_blocks_can_be_replayed_by_row(directory, count):
     language_model = load_model(str(directory), "float64")
     target, batch = build_target(language_model, False), padded_batch(language_model)
     tokens, valid = batch.tokens[:count], batch.valid[:count]
-    calls, last = record_blocks(target, tokens, valid)
+    calls, last = record_blocks(target, tokens)
     rows = torch.tensor([2, 0, 0, 1, 2]) % count
     for start in range(len(target.blocks)):
         replayed = replay(target, calls, rows, count, start)
@@ -84,7 +84,7 @@ def test_blocks_can_be_replayed_by_row(directory, count):
 def test_masks_of_sliding_windows_are_replayed(tmp_path, settings):
     language_model = load_model(str(save_tiny_model(tmp_path, **settings)), "float64")
     target, batch = build_target(language_model, False), padded_batch(language_model)
-    calls, last = record_blocks(target, batch.tokens, batch.valid)
+    calls, last = record_blocks(target, batch.tokens)
     rows = torch.tensor([2, 0, 1, 1])
     torch.testing.assert_close(replay(target, calls, rows, 3), last[rows], rtol=0, atol=1e-6)
     own = language_model.model.model(batch.tokens, attention_mask=batch.valid.long()).last_hidden_state
@@ -94,7 +94,7 @@ def test_masks_of_sliding_windows_are_replayed(tmp_path, settings):
 def test_ends_make_the_models_own_logits(directory):
     language_model = load_model(str(directory), "float64")
     target, batch = build_target(language_model, False), padded_batch(language_model)
-    _, last = record_blocks(target, batch.tokens, batch.valid)
+    _, last = record_blocks(target, batch.tokens)
     logits = target.finish(last) @ target.unembedding.T
     own = language_model.model(batch.tokens, attention_mask=batch.valid.long()).logits
     torch.testing.assert_close(logits[batch.valid], own[batch.valid], rtol=0, atol=1e-6)
@@ -157,7 +157,7 @@ def test_gradients_are_exact_under_padding(tiny_gpt2_dir):
     """Against central differences: 1e-6 is their own error in float64 at this step."""
     language_model = load_model(str(tiny_gpt2_dir), "float64")
     target, batch = build_target(language_model, False), padded_batch(language_model)
-    calls, _ = record_blocks(target, batch.tokens, batch.valid)
+    calls, _ = record_blocks(target, batch.tokens)
     probe = torch.randn(3, batch.tokens.shape[1], 32, dtype=torch.float64) * batch.valid[..., None]
 
     def value(step):
@@ -179,7 +179,7 @@ def test_dtype(tiny_llama_dir, dtype):
 def test_loading_and_running_are_silent(tiny_gpt2_dir, capfd):
     language_model = load_model(str(tiny_gpt2_dir), "float32")
     batch = padded_batch(language_model)
-    build_target(language_model, False).run(batch.tokens, batch.valid)
+    build_target(language_model, False).run(batch.tokens)
     assert capfd.readouterr() == ("", "")
 
 

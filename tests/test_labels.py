@@ -13,7 +13,6 @@ from spdcli.targets.huggingface import build_routes, build_target, load_model
 from spdcli.targets.routes import Route, narrow_heads, through, unchanged, widen_heads
 
 TOKENS = torch.tensor([[5, 9, 2, 30]])
-VALID = torch.ones(1, 4, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt2-split", "llama", "qwen2"])
@@ -42,9 +41,9 @@ def output_change(lens, name, onward, direction):
             lambda module, args, output: written.append(output[0] if isinstance(output, tuple) else output)
         )
     )
-    lens.target.run(TOKENS, VALID)
+    lens.target.run(TOKENS)
     mover = matrix.module.register_forward_hook(move)
-    lens.target.run(TOKENS, VALID)
+    lens.target.run(TOKENS)
     handle.remove()
     mover.remove()
     return written[1] - written[0]

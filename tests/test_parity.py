@@ -251,7 +251,7 @@ def told_subject():
     model.requires_grad_(False)
     tokens = torch.randint(9, (3, 5))
 
-    def run(tokens, valid):
+    def run(tokens):
         hidden = model["embed"](tokens)
         gain = tokens[:, :1, None].double() + 1  # another one for every sequence
         told = {"shifts": ([hidden.cos()], None), "shared": torch.ones(4, dtype=torch.float64)}
@@ -270,7 +270,7 @@ def told_subject():
         embedding=head,
         matrices={f"m{i}": Matrix(f"m{i}", block.read, i, (0, 4), True) for i, block in enumerate(model["blocks"])},
     )
-    return Subject(target, lambda t: run(t, None).tanh()[0] @ head.t(), Batch(tokens, tokens >= 0, tokens >= 0))
+    return Subject(target, lambda t: run(t).tanh()[0] @ head.t(), Batch(tokens, tokens >= 0, tokens >= 0))
 
 
 @pytest.mark.parametrize("budget", [1, 3e3, PLENTY])
@@ -322,7 +322,7 @@ def test_the_clean_pass_is_the_model(subject):
         for name in names:
             close(clean.inputs[name][b, real], inputs[name][0], TOLERANCE)
         for t in clean.batch.looked[b].nonzero()[:, 0].tolist():
-            assert clean.place[b, t] == at
+            assert clean.at.place[b, t] == at
             close(clean.log_probs[at], logits[t].log_softmax(-1), TOLERANCE)
             at += 1
     assert at == len(clean.log_probs)

@@ -105,7 +105,7 @@ def test_blocks_after_the_last_wanted_matrix_are_not_run(tiny_llama_dir):
     subject.target.blocks[2].mlp.register_forward_pre_hook(lambda module, args: seen.append(module))
     quick_inputs(subject.target, subject.batch, ["layers.1.mlp.up_proj"])
     assert not seen
-    subject.target.run(subject.batch.tokens, subject.batch.valid)
+    subject.target.run(subject.batch.tokens)
     assert seen  # no hook was left behind
 
 

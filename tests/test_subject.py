@@ -36,7 +36,7 @@ def inputs_of(subject, names, batch):
         )
         for name in names
     ]
-    subject.target.run(batch.tokens, batch.valid)
+    subject.target.run(batch.tokens)
     for handle in handles:
         handle.remove()
     return {name: x[batch.valid] for name, x in seen.items()}

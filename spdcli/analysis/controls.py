@@ -61,7 +61,7 @@ def from_other_sequences(stage: Scene, generator: torch.Generator) -> dict[str, 
 
 def from_other_positions(stage: Scene, generator: torch.Generator) -> dict[str, Tensor]:
     """Every sequence's importances move on by 1 .. T-1 positions, drawn once a sequence, round its end."""
-    count, length = stage.clean.place.shape
+    count, length = stage.clean.at.place.shape
     shift = torch.randint(1, length, (count, 1), generator=generator)
     source = ((torch.arange(length) - shift) % length).to(stage.rows.device)
     return {name: g[stage.rows[:, None], source] for name, g in stage.g.items()}
@@ -117,7 +117,7 @@ def performance(stage: Scene, g: Mapping[str, Tensor]) -> dict[str, float]:
     masks = importance_masks(g, stage.decomposition.delta)
     with recorded_patterns(stage.toy) as patterns:
         if all(stage.target.matrices[name].block > 0 for name in g):  # the first block is not run again below
-            stage.target.run(stage.clean.batch.tokens, stage.clean.batch.valid)
+            stage.target.run(stage.clean.batch.tokens)
             patterns.pop()
         log_q = masked_logits(stage.target, stage.decomposition, stage.clean, masks).log_softmax(-1)
     log_p, answers = stage.clean.log_probs, stage.clean.batch.answers

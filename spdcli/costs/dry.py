@@ -7,7 +7,6 @@ work, and what it would cost is counted: operations, bytes, and the most memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -24,7 +23,6 @@ from spdcli.engine.plan import Piece
 META, CPU = torch.device("meta"), torch.device("cpu")
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")
 NEW_WHOLE = {"aten::new_zeros": torch.zeros, "aten::new_ones": torch.ones, "aten::new_empty": torch.empty}
-Watch = Callable[[Any, Any, Any], None]
 
 
 class NoNoise(Noise):
@@ -56,12 +54,10 @@ class Dry(Tally):
 
     A tensor of whole numbers that is asked for on the meta device is made on the processor; an operation that mixes
     both kinds sees the shapes of the whole numbers alone; one number taken out of a tensor without storage is 1.
-    `watch`, if given, is told of every operation that is no view: function, arguments, keyword arguments.
     """
 
-    def __init__(self, heap: Heap | None = None, watch: Watch | None = None) -> None:
+    def __init__(self, heap: Heap | None = None) -> None:
         super().__init__(heap)
-        self.watch = watch
         self._attention = _ProcessorsAttention()
 
     def __enter__(self) -> Self:
@@ -77,8 +73,6 @@ class Dry(Tally):
         kwargs = dict(kwargs or {})
         if function.name().startswith("aten::_local_scalar_dense") and args[0].is_meta:
             return 1.0 if args[0].is_floating_point() else 1
-        if self.watch is not None and not function.is_view:
-            self.watch(function, args, kwargs)
         function, args, kwargs = _without_storage(function, args, kwargs)
         out = function(*args, **kwargs)
         self.note(function, args, kwargs, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,17 +10,18 @@ import torch
 from spdcli.costs.dry import META, Dry, NoNoise
 from spdcli.costs.heap import Heap
 from spdcli.costs.machine import describe, free_bytes, used_bytes
-from spdcli.costs.replay import Replay, optimiser_seconds
 from spdcli.costs.states import STATES, unborn_bytes
+from spdcli.costs.subjects import untrained_subject
+from spdcli.costs.timing import time_a_step
 from spdcli.engine.fit import FitSettings
-from spdcli.engine.forward import clean_pass
-from spdcli.engine.step import backward_step
+from spdcli.engine.forward import Clean, clean_pass
+from spdcli.engine.step import LossSettings, backward_step
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.recipe import InductionTarget, Recipe
+from spdcli.engine.target import Batch
+from spdcli.recipe import Recipe
 from spdcli.recipe_file import LoadedRecipe, select_matrices
 from spdcli.settings import fit_settings
-from spdcli.subject import Subject, language_subject, shape_of_decomposition, toy_shape, toy_subject
-from spdcli.targets.induction import InductionToy
+from spdcli.subject import Subject, stream_batches, untrained_decomposition
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,23 @@ class Need:
         return self.process + self.weights + self.optimizer + self.activations
 
 
-def shapes_subject(recipe: Recipe) -> Subject:
-    """The subject of a recipe as shapes: weights are not read, prompts are."""
-    if isinstance(recipe.target, InductionTarget):
-        with META:
-            toy = InductionToy(toy_shape(recipe.target))
-        return toy_subject(recipe, toy)
-    return language_subject(recipe, META)
-
-
 def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> dict[str, Any]:
-    """What `spd plan --json` shows. `seconds` False leaves out what has to be tried on the machine."""
+    """What `spd plan --json` shows. `seconds` False leaves out the time, for which steps are made on the machine; so
+    does a recipe that does not fit."""
     recipe = loaded.recipe
-    heap, replay = Heap(), Replay()
+    heap = Heap()
     try:
         with Dry(heap) as state:
-            subject = shapes_subject(recipe)
+            subject = untrained_subject(recipe, META)
             names = select_matrices(loaded, list(subject.target.matrices))
-            decomposition = shape_of_decomposition(recipe, subject, names)
+            decomposition = untrained_decomposition(recipe, subject, names, META)
             trained = [p for p in decomposition.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained for _ in range(STATES - 1)]
         held = state.alive
         process = used_bytes(device)
         free = free_bytes(device) + process  # this process goes, the other comes
         settings = fit_settings(recipe, free - process - held - unborn_bytes(decomposition))
-        step = _dry_step(subject, decomposition, settings, heap, replay)
+        step = _dry_step(recipe, subject, decomposition, settings, heap)
         grown = heap.grown
     finally:
         heap.close()
@@ -77,13 +70,7 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
         "matrices": len(names),
         "tokens": step["tokens"],
         "parameters": {"slices": parameters - gates, "gates": gates},
-        "bytes": {
-            "process": needed.process,
-            "weights": needed.weights,
-            "optimizer": needed.optimizer,
-            "activations": needed.activations,
-            "total": needed.total,
-        },
+        "bytes": {**asdict(needed), "total": needed.total},
         "free_bytes": free,
         "fits": needed.total <= free,
         "change": changes(recipe, needed, free, gates > parameters - gates),
@@ -94,30 +81,36 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
         "seconds": None,
         "machine": describe(device),
     }
-    if seconds:
-        dtype = subject.target.unembedding.dtype
-        a_step = replay.seconds(device) + optimiser_seconds(parameters, device, dtype)
+    if seconds and found["fits"]:
+        a_step = time_a_step(recipe, names, settings, device)
         found |= {"seconds_per_step": a_step, "seconds": a_step * recipe.decompose.steps}
     return found
 
 
 def _dry_step(
-    subject: Subject, decomposition: Decomposition, settings: FitSettings, heap: Heap, replay: Replay
+    recipe: Recipe, subject: Subject, decomposition: Decomposition, settings: FitSettings, heap: Heap
 ) -> dict[str, int]:
     """One step of the loop without numbers; with a fixed batch its clean pass is made once and not counted."""
     generator, losses = torch.Generator(), settings.losses
     patterns = losses.coefficients.get("attention", 0) > 0
-    with Dry(heap) as before:
-        batch = subject.batches(generator)
-        fixed = batch is subject.batches(generator)
-        clean = clean_pass(subject.target, batch, decomposition.names, patterns) if fixed else None
-    assert before.alive >= 0
-    with Dry(heap, replay) as step:
-        if clean is None:
-            clean = clean_pass(subject.target, batch, decomposition.names, patterns)
+
+    def passes(batch: Batch) -> Clean:
+        return clean_pass(subject.target, batch, decomposition.names, patterns)
+
+    def backward(clean: Clean, losses: LossSettings) -> None:
         backward_step(
             subject.target, decomposition, clean, losses, losses.p_start, generator, NoNoise(), settings.plan_bytes
         )
+
+    with Dry(heap) as before:
+        batch, broad = subject.batches(generator), stream_batches(recipe, subject)
+        fixed = batch is subject.batches(generator)
+        clean = passes(batch) if fixed else None
+    assert before.alive >= 0
+    with Dry(heap) as step:
+        backward(clean or passes(batch), losses)
+        if broad is not None:
+            backward(passes(broad(generator)), losses.on_stream(settings.targeted))
     decomposition.zero_grad(set_to_none=True)
     return {"flops": step.flops, "bytes": step.bytes, "tokens": int(batch.valid.sum())}
 

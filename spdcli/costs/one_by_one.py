@@ -48,7 +48,7 @@ def one_by_one_step(
         names = [name for name in decomposition.names if name in variant.matrices]
         asked = {name: ask([piece], name, lower.get(name), decomposition.delta, noise) for name in names}
         with replaced(target, decomposition, {name: one for name, one in asked.items() if one is not None}):
-            log_q = whole_run(target, batch.tokens, batch.valid).log_softmax(-1)[batch.looked]
+            log_q = whole_run(target, batch.tokens).log_softmax(-1)[batch.looked]
         first, second = (log_q, clean.log_probs) if settings.reverse_kl else (clean.log_probs, log_q)
         divergence = (first.exp() * (first - second)).sum(-1).mean() * variant.weight
         losses[variant.loss] = losses.get(variant.loss, 0) + divergence
@@ -60,12 +60,12 @@ def one_by_one_step(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def whole_run(target: Target, tokens: Tensor, valid: Tensor) -> Tensor:
+def whole_run(target: Target, tokens: Tensor) -> Tensor:
     """The target's logits at every position, `[B, T, N]`."""
     last: list[Any] = []
     handle = target.blocks[-1].register_forward_hook(lambda module, args, output: last.append(output))
     try:
-        target.run(tokens, valid)
+        target.run(tokens)
     finally:
         handle.remove()
     hidden = last[0][0] if isinstance(last[0], tuple) else last[0]
@@ -112,7 +112,7 @@ def fit_one_by_one(
     while state.step < settings.steps:
         batch = batches(state.generators["data"])
         clean = clean_pass(target, batch, decomposition.names)
-        generator, shape = state.generators["plan"], (len(clean.place), clean.place.shape[1])
+        generator, shape = state.generators["plan"], (len(clean.at.place), clean.at.place.shape[1])
         variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, generator)
         state.optimiser.zero_grad(set_to_none=True)
         p = losses.p(state.step, settings.steps)

@@ -11,18 +11,34 @@ import torch
 from spdcli.engine.target import Batch
 from spdcli.prompts import Prompts
 from spdcli.recipe import InductionTarget, Recipe
-from spdcli.subject import Subject, toy_shape, toy_subject
+from spdcli.subject import Subject, language_subject, toy_shape, toy_subject
 from spdcli.targets.induction import InductionToy
 
 
-def random_subject(recipe: Recipe, device: torch.device, prompts: tuple[int, int] = (2, 9)) -> Subject:
-    """The subject of a recipe with random weights: its toy, or a GPT-2 small on `prompts` random sequences of tokens.
+def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
+    """The subject of a recipe with random weights, or on torch's `meta` device as shapes alone.
 
-    `prompts` is (sequences, tokens in each); the toy draws its own sequences.
+    The prompts of a language model are read; its broad text is random tokens.
     """
+    if isinstance(recipe.target, InductionTarget):
+        with device:
+            toy = InductionToy(toy_shape(recipe.target))
+        return toy_subject(recipe, toy.eval())
+    subject, data = language_subject(recipe, device, trained=False), recipe.data
+    if data is None or data.stream is None:
+        return subject
+    tokens = torch.randint(len(subject.target.unembedding), (data.stream_sequences, data.stream_length))
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    broad = Batch(tokens, everywhere, everywhere).to(device)
+    return replace(subject, stream=lambda: broad)
+
+
+def random_subject(recipe: Recipe, device: torch.device, prompts: tuple[int, int] = (2, 9)) -> Subject:
+    """As `untrained_subject`, but a language model is a GPT-2 small on `prompts`, (sequences, tokens in each) random
+    tokens: nothing is read from anywhere."""
     torch.manual_seed(recipe.seed)
     if isinstance(recipe.target, InductionTarget):
-        return toy_subject(recipe, InductionToy(toy_shape(recipe.target)).to(device).eval())
+        return untrained_subject(recipe, device)
     return random_gpt2(recipe, device, prompts)
 
 

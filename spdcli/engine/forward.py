@@ -23,7 +23,7 @@ from spdcli.engine.losses import unembed_kl
 from spdcli.engine.plan import Piece, Variant
 from spdcli.engine.product import Asked, replaced_product
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.engine.target import Batch, Matrix, Target
+from spdcli.engine.target import Batch, Matrix, Places, Target
 
 
 @dataclass(eq=False)
@@ -32,10 +32,8 @@ class Clean:
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
-    looked at, in the order of `batch.looked`; `place` `[B, T]` numbers them, `spots` `[n]` are their places in the
-    flat `[B * T]`, and those of sequence i start at `firsts[i]`; `ends` says that they are the last positions, and no
-    others. `padding` is `batch.valid` where some of it is False, else None. `patterns[b]` `[B, H, T, T]` are block b's
-    attention log-probabilities, when they were asked for.
+    looked at, which `at` knows. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when they were
+    asked for.
     """
 
     batch: Batch
@@ -43,12 +41,16 @@ class Clean:
     calls: list[tuple[tuple, dict]]
     inputs: dict[str, Tensor]
     log_probs: Tensor
-    place: Tensor
-    spots: Tensor
-    firsts: list[int]
-    ends: bool
-    padding: Tensor | None
     patterns: list[Tensor] = field(default_factory=list)
+
+    @property
+    def at(self) -> Places:
+        return self.batch.places
+
+    @property
+    def padding(self) -> Tensor | None:
+        """`batch.valid` where some of it is False, else None."""
+        return self.batch.valid if self.at.padded else None
 
 
 @torch.no_grad()
@@ -73,17 +75,18 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
         handles.append(target.matrices[name].module.register_forward_pre_hook(keep_input))
     try:
         with recording(target, patterns) as recorded:
-            target.run(batch.tokens, batch.valid)
+            target.run(batch.tokens)
     finally:
         for handle in handles:
             handle.remove()
-    logits = F.linear(target.finish(last[0][batch.looked]), target.unembedding, target.unembedding_bias)
-    place = batch.looked.flatten().cumsum(0).sub(1).view_as(batch.looked)
-    spots = batch.looked.flatten().nonzero()[:, 0]
-    firsts = [0, *batch.looked.sum(1).cumsum(0).tolist()]
-    ends = firsts == list(range(len(batch.looked) + 1)) and bool(batch.looked[:, -1].all())
-    padding = None if bool(batch.valid.all()) else batch.valid
-    return Clean(batch, entries, calls, inputs, logits.log_softmax(-1), place, spots, firsts, ends, padding, recorded)
+    log_probs = _logits_at(target, last[0], batch.places.spots).log_softmax(-1)
+    return Clean(batch, entries, calls, inputs, log_probs, recorded)
+
+
+def _logits_at(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:
+    """Logits `[n, N]` at `spots` of the last block's output `[B, T, D]`."""
+    finished = target.finish(hidden.flatten(0, 1).index_select(0, spots))
+    return F.linear(finished, target.unembedding, target.unembedding_bias)
 
 
 def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
@@ -228,8 +231,8 @@ def plan_pass(
 
     With `ends`, and a target that can, those at the last position alone, `[R, 1, D]`.
     """
-    device = clean.place.device
-    sequences = len(clean.place)
+    device = clean.at.place.device
+    sequences = len(clean.at.place)
     rows = [torch.arange(piece.start, piece.stop, device=device) for piece in chunk]
     index = torch.cat(rows)
     alive = 0
@@ -256,11 +259,13 @@ def row_divergences(
 
     `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives.
     """
-    positions, missing = hidden.shape[1], clean.place.shape[1] - hidden.shape[1]
-    looked = clean.spots - missing * (clean.spots // clean.place.shape[1] + 1)  # places in the flat [B * positions]
+    positions, missing = hidden.shape[1], clean.at.place.shape[1] - hidden.shape[1]
+    looked = clean.at.spots - missing * (
+        clean.at.spots // clean.at.place.shape[1] + 1
+    )  # places in the flat [B * positions]
     spots, index, first = [], [], 0
     for piece in chunk:
-        known = slice(clean.firsts[piece.start], clean.firsts[piece.stop])
+        known = slice(clean.at.firsts[piece.start], clean.at.firsts[piece.stop])
         spots.append(looked[known] + (first - piece.start) * positions)
         index.append(torch.arange(known.start, known.stop, device=hidden.device))
         first += len(piece)
@@ -278,9 +283,9 @@ def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping
     Every `Asked` covers all B sequences of the batch.
     """
     entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
-    whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.place))
+    whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.at.place))
     hidden = plan_pass(target, slices, clean, [whole], masks)
-    return F.linear(target.finish(hidden[clean.batch.looked]), target.unembedding, target.unembedding_bias)
+    return _logits_at(target, hidden, clean.at.spots)
 
 
 def importance_masks(g: Mapping[str, Tensor], delta: bool) -> dict[str, Asked]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,25 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a batch looks. Its numbers are the host's own: a device that is asked for one has to be waited for.
+
+    `place` `[B, T]` numbers the n positions looked at, in order; `spots` `[n]` are their places in the flat `[B * T]`;
+    those of sequence i start at `firsts[i]`. `ends`: they are the last positions, and no others. `padded`: some
+    position is padding.
+    """
+
+    place: Tensor
+    spots: Tensor
+    firsts: list[int]
+    ends: bool
+    padded: bool
+
+    def to(self, device: torch.device | str) -> Places:
+        return replace(self, place=self.place.to(device), spots=self.spots.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Sequences to run: `tokens` `[B, T]`, which of them are real, and which the losses look at.
 
@@ -75,8 +95,24 @@ class Batch:
             {name: change(mask) for name, mask in self.classes.items()},
         )
 
+    @cached_property
+    def places(self) -> Places:
+        """Where this batch looks, worked out where it was made and taken along by `to`."""
+        assert bool((self.valid[:, :-1] >= self.valid[:, 1:]).all()), "padding must be at the end"
+        looked = self.looked
+        firsts = [0, *looked.sum(1).cumsum(0).tolist()]
+        return Places(
+            place=looked.flatten().cumsum(0).sub(1).view_as(looked),
+            spots=looked.flatten().nonzero()[:, 0],
+            firsts=firsts,
+            ends=firsts == list(range(len(looked) + 1)) and bool(looked[:, -1].all()),
+            padded=not bool(self.valid.all()),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda tensor: tensor.to(device))
+        moved = self.map(lambda tensor: tensor.to(device))
+        moved.__dict__["places"] = self.places.to(device)
+        return moved
 
     def select(self, rows: Tensor) -> Batch:
         """Some of the sequences, by number."""
@@ -87,7 +123,7 @@ class Batch:
 class Target:
     """A frozen model, seen as: `run` (tokens through all blocks), the blocks, `finish`, unembedding.
 
-    `run(tokens, valid)` calls the blocks in order; the engine listens in with hooks, so what it
+    `run(tokens)` calls the blocks in order; the engine listens in with hooks, so what it
     returns does not matter. `finish` is the final norm (identity where there is none).
     `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts
     of one module are neighbours and together cover all its columns. While `record_patterns()` is open, every block
@@ -99,7 +135,7 @@ class Target:
 
     model: nn.Module
     blocks: list[nn.Module]
-    run: Callable[[Tensor, Tensor], object]
+    run: Callable[[Tensor], object]
     finish: Callable[[Tensor], Tensor]
     unembedding: Tensor  # [N, D]
     unembedding_bias: Tensor | None

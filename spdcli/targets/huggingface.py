@@ -98,18 +98,18 @@ def _frozen(
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, architecture, folder)
 
 
-def load_shapes(model: str, dtype: str) -> LanguageModel:
-    """As `load_model`, but the weights are not read: they are shapes on torch's `meta` device."""
+def load_untrained(model: str, dtype: str, device: torch.device) -> LanguageModel:
+    """As `load_model`, but the weights are not read: they are random, or on torch's `meta` device shapes alone."""
     folder = resolve(model)
     architecture = architecture_of(read_config(folder).get("model_type", "without a model_type"))
     with quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(
+        with device:
+            untrained = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return _frozen(shapes, tokenizer, architecture, folder)
+    return _frozen(untrained, tokenizer, architecture, folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -135,15 +135,11 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
     fuse_activations(model)
     head = model.get_submodule(language_model.architecture.head)
 
-    def run(tokens: Tensor, valid: Tensor) -> object:
-        # No mask: padding comes last, and causal attention shows no real position what comes later.
-        assert bool((valid[:, :-1] >= valid[:, 1:]).all()), "padding must be at the end"
-        return base(input_ids=tokens, use_cache=False)
-
     return Target(
         model=model,
         blocks=language_model.blocks,
-        run=run,
+        # No mask: padding comes last, and causal attention shows no real position what comes later.
+        run=lambda tokens: base(input_ids=tokens, use_cache=False),
         finish=language_model.final_norm,
         unembedding=head.get_parameter("weight"),
         unembedding_bias=None if head.bias is None else head.get_parameter("bias"),

@@ -157,7 +157,7 @@ def toy_target(toy: InductionToy) -> Target:
     return Target(
         model=toy,
         blocks=list(toy.blocks),
-        run=lambda tokens, valid: toy(tokens),
+        run=lambda tokens: toy(tokens),
         finish=toy.norm,
         unembedding=toy.unembed.weight,
         unembedding_bias=None,
