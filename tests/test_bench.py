@@ -28,7 +28,8 @@ def test_every_case_is_a_recipe_and_every_ratio_of_two_cases(what, device):
         assert case.way in WAYS
     for group in groups:
         names = {case.name for case in group.cases}
-        assert all(names.issuperset(pair) for pair in (*group.ratios.values(), *group.memory.values()))
+        told = (*group.ratios.values(), *group.memory.values(), *group.growth.values())
+        assert all(names.issuperset(several) for several in told)
 
 
 def test_the_command_knows_all_benchmarks():
@@ -58,12 +59,15 @@ def test_patterns_choose_cases():
 
 
 def test_a_measurement(capsys):
-    cases = [Case(way, "induction", TINY, way, labels={"batch": 2}) for way in ("plan", "plain")]
+    cases = [Case(way, "induction", TINY, way, labels={"batch": 2}) for way in ("plan", "plain", "one by one")]
     said = []
-    group = Group(cases, {"plain / plan": ("plain", "plan")}, {"peaks": ("plain", "plan")})
+    pair, growth = ("plain", "plan"), {"growth": ("plan", "plain", "one by one")}
+    group = Group(cases, {"plain / plan": pair}, {"peaks": pair}, growth)
     found = measure([group], Conditions(rounds=2, threads=1), lambda name, done, total: said.append((done, total)))
-    assert [row["name"] for row in found["rows"]] == ["plan", "plain"]
-    assert found["ratios"].keys() == {"plain / plan", "peaks"}
+    assert [row["name"] for row in found["rows"]] == ["plan", "plain", "one by one"]
+    assert found["ratios"].keys() == {"plain / plan", "peaks", "growth"}
+    first, second, third = (row["peak_bytes"] for row in found["rows"])
+    assert found["ratios"]["growth"] == (third - second) / max(1, second - first)
     for row in found["rows"]:
         assert row["steps"] == 2
         assert 0 < row["fastest"] <= row["seconds"]
@@ -72,7 +76,7 @@ def test_a_measurement(capsys):
         assert row["bytes"] > 0
         assert row["batch"] == 2
         assert row["product_share"] == pytest.approx(row["flops"] / row["seconds"] / row["product_flops_per_second"])
-    assert said[-1][1] == 6
+    assert said[-1][1] == 9
     assert "seconds" in json.dumps(found)
 
 

@@ -65,7 +65,7 @@ def padded_batch(language_model):
 def test_blocks_can_be_replayed_by_row(directory, count):
     language_model = load_model(str(directory), "float64")
     target, batch = build_target(language_model, False), padded_batch(language_model)
-    tokens, valid = batch.tokens[:count], batch.valid[:count]
+    tokens = batch.tokens[:count]
     calls, last = record_blocks(target, tokens)
     rows = torch.tensor([2, 0, 0, 1, 2]) % count
     for start in range(len(target.blocks)):

@@ -29,13 +29,16 @@ Say = Callable[[str, int, int], None]
 class Group:
     """Cases that are measured side by side, and the ratios of their seconds that are wanted.
 
-    `ratios[name]` is (numerator, denominator), two names of cases; so is `memory`, of their peaks. `seconds` bounds
-    what the measured steps of one case take, by its first step: then it makes fewer than other cases, but one.
+    `ratios[name]` is (numerator, denominator), two names of cases; so is `memory`, of their peaks. `growth[name]` is
+    three cases of sizes s, 2s and 4s: the second growth of the peak over the first, 2 where memory grows in
+    proportion to the size, 4 where with its square. `seconds` bounds what the measured steps of one case take, by its first step:
+    then it makes fewer than other cases, but one.
     """
 
     cases: Sequence[Case]
     ratios: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     memory: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    growth: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     seconds: float = math.inf
 
 
@@ -139,11 +142,22 @@ def measure(groups: Sequence[Group], conditions: Conditions, say: Say) -> dict[s
                     done += member is not members[0]
             found = {member.case.name: row(member, members[0]) for member in members[1:]}
         rows += [found.get(case.name) or told(case) | {"skipped": skipped[case.name]} for case in group.cases]
-        for pairs, key in ((group.ratios, "seconds"), (group.memory, "peak_bytes")):
-            for name, (above, below) in pairs.items():
-                if above in found and below in found:
-                    ratios[name] = found[above][key] / found[below][key]
+        ratios |= ratios_of(group, found)
     return {"rows": rows, "ratios": ratios}
+
+
+def ratios_of(group: Group, found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What a group says of its cases, where they were measured: `found[name]` is a case's row."""
+    ratios = {}
+    for pairs, key in ((group.ratios, "seconds"), (group.memory, "peak_bytes")):
+        for name, (above, below) in pairs.items():
+            if above in found and below in found:
+                ratios[name] = found[above][key] / found[below][key]
+    for name, three in group.growth.items():
+        if found.keys() >= set(three):
+            small, middle, large = (found[case]["peak_bytes"] for case in three)
+            ratios[name] = (large - middle) / max(1, middle - small)
+    return ratios
 
 
 def too_large(case: Case, device: str) -> str:

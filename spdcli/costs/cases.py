@@ -145,22 +145,17 @@ def allocator_groups(wanted: Wanted) -> list[Group]:
 
 
 def memory_groups(wanted: Wanted) -> list[Group]:
-    """Attention importances at 5120 and 10240 positions: memory that grows linearly with the length."""
+    """Attention importances at 2560, 5120 and 10240 positions: memory that grows linearly with the length."""
     cases = []
-    for length in (LONG // 2, LONG):
-        batch = batch_at(length, wanted.batch)
-        settings = ("importance.kind=attention", "importance.backend=blocked", f"target.length={length}")
+    for length in (LONG // 4, LONG // 2, LONG):
+        batch = batch_at(LONG, wanted.batch)
+        shape = (f"target.length={length}", f"decompose.batch={batch}")
+        settings = ("importance.kind=attention", "importance.backend=blocked", *shape)
         labels = {"length": length, "batch": batch}
-        cases.append(
-            Case(
-                f"attention blocked, length {length}",
-                "induction",
-                (*settings, f"decompose.batch={batch}"),
-                labels=labels,
-            )
-        )
-    pair = (cases[1].name, cases[0].name)
-    return [Group(cases, {"length 10240 / 5120, seconds": pair}, {"length 10240 / 5120, peak": pair})]
+        cases.append(Case(f"attention blocked, length {length}", "induction", settings, labels=labels))
+    small, middle, large = (case.name for case in cases)
+    growth = {"peak: growth from 5120 to 10240 / from 2560 to 5120": (small, middle, large)}
+    return [Group(cases, {"length 10240 / 5120, seconds": (large, middle)}, growth=growth)]
 
 
 def groups_of(what: str, wanted: Wanted) -> list[Group]:
@@ -172,7 +167,8 @@ def groups_of(what: str, wanted: Wanted) -> list[Group]:
         if cases:
             ratios = {name: pair for name, pair in group.ratios.items() if names.issuperset(pair)}
             memory = {name: pair for name, pair in group.memory.items() if names.issuperset(pair)}
-            kept.append(replace(group, cases=cases, ratios=ratios, memory=memory))
+            growth = {name: three for name, three in group.growth.items() if names.issuperset(three)}
+            kept.append(replace(group, cases=cases, ratios=ratios, memory=memory, growth=growth))
     return kept
 
 
