@@ -31,8 +31,8 @@ class Group:
 
     `ratios[name]` is (numerator, denominator), two names of cases; so is `memory`, of their peaks. `growth[name]` is
     three cases of sizes s, 2s and 4s: the second growth of the peak over the first, 2 where memory grows in
-    proportion to the size, 4 where with its square. `seconds` bounds what the measured steps of one case take, by its first step:
-    then it makes fewer than other cases, but one.
+    proportion to the size, 4 where with its square. `seconds` bounds what the measured steps of one case take, by its
+    first step: then it makes fewer than other cases, but one.
     """
 
     cases: Sequence[Case]
