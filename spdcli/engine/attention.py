@@ -10,22 +10,24 @@ or `[M, 2 * S - 1, K]` (query) for any `S >= T`; its entry `S - 1 + o` belongs t
 M matrices, B sequences, T positions. The choice of backend never changes the result.
 
     dense    builds [T, T] whole; for short sequences, and the reference
-    blocked  strips of queries, recomputed in backward; memory grows linearly with T
+    blocked  strips of queries that fit the cache, made again in backward; memory grows linearly with T
     flex     torch's flex attention, compiled; CUDA and scalar biases only
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-DENSE_LENGTH = 256  # up to this length [T, T] is small enough to be the fastest
+DENSE_LENGTH = 64  # up to this length all scores at once are as fast as strips
 FLEX_WIDTHS = (16, 256)  # what flex's kernels are made for; a wider head does not fit a GPU's shared memory
-STRIP_ELEMENTS = 1 << 21  # scores held at once by the blocked backend
+STRIP, STRIP_CUDA = (32, 1 << 17), (1024, 1 << 25)  # most queries of a strip, scores that it holds
 
 
 def importance_attention(
@@ -59,73 +61,134 @@ def choose_backend(q: Tensor, relative: Tensor) -> str:
     return "flex" if q.is_cuda and suits else "blocked"
 
 
-def strip_attention(
-    q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, start: int, causal: bool
-) -> Tensor:
-    """Dense attention of the queries `q` `[M, B, t, K]` at positions `start .. start + t - 1` to all keys."""
-    rows, keys = q.shape[2], k.shape[2]
-    middle = (relative.shape[1] - 1) // 2
-    # Offsets seen by this strip: from -(start + rows - 1) to keys - 1 - start, a window of the table.
-    low = middle - (start + rows - 1)
-    window = relative[:, low : middle + keys - start]
-    query_position = torch.arange(rows, device=q.device)[:, None]
-    key_position = torch.arange(keys, device=q.device)
-    index = key_position - query_position + rows - 1  # [t, T] into the window
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
+    """The reference: every score at once."""
+    length = q.shape[2]
+    position = torch.arange(length, device=q.device)
+    offset = position - position[:, None]  # [T, T], key less query
+    index = offset + (relative.shape[1] - 1) // 2
     scores = q @ k.transpose(-1, -2)
     if relative.dim() == 2:
-        scores = scores + window[:, index][:, None]
+        scores = scores + relative[:, index][:, None]
     else:
-        by_offset = q @ window[:, None].transpose(-1, -2)  # [M, B, t, T + t - 1]
+        by_offset = q @ relative[:, None].transpose(-1, -2)  # [M, B, T, 2 S - 1]
         scores = scores + by_offset.gather(-1, index.expand(*scores.shape))
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None], float("-inf"))
     if causal:
-        scores = scores.masked_fill(key_position > query_position + start, float("-inf"))
+        scores = scores.masked_fill(offset > 0, float("-inf"))
     return (scores / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    """The reference: one strip that is the whole sequence."""
-    return strip_attention(q, k, v, relative, valid, 0, causal)
+@dataclass(frozen=True)
+class _Strip:
+    """Some queries of some sequences of one matrix, and the keys that they may see.
+
+    b sequences, t queries, u keys. `window` are the entries of the relative table that the strip needs, `[t + u - 1]`:
+    query i and key j, counted within the strip, have entry `t - 1 - i + j`.
+    """
+
+    matrix: int
+    sequences: slice
+    queries: slice
+    keys: int
+    window: slice
+    future: bool  # whether keys behind some of the queries are among them
+
+    @property
+    def of_queries(self) -> tuple[int, slice, slice]:
+        return self.matrix, self.sequences, self.queries
+
+    @property
+    def of_keys(self) -> tuple[int, slice, slice]:
+        return self.matrix, self.sequences, slice(self.keys)
+
+
+def _strips(q: Tensor, relative: Tensor, causal: bool) -> Iterator[_Strip]:
+    matrices, sequences, length = q.shape[:3]
+    most_rows, elements = STRIP_CUDA if q.is_cuda else STRIP
+    rows = min(length, most_rows)
+    together = max(1, elements // (rows * length))
+    middle = (relative.shape[1] - 1) // 2
+    for matrix in range(matrices):
+        for first in range(0, sequences, together):
+            for start in range(0, length, rows):
+                stop = min(length, start + rows)
+                keys = stop if causal else length
+                window = slice(middle - stop + 1, middle - start + keys)
+                yield _Strip(matrix, slice(first, first + together), slice(start, stop), keys, window, causal)
+
+
+def _aligned(by_offset: Tensor, keys: int) -> Tensor:
+    """Of entries by offset `[b, t, t + u - 1]`, contiguous, those by key: a view `[b, t, u]`, whose row i begins at
+    column t - 1 - i."""
+    sequences, rows, width = by_offset.shape
+    return by_offset.as_strided((sequences, rows, keys), (rows * width, width - 1, 1), rows - 1)
+
+
+def _scores(q: Tensor, k: Tensor, relative: Tensor, valid: Tensor | None, strip: _Strip) -> Tensor:
+    """Scaled scores of a strip, `[b, t, u]`."""
+    own, keys = q[strip.of_queries], k[strip.of_keys]
+    window = relative[strip.matrix, strip.window]
+    by_offset = own @ window.t() if window.dim() == 2 else window.repeat(*own.shape[:2], 1)
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    aligned = _aligned(by_offset, strip.keys)
+    scores = torch.baddbmm(aligned, own, keys.transpose(1, 2), beta=scale, alpha=scale)
+    if valid is not None:
+        scores.masked_fill_(~valid[strip.sequences, None, : strip.keys], float("-inf"))
+    if strip.future:
+        position = torch.arange(strip.keys, device=q.device)
+        scores.masked_fill_(position > position[strip.queries, None], float("-inf"))
+    return scores
 
 
 class _Blocked(torch.autograd.Function):
-    """Strips of queries one after the other; backward recomputes each strip, so that only the inputs
-    are kept and no `[T, T]` ever exists."""
+    """Strip by strip in cache. Backward makes each strip's weights again from its scores and the logarithm of their
+    sum, so that only inputs and output are kept and no `[T, T]` ever exists."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool, rows: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, relative)
-        ctx.valid, ctx.causal, ctx.rows = valid, causal, rows
-        out = v.new_empty(v.shape)
-        for start in range(0, q.shape[2], rows):
-            stop = start + rows
-            out[:, :, start:stop] = strip_attention(q[:, :, start:stop], k, v, relative, valid, start, causal)
+        out, log_sums = torch.empty_like(v), q.new_empty(*q.shape[:3], 1)
+        for strip in _strips(q, relative, causal):
+            weights = _scores(q, k, relative, valid, strip)
+            highest = weights.amax(-1, keepdim=True)
+            weights.sub_(highest).exp_()
+            sums = weights.sum(-1, keepdim=True)
+            out[strip.of_queries] = (weights @ v[strip.of_keys]).div_(sums)
+            log_sums[strip.of_queries] = sums.log_().add_(highest)
+        ctx.save_for_backward(q, k, v, relative, out, log_sums)
+        ctx.valid, ctx.causal = valid, causal
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, relative = ctx.saved_tensors
-        grads = [torch.zeros_like(t) for t in (q, k, v, relative)]
-        whole = [t.detach().requires_grad_() for t in (k, v, relative)]
-        for start in range(0, q.shape[2], ctx.rows):
-            stop = start + ctx.rows
-            strip = q[:, :, start:stop].detach().requires_grad_()
-            with torch.enable_grad():
-                out = strip_attention(strip, whole[0], whole[1], whole[2], ctx.valid, start, ctx.causal)
-            pieces = torch.autograd.grad(out, [strip, *whole], grad_out[:, :, start:stop])
-            grads[0][:, :, start:stop] = pieces[0]
-            for total, piece in zip(grads[1:], pieces[1:], strict=True):
-                total += piece
-        return *grads, None, None, None
+        q, k, v, relative, out, log_sums = ctx.saved_tensors
+        grad_q, grad_k, grad_v, grad_relative = (torch.zeros_like(t) for t in (q, k, v, relative))
+        along = (grad_out * out).sum(-1, keepdim=True)
+        scale = 1.0 / math.sqrt(q.shape[-1])
+        for strip in _strips(q, relative, ctx.causal):
+            mine, theirs = strip.of_queries, strip.of_keys
+            weights = _scores(q, k, relative, ctx.valid, strip).sub_(log_sums[mine]).exp_()
+            grad_v[theirs] += weights.transpose(1, 2) @ grad_out[mine]
+            grad = (grad_out[mine] @ v[theirs].transpose(1, 2)).sub_(along[mine]).mul_(weights).mul_(scale)
+            grad_q[mine] += grad @ k[theirs]
+            grad_k[theirs] += grad.transpose(1, 2) @ q[mine]
+            by_offset = grad.new_zeros(*grad.shape[:2], grad.shape[1] + strip.keys - 1)
+            _aligned(by_offset, strip.keys).copy_(grad)
+            table = relative[strip.matrix, strip.window]
+            if table.dim() == 1:
+                grad_relative[strip.matrix, strip.window] += by_offset.sum((0, 1))
+            else:
+                grad_q[mine] += by_offset @ table
+                grad_relative[strip.matrix, strip.window] += by_offset.flatten(0, 1).t() @ q[mine].flatten(0, 1)
+        return grad_q, grad_k, grad_v, grad_relative, None, None
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    """Exact attention in memory linear in T: strips of at most STRIP_ELEMENTS scores."""
-    rows = max(1, min(q.shape[2], STRIP_ELEMENTS // (q.shape[0] * q.shape[1] * q.shape[2])))
-    return _Blocked.apply(q, k, v, relative, valid, causal, rows)
+    """Exact attention in memory linear in T."""
+    return _Blocked.apply(q, k, v, relative, valid, causal)
 
 
 @cache
