@@ -53,6 +53,15 @@ def test_a_broadcast_dimension_is_not_read_again():
     assert tally.bytes == 4 * 4 + (4 * 4 + 4)
 
 
+def test_what_is_picked_and_placed_counts_and_not_the_whole():
+    source, rows, part = torch.ones(100, 4), torch.tensor([3, 5]), torch.ones(2, 4)
+    with Tally() as tally:
+        source.index_select(0, rows)  # two rows read and written, and their numbers
+        assert tally.bytes == 2 * 32 + 16
+        source.index_copy_(0, rows, part)  # numbers and two rows read, two rows written
+        assert tally.bytes == 2 * (2 * 32 + 16)
+
+
 def counted(recipe, subject, decomposition, noise, tally):
     names = decomposition.names
     settings = fit_settings(recipe)

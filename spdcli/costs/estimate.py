@@ -43,6 +43,20 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
     """What `spd plan --json` shows. `seconds` False leaves out the time, for which steps are made on the machine; so
     does a recipe that does not fit."""
     recipe = loaded.recipe
+    found, names, settings = _counted(loaded, device)
+    a_step = time_a_step(recipe, names, settings, device) if seconds and found["fits"] else None
+    return found | {
+        "steps": recipe.decompose.steps,
+        "seconds_per_step": a_step,
+        "seconds": None if a_step is None else a_step * recipe.decompose.steps,
+        "machine": describe(device),
+    }
+
+
+def _counted(loaded: LoadedRecipe, device: torch.device) -> tuple[dict[str, Any], list[str], FitSettings]:
+    """What can be told without numbers; the names of the matrices; the loop's settings, with the memory that is left
+    for a plan."""
+    recipe = loaded.recipe
     heap = Heap()
     try:
         with Dry(heap) as state:
@@ -68,23 +82,14 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
     found = {
         "recipe": recipe.name,
         "matrices": len(names),
-        "tokens": step["tokens"],
         "parameters": {"slices": parameters - gates, "gates": gates},
         "bytes": {**asdict(needed), "total": needed.total},
         "free_bytes": free,
         "fits": needed.total <= free,
         "change": changes(recipe, needed, free, gates > parameters - gates),
-        "flops_per_step": step["flops"],
-        "bytes_per_step": step["bytes"],
-        "steps": recipe.decompose.steps,
-        "seconds_per_step": None,
-        "seconds": None,
-        "machine": describe(device),
+        **step,
     }
-    if seconds and found["fits"]:
-        a_step = time_a_step(recipe, names, settings, device)
-        found |= {"seconds_per_step": a_step, "seconds": a_step * recipe.decompose.steps}
-    return found
+    return found, names, settings
 
 
 def _dry_step(
@@ -112,7 +117,7 @@ def _dry_step(
         if broad is not None:
             backward(passes(broad(generator)), losses.on_stream(settings.targeted))
     decomposition.zero_grad(set_to_none=True)
-    return {"flops": step.flops, "bytes": step.bytes, "tokens": int(batch.valid.sum())}
+    return {"tokens": int(batch.valid.sum()), "flops_per_step": step.flops, "bytes_per_step": step.bytes}
 
 
 def changes(recipe: Recipe, needed: Need, free: int, gates_largest: bool) -> list[str]:

@@ -58,7 +58,7 @@ class Tally(TorchDispatchMode):
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         self.operations += 1
-        self.bytes += sum(size_of(t) for t in (*given, *made))
+        self.bytes += sum(size_of(t) for t in _touched(packet, given, made))
         known = {id(t.untyped_storage()) for t in given}
         for tensor in made:
             if id(tensor.untyped_storage()) not in known:
@@ -84,6 +84,19 @@ PROCESSOR_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5),
 }
+
+
+PICKING = {torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index, torch.ops.aten.embedding}
+PLACING = {torch.ops.aten.index_copy_, torch.ops.aten.index_add_}  # whose last tensor is what they put in
+
+
+def _touched(packet: Any, given: list[Tensor], made: list[Tensor]) -> list[Tensor]:
+    """Tensors as large as what an operation reads and writes."""
+    if packet in PICKING:  # it reads as much of its source as it gives
+        return [*made, *made, *(t for t in given[1:] if not t.is_floating_point())]
+    if packet in PLACING:  # it changes as much of its target as it is given
+        return [*given[1:], given[-1]]
+    return [*given, *made]
 
 
 def size_of(tensor: Tensor) -> int:
