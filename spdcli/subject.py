@@ -6,6 +6,7 @@ are written, how its matrices hang on the residual stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -166,7 +167,7 @@ def stream_batches(recipe: Recipe, subject: Subject) -> Callable[[torch.Generato
     if not recipe.losses.targeted or subject.stream is None:
         return None
     device, size = subject.target.device, recipe.decompose.stream_batch
-    whole = subject.stream().to("cpu")
+    whole = subject.stream().to(torch.device("cpu"))
     return lambda generator: some_of(whole, size, generator).to(device)
 
 
@@ -241,7 +242,7 @@ def untrained_decomposition(recipe: Recipe, subject: Subject, names: list[str], 
         }
         if recipe.importance.basis == "span" and subject.prompts is not None:
             rows = int(subject.prompts.batch.valid.sum())
-            bases = {name: torch.rand(min(m.d_in, rows), m.d_in) for name, m in matrices.items()}
+            bases = {name: torch.randn(min(m.d_in, rows), m.d_in) / math.sqrt(m.d_in) for name, m in matrices.items()}
         importances = _importances(recipe, subject, names, bases)
     return Decomposition(slices, importances, recipe.slices.delta).to(device, subject.target.unembedding.dtype)
 

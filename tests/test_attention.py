@@ -54,6 +54,26 @@ def test_strips_change_nothing(rows, sequences, valid, causal, form, monkeypatch
         close(actual, wanted)
 
 
+@FORMS
+def test_in_bfloat16_strips_are_as_right_as_all_at_once(form):
+    exact = tensors(form)
+    narrow = [t.detach().bfloat16().requires_grad_() for t in exact]
+    weights = torch.randn(M, B, T, I)
+    wanted = gradients(importance_attention(*exact), weights.double(), exact)
+    errors = {
+        backend: [
+            float((got.double() - right).norm() / right.norm())
+            for got, right in zip(
+                gradients(importance_attention(*narrow, backend=backend), weights.bfloat16(), narrow),
+                wanted,
+                strict=True,
+            )
+        ]
+        for backend in ("dense", "blocked")
+    }
+    assert all(ours < 2 * theirs for ours, theirs in zip(errors["blocked"], errors["dense"], strict=True)), errors
+
+
 def test_strips_see_who_needs_a_gradient():
     q, k, v, relative = (t.detach() for t in tensors("scalar"))
     v.requires_grad_()

@@ -8,7 +8,7 @@ import pytest
 from small_runs import one_line, spd_here
 
 from spdcli.commands.bench import Benchmark
-from spdcli.costs.bench import Conditions, Group, measure, too_large
+from spdcli.costs.bench import Conditions, Group, measure, ratios_of, too_large
 from spdcli.costs.cases import BENCHMARKS, Wanted, batch_at, groups_of
 from spdcli.costs.worker import WAYS, Case
 from spdcli.errors import SpdError
@@ -18,9 +18,9 @@ TINY = ("target.length=6", "target.d_model=4", "decompose.batch=2", "slices.C=3"
 
 
 @pytest.mark.parametrize("what", BENCHMARKS)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_case_is_a_recipe_and_every_ratio_of_two_cases(what, device):
-    groups = groups_of(what, Wanted(device=device))
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(device="cuda"), Wanted(per_loss=True)])
+def test_every_case_is_a_recipe_and_every_ratio_of_two_cases(what, wanted):
+    groups = groups_of(what, wanted)
     cases = [case for group in groups for case in group.cases]
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
@@ -61,13 +61,11 @@ def test_patterns_choose_cases():
 def test_a_measurement(capsys):
     cases = [Case(way, "induction", TINY, way, labels={"batch": 2}) for way in ("plan", "plain", "one by one")]
     said = []
-    pair, growth = ("plain", "plan"), {"growth": ("plan", "plain", "one by one")}
-    group = Group(cases, {"plain / plan": pair}, {"peaks": pair}, growth)
+    pair = ("plain", "plan")
+    group = Group(cases, {"plain / plan": pair}, {"peaks": pair})
     found = measure([group], Conditions(rounds=2, threads=1), lambda name, done, total: said.append((done, total)))
     assert [row["name"] for row in found["rows"]] == ["plan", "plain", "one by one"]
-    assert found["ratios"].keys() == {"plain / plan", "peaks", "growth"}
-    first, second, third = (row["peak_bytes"] for row in found["rows"])
-    assert found["ratios"]["growth"] == (third - second) / max(1, second - first)
+    assert found["ratios"].keys() == {"plain / plan", "peaks"}
     for row in found["rows"]:
         assert row["steps"] == 2
         assert 0 < row["fastest"] <= row["seconds"]
@@ -78,6 +76,15 @@ def test_a_measurement(capsys):
         assert row["product_share"] == pytest.approx(row["flops"] / row["seconds"] / row["product_flops_per_second"])
     assert said[-1][1] == 9
     assert "seconds" in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "wanted"), [((10, 20, 40), 2), ((1, 4, 16), 4), ((5, 6, 6), 0), ((5, 5, 9), None), ((5, 6), None)]
+)
+def test_growth_tells_a_line_from_a_square(peaks, wanted):
+    names = ("small", "middle", "large")
+    found = {name: {"peak_bytes": peak} for name, peak in zip(names, peaks, strict=False)}
+    assert ratios_of(Group([], growth={"growth": names}), found) == ({} if wanted is None else {"growth": wanted})
 
 
 def test_long_cases_make_fewer_steps():

@@ -1,4 +1,4 @@
-"""What a step costs: counts by hand, a dry run against the real step, the heap's holes, trials, and `spd plan`."""
+"""What a step costs: counts by hand, a dry run against the real step, the heap's holes, the time, and `spd plan`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ def test_what_is_picked_and_placed_counts_and_not_the_whole():
         assert tally.bytes == 2 * 32 + 16
         source.index_copy_(0, rows, part)  # numbers and two rows read, two rows written
         assert tally.bytes == 2 * (2 * 32 + 16)
+        source.index_add_(0, rows, part)  # those two rows are read before
+        assert tally.bytes == 2 * (2 * 32 + 16) + 3 * 32 + 16
 
 
 def counted(recipe, subject, decomposition, noise, tally):
@@ -111,11 +113,16 @@ def test_a_language_models_shapes_are_read_without_its_weights(tiny_gpt2_dir, tm
     assert found["seconds"] == 2 * found["seconds_per_step"]
 
 
-@pytest.mark.parametrize("settings", [(), ("losses.layerwise_matrices=2", "losses.faithfulness_probes=3")])
-@pytest.mark.parametrize("kind", KINDS)
+CHEAPER = ("losses.layerwise_matrices=2", "losses.faithfulness_probes=3", "losses.subset=position")
+
+
+@pytest.mark.parametrize("settings", [(), CHEAPER], ids=["exact", "cheaper"])
+@pytest.mark.parametrize("kind", [*KINDS, "blocked"])
 def test_a_step_asks_the_device_for_no_number(kind, settings, tmp_path):
-    """On the meta device, which has none to give, a step of a fresh batch goes through: on a GPU it does not wait."""
-    recipe = toy_recipe(f"importance.kind={kind}", *KINDS[kind], *settings, folder=tmp_path)
+    """On the meta device, which has none to give, a fresh batch's clean pass, losses and gradients go through."""
+    blocked = ("importance.kind=attention", "importance.backend=blocked")
+    chosen = blocked if kind == "blocked" else (f"importance.kind={kind}", *KINDS[kind])
+    recipe = toy_recipe(*chosen, *settings, folder=tmp_path)
     subject = untrained_subject(recipe, META)
     names = list(subject.target.matrices)
     made = untrained_decomposition(recipe, subject, names, META)
@@ -196,7 +203,7 @@ def test_a_long_first_step_is_the_answer_and_pruning_is_left_out(tmp_path, monke
     monkeypatch.setattr("spdcli.engine.fit.frequent_slices", None)  # whoever prunes fails
     assert time_a_step(loaded.recipe, names, settings, CPU) > 0
     assert len(made) == 1 + ENOUGH_STEPS
-    monkeypatch.setattr("spdcli.costs.timing.LONG_STEP", 0.0)
+    monkeypatch.setattr("spdcli.costs.timing.FIRST_ENOUGH", 0.0)
     made.clear()
     assert time_a_step(loaded.recipe, names, settings, CPU) > 0
     assert len(made) == 1
@@ -206,16 +213,16 @@ def test_broad_text_is_counted_and_its_steps_are_made(tiny_gpt2_dir, tmp_path):
     stream = (
         "slices.delta=true",
         "data.stream=generated",
-        "data.stream_sequences=8",
+        "data.stream_sequences=600",
         "data.stream_length=12",
-        "decompose.stream_batch=4",
+        "decompose.stream_batch=600",
     )
     model_recipe(tiny_gpt2_dir, folder=tmp_path)
     settings = [f"target.model={tiny_gpt2_dir}", *stream]
     alone = estimate(load_recipe(tmp_path / "model.toml", settings), CPU)
     beside = estimate(load_recipe(tmp_path / "model.toml", [*settings, "losses.targeted=1"]), CPU)
     assert beside["flops_per_step"] > 1.5 * alone["flops_per_step"]
-    assert beside["bytes"]["activations"] >= alone["bytes"]["activations"]
+    assert beside["bytes"]["activations"] > alone["bytes"]["activations"] + 2**20
     assert beside["seconds_per_step"] > 0
 
 

@@ -322,7 +322,7 @@ def test_the_clean_pass_is_the_model(subject):
         for name in names:
             close(clean.inputs[name][b, real], inputs[name][0], TOLERANCE)
         for t in clean.batch.looked[b].nonzero()[:, 0].tolist():
-            assert clean.at.place[b, t] == at
+            assert clean.at.spots[at] == b * tokens.shape[-1] + t
             close(clean.log_probs[at], logits[t].log_softmax(-1), TOLERANCE)
             at += 1
     assert at == len(clean.log_probs)

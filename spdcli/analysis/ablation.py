@@ -144,7 +144,7 @@ def masked_answers(
         if not touched:
             draws.append(clean.log_probs.double())
             continue
-        whole = Piece(Variant("", "importance", frozenset(asked), min(touched), 1.0), 0, len(clean.at.place))
+        whole = Piece(Variant("", "importance", frozenset(asked), min(touched), 1.0), 0, len(clean.batch.tokens))
         with silenced(zeroed):
             hidden = plan_pass(target, slices, clean, [whole], asked)
         draws.append(log_probabilities(target, hidden[clean.batch.looked]))
@@ -218,7 +218,7 @@ def measure_cuts(
     masks: list[Masks] = [{}]
     if slices:
         g = importances_of(subject, decomposition, questions.batch)[0] if others != "on" else {}
-        masks = draw_masks(decomposition, g, others, len(clean.at.place), samples, seed)
+        masks = draw_masks(decomposition, g, others, len(clean.batch.tokens), samples, seed)
         if others == "on" and decomposition.delta:  # matrices that lose nothing are the target's own, exactly
             masks = [{name: one[name] for name in by_matrix(slices)} for one in masks]
     exact = not slices or (others == "on" and decomposition.delta)

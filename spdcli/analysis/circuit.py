@@ -51,7 +51,7 @@ class Scene:
 
     @property
     def rows(self) -> Tensor:
-        return torch.arange(len(self.clean.at.place), device=self.clean.at.place.device)
+        return torch.arange(len(self.clean.batch.tokens), device=self.clean.batch.tokens.device)
 
     def block(self, index: int) -> ToyBlock:
         block = self.toy.blocks[index]
@@ -231,7 +231,7 @@ def _guessed(stage: Scene, hidden: Tensor) -> Tensor:
 
 def importance_profile(stage: Scene) -> dict[str, Any]:
     """Summed importances of each matrix: mean by position class, and by distance from s1 (s2 left out)."""
-    classes, length = stage.clean.batch.classes, stage.clean.at.place.shape[1]
+    classes, length = stage.clean.batch.classes, stage.clean.batch.tokens.shape[1]
     distances = list(range(max(-REACH, 3 - length), min(REACH, length - 2) + 1))  # s1 stands at T - 3 at the latest
     place = torch.arange(length, device=stage.rows.device) - stage.at["s1"][:, None]  # [B, T]
     inner = ~classes["s2"]
@@ -250,7 +250,7 @@ def example(stage: Scene) -> dict[str, Any]:
     `target` and `masked` are the attention probabilities `[T, T]` of both layers, in the target and in the model of
     active slices alone.
     """
-    length = stage.clean.at.place.shape[1]
+    length = stage.clean.batch.tokens.shape[1]
     row = int((stage.at["s1"] - length // 2).abs().argmin())
     original, masked = attention_patterns(stage.toy, stage.target, stage.decomposition, stage.clean, stage.g)
     return {

@@ -61,7 +61,7 @@ def from_other_sequences(stage: Scene, generator: torch.Generator) -> dict[str, 
 
 def from_other_positions(stage: Scene, generator: torch.Generator) -> dict[str, Tensor]:
     """Every sequence's importances move on by 1 .. T-1 positions, drawn once a sequence, round its end."""
-    count, length = stage.clean.at.place.shape
+    count, length = stage.clean.batch.tokens.shape
     shift = torch.randint(1, length, (count, 1), generator=generator)
     source = ((torch.arange(length) - shift) % length).to(stage.rows.device)
     return {name: g[stage.rows[:, None], source] for name, g in stage.g.items()}

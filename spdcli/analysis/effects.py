@@ -123,7 +123,7 @@ def predictions(
     more than a chunk of distributions is held at once.
     """
     noise = Noise(torch.Generator(target.device))  # fixed masks never draw
-    sequences, positions = clean.at.place.shape
+    sequences, positions = clean.batch.tokens.shape
     ordered = sorted(variants, key=lambda variant: variant.entry)
     for chunk in chunks(ordered, sequences, row_costs(target, slices, positions), PLAN_BYTES):
         asked = {n: a for n in slices.names if (a := ask(chunk, n, None, slices.delta, noise)) is not None}

@@ -92,7 +92,7 @@ def evaluate(
         if subject.toy is not None:
             _compare_attention(tally, subject, decomposition, clean, g)
             assert batch.answers is not None
-            last = clean.at.place[batch.classes["s2"]]
+            last = _numbered(batch.looked)[batch.classes["s2"]]
             tally.right["target"] += int((clean.log_probs[last].argmax(-1) == batch.answers).sum())
             tally.right["masked"] += int((logits[last].argmax(-1) == batch.answers).sum())
         else:
@@ -130,7 +130,7 @@ def _reconstruct(
 ) -> None:
     """The four reconstruction losses of Table 1, a mean over looked-at positions for every sequence."""
     blocks = {name: target.matrices[name].block for name in decomposition.names}
-    count = len(clean.at.place)
+    count = len(clean.batch.tokens)
     looked = clean.batch.looked
     owner = looked.nonzero()[:, 0]
     per_sequence = {loss: torch.zeros(count, device=target.device) for loss in LOSSES}
@@ -143,7 +143,7 @@ def _reconstruct(
         if variant.loss == "recon_layerwise":
             tally.by_matrix[next(iter(variant.matrices))].add(means)
 
-    shape = (count, clean.at.place.shape[1])
+    shape = (count, clean.batch.tokens.shape[1])
     variants = draw_variants(LOSSES, blocks, 1, "forward", shape, torch.Generator())
     reconstruction(target, decomposition, clean, variants, g, noise, PLAN_BYTES, consume)
     for loss, values in per_sequence.items():
@@ -189,6 +189,11 @@ def _compare_attention(
                 tally.attention_split[layer, name].add((divergence * chosen).sum(1) / chosen.sum(1))
 
 
+def _numbered(looked: Tensor) -> Tensor:
+    """`[B, T]`: the number of every position that is looked at, in order."""
+    return looked.flatten().cumsum(0).sub(1).view_as(looked)
+
+
 def _language_results(
     subject: Subject, clean: Clean, g: Mapping[str, Tensor], masked: Tensor, threshold: float
 ) -> dict[str, Any]:
@@ -203,8 +208,8 @@ def _language_results(
     following[rows, answer_at] = batch.answers
     # An answer that is fed ends its prompt: nothing follows it.
     known = batch.looked & (torch.arange(batch.tokens.shape[1], device=rows.device) <= answer_at[:, None])
-    place, wanted = clean.at.place[known], following[known]
-    at_answer = clean.at.place[rows, answer_at]
+    numbers = _numbered(batch.looked)
+    place, wanted, at_answer = numbers[known], following[known], numbers[rows, answer_at]
     answers = batch.answers
     log_probs = {"target": clean.log_probs, "masked": masked}
     active = {

@@ -133,7 +133,7 @@ def _pruned_pass(bench: Bench, slices: SliceSet, clean: Clean, masks: Mapping[st
     """`clean` with the hidden states of the model that `masks` cut; the predictions in it stay the target's."""
     if not masks:
         return clean
-    whole = [Piece(fixed_variant("pruned", masks, bench.blocks, delta=0.0), 0, len(clean.at.place))]
+    whole = [Piece(fixed_variant("pruned", masks, bench.blocks, delta=0.0), 0, len(clean.batch.tokens))]
     asked = {name: a for name in masks if (a := ask(whole, name, None, False, bench.noise)) is not None}
     with replaced(bench.target, slices, asked):
         ran = clean_pass(bench.target, clean.batch, ())

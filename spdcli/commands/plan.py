@@ -32,12 +32,14 @@ def plan(
     from spdcli.errors import SpdError
     from spdcli.subject import choose_device
 
+    console.debug("a step without numbers is counted, then a few are made")
     found = estimate(loaded, choose_device(loaded.recipe.device))
     console.show({"schema": "spd.plan/1", **found}, table(found))
     if not found["fits"]:
         sizes = f"needs {gib(found['bytes']['total'])}, and {gib(found['free_bytes'])} are free"
         raise SpdError(f"{loaded.recipe.name} does not fit: it {sizes}", f"--set {', or '.join(found['change'])}")
-    console.result(f"fits: {gib(found['bytes']['total'])}, {span(found['seconds'])}")
+    took = "no step could be timed: memory ended" if found["seconds"] is None else span(found["seconds"])
+    console.result(f"fits: {gib(found['bytes']['total'])}, {took}")
 
 
 def gib(size: float) -> str:

@@ -156,7 +156,8 @@ def ratios_of(group: Group, found: Mapping[str, Mapping[str, Any]]) -> dict[str,
     for name, three in group.growth.items():
         if found.keys() >= set(three):
             small, middle, large = (found[case]["peak_bytes"] for case in three)
-            ratios[name] = (large - middle) / max(1, middle - small)
+            if middle > small:
+                ratios[name] = (large - middle) / (middle - small)
     return ratios
 
 

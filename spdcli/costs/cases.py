@@ -24,7 +24,8 @@ GATE_KINDS = (
 ALL_LOSSES = tuple(f"losses.{name}=1" for name in RECONSTRUCTION)
 TOY = ("importance.kind=vector",)  # on induction.toml: 6 matrices, C 100, gate width 16, the losses of Table 4
 SHARED = ("importance.kind=shared",)  # on gpt2.toml: 48 matrices, gate width 64, its six losses
-CHEAP = ("losses.layerwise_matrices=8", "losses.faithfulness_probes=32")
+PROBES = "losses.faithfulness_probes=32"
+CHEAP = ("losses.layerwise_matrices=8", PROBES)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _of_one_loss(group: Group, loss: str) -> list[Group]:
     if not toy and loss == "recon_layerwise":
         return []
     cases = [
-        replace(case, name=f"{case.name}, {loss}", settings=(*case.settings, *others))
+        replace(case, name=f"{case.name}, {loss}", settings=(*(s for s in case.settings if s != PROBES), *others))
         for case in group.cases
         if "sampled" not in case.name or "layerwise" in loss
     ]
@@ -146,9 +147,8 @@ def allocator_groups(wanted: Wanted) -> list[Group]:
 
 def memory_groups(wanted: Wanted) -> list[Group]:
     """Attention importances at 2560, 5120 and 10240 positions: memory that grows linearly with the length."""
-    cases = []
+    cases, batch = [], batch_at(LONG, wanted.batch)
     for length in (LONG // 4, LONG // 2, LONG):
-        batch = batch_at(LONG, wanted.batch)
         shape = (f"target.length={length}", f"decompose.batch={batch}")
         settings = ("importance.kind=attention", "importance.backend=blocked", *shape)
         labels = {"length": length, "batch": batch}

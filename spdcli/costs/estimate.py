@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,11 +41,14 @@ class Need:
 
 
 def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> dict[str, Any]:
-    """What `spd plan --json` shows. `seconds` False leaves out the time, for which steps are made on the machine; so
-    does a recipe that does not fit."""
+    """What `spd plan --json` shows. Its seconds are measured by making steps, and None where `seconds` is False, the
+    recipe does not fit, or memory ends in the attempt."""
     recipe = loaded.recipe
     found, names, settings = _counted(loaded, device)
-    a_step = time_a_step(recipe, names, settings, device) if seconds and found["fits"] else None
+    a_step = None
+    if seconds and found["fits"]:
+        with suppress(torch.OutOfMemoryError):
+            a_step = time_a_step(recipe, names, settings, device)
     return found | {
         "steps": recipe.decompose.steps,
         "seconds_per_step": a_step,
@@ -107,13 +111,13 @@ def _dry_step(
             subject.target, decomposition, clean, losses, losses.p_start, generator, NoNoise(), settings.plan_bytes
         )
 
-    with Dry(heap) as before:
+    with Dry(heap):
         batch, broad = subject.batches(generator), stream_batches(recipe, subject)
         fixed = batch is subject.batches(generator)
         clean = passes(batch) if fixed else None
-    assert before.alive >= 0
     with Dry(heap) as step:
-        backward(clean or passes(batch), losses)
+        clean = clean or passes(batch)
+        backward(clean, losses)
         if broad is not None:
             backward(passes(broad(generator)), losses.on_stream(settings.targeted))
     decomposition.zero_grad(set_to_none=True)

@@ -112,7 +112,7 @@ def fit_one_by_one(
     while state.step < settings.steps:
         batch = batches(state.generators["data"])
         clean = clean_pass(target, batch, decomposition.names)
-        generator, shape = state.generators["plan"], (len(clean.at.place), clean.at.place.shape[1])
+        generator, shape = state.generators["plan"], (len(clean.batch.tokens), clean.batch.tokens.shape[1])
         variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, generator)
         state.optimiser.zero_grad(set_to_none=True)
         p = losses.p(state.step, settings.steps)

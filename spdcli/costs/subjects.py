@@ -56,11 +56,9 @@ def random_gpt2(recipe: Recipe, device: torch.device, shape: tuple[int, int]) ->
     language_model = LanguageModel(model, no_tokenizer, architecture_of(config.model_type), Path())
     tokens = torch.randint(config.vocab_size, shape)
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    batch = Batch(tokens, valid, valid, answers=tokens[:, -1]).to(device)
-    if recipe.losses.last_token_only:
-        last = torch.zeros_like(batch.valid)
-        last[:, -1] = True
-        batch = replace(batch, looked=last)
+    looked = valid.clone()
+    looked[:, :-1] = not recipe.losses.last_token_only
+    batch = Batch(tokens, valid, looked, answers=tokens[:, -1]).to(device)
     return Subject(
         target=build_target(language_model, split_attention=False),
         batches=lambda generator: batch,

@@ -87,15 +87,15 @@ PROCESSOR_ATTENTION = {
 
 
 PICKING = {torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.index, torch.ops.aten.embedding}
-PLACING = {torch.ops.aten.index_copy_, torch.ops.aten.index_add_}  # whose last tensor is what they put in
+PLACING = {torch.ops.aten.index_copy_: 1, torch.ops.aten.index_add_: 2}  # what the last tensor says is put in
 
 
 def _touched(packet: Any, given: list[Tensor], made: list[Tensor]) -> list[Tensor]:
     """Tensors as large as what an operation reads and writes."""
     if packet in PICKING:  # it reads as much of its source as it gives
         return [*made, *made, *(t for t in given[1:] if not t.is_floating_point())]
-    if packet in PLACING:  # it changes as much of its target as it is given
-        return [*given[1:], given[-1]]
+    if packet in PLACING:  # it changes as much of its target as it is given, and reads that before if it adds
+        return [*given[1:], *PLACING[packet] * given[-1:]]
     return [*given, *made]
 
 

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DENSE_LENGTH = 64  # up to this length all scores at once are as fast as strips
+DENSE_LENGTH, DENSE_LENGTH_CUDA = 64, 256  # up to this length all scores at once are as fast as strips
 FLEX_WIDTHS = (16, 256)  # what flex's kernels are made for; a wider head does not fit a GPU's shared memory
-STRIP, STRIP_CUDA = (32, 1 << 17), (1024, 1 << 25)  # most queries of a strip, scores that it holds
+# Most queries of a strip, and up to how many scores the strips of several sequences are put together.
+STRIP, STRIP_CUDA = (32, 1 << 17), (1024, 1 << 25)
 
 
 def importance_attention(
@@ -54,7 +55,7 @@ def importance_attention(
 
 def choose_backend(q: Tensor, relative: Tensor) -> str:
     """The fastest exact backend for these tensors."""
-    if q.shape[2] <= DENSE_LENGTH:
+    if q.shape[2] <= (DENSE_LENGTH_CUDA if q.is_cuda else DENSE_LENGTH):
         return "dense"
     lowest, highest = FLEX_WIDTHS
     suits = relative.dim() == 2 and lowest <= q.shape[-1] <= highest and q.dtype != torch.float64
@@ -93,7 +94,7 @@ class _Strip:
     queries: slice
     keys: int
     window: slice
-    future: bool  # whether keys behind some of the queries are among them
+    causal: bool
 
     @property
     def of_queries(self) -> tuple[int, slice, slice]:
@@ -120,8 +121,8 @@ def _strips(q: Tensor, relative: Tensor, causal: bool) -> Iterator[_Strip]:
 
 
 def _aligned(by_offset: Tensor, keys: int) -> Tensor:
-    """Of entries by offset `[b, t, t + u - 1]`, contiguous, those by key: a view `[b, t, u]`, whose row i begins at
-    column t - 1 - i."""
+    """Of entries by offset `[b, t, t + u - 1]`, fresh and contiguous, those by key: a view `[b, t, u]`, whose row i
+    begins at column t - 1 - i."""
     sequences, rows, width = by_offset.shape
     return by_offset.as_strided((sequences, rows, keys), (rows * width, width - 1, 1), rows - 1)
 
@@ -130,59 +131,60 @@ def _scores(q: Tensor, k: Tensor, relative: Tensor, valid: Tensor | None, strip:
     """Scaled scores of a strip, `[b, t, u]`."""
     own, keys = q[strip.of_queries], k[strip.of_keys]
     window = relative[strip.matrix, strip.window]
-    by_offset = own @ window.t() if window.dim() == 2 else window.repeat(*own.shape[:2], 1)
+    by_offset = own @ window.t() if window.dim() == 2 else window.repeat(1, own.shape[1], 1)
     scale = 1.0 / math.sqrt(q.shape[-1])
     aligned = _aligned(by_offset, strip.keys)
     scores = torch.baddbmm(aligned, own, keys.transpose(1, 2), beta=scale, alpha=scale)
     if valid is not None:
         scores.masked_fill_(~valid[strip.sequences, None, : strip.keys], float("-inf"))
-    if strip.future:
+    if strip.causal:
         position = torch.arange(strip.keys, device=q.device)
         scores.masked_fill_(position > position[strip.queries, None], float("-inf"))
     return scores
 
 
 class _Blocked(torch.autograd.Function):
-    """Strip by strip in cache. Backward makes each strip's weights again from its scores and the logarithm of their
-    sum, so that only inputs and output are kept and no `[T, T]` ever exists."""
+    """Strip by strip in cache. Backward makes each strip's weights again, from its scores and each query's highest
+    score and sum, so that nothing is kept that grows with the square of the length."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool
     ) -> Tensor:
-        out, log_sums = torch.empty_like(v), q.new_empty(*q.shape[:3], 1)
+        out, tops, sums = torch.empty_like(v), q.new_empty(*q.shape[:3], 1), q.new_empty(*q.shape[:3], 1)
         for strip in _strips(q, relative, causal):
+            mine = strip.of_queries
             weights = _scores(q, k, relative, valid, strip)
-            highest = weights.amax(-1, keepdim=True)
-            weights.sub_(highest).exp_()
-            sums = weights.sum(-1, keepdim=True)
-            out[strip.of_queries] = (weights @ v[strip.of_keys]).div_(sums)
-            log_sums[strip.of_queries] = sums.log_().add_(highest)
-        ctx.save_for_backward(q, k, v, relative, out, log_sums)
+            torch.amax(weights, -1, keepdim=True, out=tops[mine])
+            torch.sum(weights.sub_(tops[mine]).exp_(), -1, keepdim=True, out=sums[mine])
+            out[mine] = (weights @ v[strip.of_keys]).div_(sums[mine])
+        ctx.save_for_backward(q, k, v, relative, out, tops, sums)
         ctx.valid, ctx.causal = valid, causal
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, relative, out, log_sums = ctx.saved_tensors
+        q, k, v, relative, out, tops, sums = ctx.saved_tensors
         grad_q, grad_k, grad_v, grad_relative = (torch.zeros_like(t) for t in (q, k, v, relative))
         along = (grad_out * out).sum(-1, keepdim=True)
         scale = 1.0 / math.sqrt(q.shape[-1])
         for strip in _strips(q, relative, ctx.causal):
             mine, theirs = strip.of_queries, strip.of_keys
-            weights = _scores(q, k, relative, ctx.valid, strip).sub_(log_sums[mine]).exp_()
-            grad_v[theirs] += weights.transpose(1, 2) @ grad_out[mine]
+            weights = _scores(q, k, relative, ctx.valid, strip).sub_(tops[mine]).exp_().div_(sums[mine])
+            grad_v[theirs].baddbmm_(weights.transpose(1, 2), grad_out[mine])
             grad = (grad_out[mine] @ v[theirs].transpose(1, 2)).sub_(along[mine]).mul_(weights).mul_(scale)
-            grad_q[mine] += grad @ k[theirs]
-            grad_k[theirs] += grad.transpose(1, 2) @ q[mine]
+            grad_q[mine].baddbmm_(grad, k[theirs])
+            grad_k[theirs].baddbmm_(grad.transpose(1, 2), q[mine])
+            table, grad_table = relative[strip.matrix, strip.window], grad_relative[strip.matrix, strip.window]
+            if table.dim() == 1:
+                grad = grad.sum(0, keepdim=True)
             by_offset = grad.new_zeros(*grad.shape[:2], grad.shape[1] + strip.keys - 1)
             _aligned(by_offset, strip.keys).copy_(grad)
-            table = relative[strip.matrix, strip.window]
             if table.dim() == 1:
-                grad_relative[strip.matrix, strip.window] += by_offset.sum((0, 1))
+                grad_table.add_(by_offset.sum((0, 1)))
             else:
-                grad_q[mine] += by_offset @ table
-                grad_relative[strip.matrix, strip.window] += by_offset.flatten(0, 1).t() @ q[mine].flatten(0, 1)
+                grad_q[mine].add_(by_offset @ table)
+                grad_table.addmm_(by_offset.flatten(0, 1).t(), q[mine].flatten(0, 1))
         return grad_q, grad_k, grad_v, grad_relative, None, None
 
 

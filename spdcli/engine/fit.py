@@ -128,7 +128,7 @@ def fit(
     while state.step < settings.steps:
         batch = batches(state.generators["data"])
         if clean is None or clean.batch is not batch:
-            patterns = settings.losses.coefficients.get("attention", 0) > 0
+            patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
             clean = clean_pass(target, batch, decomposition.names, patterns)
         p = settings.losses.p(state.step, settings.steps)
         state.optimiser.zero_grad(set_to_none=True)
@@ -136,10 +136,16 @@ def fit(
             target, decomposition, clean, settings.losses, p, state.generators["plan"], noise, settings.plan_bytes
         )
         if stream is not None and settings.targeted > 0:
-            broad = clean_pass(target, stream(state.generators["data"]), decomposition.names)
             beside = settings.losses.on_stream(settings.targeted)
             also = backward_step(
-                target, decomposition, broad, beside, p, state.generators["plan"], noise, settings.plan_bytes
+                target,
+                decomposition,
+                clean_pass(target, stream(state.generators["data"]), decomposition.names),
+                beside,
+                p,
+                state.generators["plan"],
+                noise,
+                settings.plan_bytes,
             )
             done = Step(done.losses | {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}, done.active)
         norms = {

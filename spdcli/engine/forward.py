@@ -23,7 +23,7 @@ from spdcli.engine.losses import unembed_kl
 from spdcli.engine.plan import Piece, Variant
 from spdcli.engine.product import Asked, replaced_product
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.engine.target import Batch, Matrix, Places, Target
+from spdcli.engine.target import Batch, LookedAt, Matrix, Target, sent
 
 
 @dataclass(eq=False)
@@ -44,8 +44,8 @@ class Clean:
     patterns: list[Tensor] = field(default_factory=list)
 
     @property
-    def at(self) -> Places:
-        return self.batch.places
+    def at(self) -> LookedAt:
+        return self.batch.looked_at
 
     @property
     def padding(self) -> Tensor | None:
@@ -79,7 +79,7 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
     finally:
         for handle in handles:
             handle.remove()
-    log_probs = _logits_at(target, last[0], batch.places.spots).log_softmax(-1)
+    log_probs = _logits_at(target, last[0], batch.looked_at.spots).log_softmax(-1)
     return Clean(batch, entries, calls, inputs, log_probs, recorded)
 
 
@@ -147,7 +147,7 @@ def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise:
         elif keep is not None and delta and piece.variant.source == "stochastic":
             noise(keep[part], piece, name, "delta")
         if piece.variant.routed is not None and drawn is not None and keep is not None:
-            left_alone = ~piece.variant.routed[name][piece.start : piece.stop, :, None].to(g.device)
+            left_alone = ~sent(piece.variant.routed[name][piece.start : piece.stop, :, None], g.device)
             drawn[part].masked_fill_(left_alone, 1.0)  # noise 1 is a mask of 1
             keep[part].masked_fill_(left_alone, 1.0)
     return Asked(rows, g, keep, origin, drawn)
@@ -231,8 +231,8 @@ def plan_pass(
 
     With `ends`, and a target that can, those at the last position alone, `[R, 1, D]`.
     """
-    device = clean.at.place.device
-    sequences = len(clean.at.place)
+    device = clean.batch.tokens.device
+    sequences = len(clean.batch.tokens)
     rows = [torch.arange(piece.start, piece.stop, device=device) for piece in chunk]
     index = torch.cat(rows)
     alive = 0
@@ -259,13 +259,11 @@ def row_divergences(
 
     `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives.
     """
-    positions, missing = hidden.shape[1], clean.at.place.shape[1] - hidden.shape[1]
-    looked = clean.at.spots - missing * (
-        clean.at.spots // clean.at.place.shape[1] + 1
-    )  # places in the flat [B * positions]
+    at, positions, length = clean.at, hidden.shape[1], clean.batch.tokens.shape[1]
+    looked = at.spots - (length - positions) * (at.spots // length + 1)  # places in the flat [B * positions]
     spots, index, first = [], [], 0
     for piece in chunk:
-        known = slice(clean.at.firsts[piece.start], clean.at.firsts[piece.stop])
+        known = slice(at.firsts[piece.start], at.firsts[piece.stop])
         spots.append(looked[known] + (first - piece.start) * positions)
         index.append(torch.arange(known.start, known.stop, device=hidden.device))
         first += len(piece)
@@ -283,7 +281,7 @@ def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping
     Every `Asked` covers all B sequences of the batch.
     """
     entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
-    whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.at.place))
+    whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.batch.tokens))
     hidden = plan_pass(target, slices, clean, [whole], masks)
     return _logits_at(target, hidden, clean.at.spots)
 

@@ -99,7 +99,7 @@ def reconstruction(
     ATTENDED, the KL of their attention to the target's (see `attention_errors`), and is summed likewise.
     `half` is for the blocks alone.
     """
-    sequences, positions = clean.at.place.shape
+    sequences, positions = clean.batch.tokens.shape
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
         asked = {n: a for n in slices.names if (a := ask(chunk, n, g.get(n), slices.delta, noise)) is not None}
         narrow = torch.autocast(target.device.type, torch.bfloat16) if half else nullcontext()
@@ -219,7 +219,7 @@ def _plan_terms(
     attention = settings.coefficients.get("attention", 0)
     names = [*wanted, "attention"] if attention > 0 else wanted
     sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in names}
-    sequences, looked = len(clean.at.place), clean.log_probs.shape[0]
+    sequences, looked = len(clean.batch.tokens), clean.log_probs.shape[0]
 
     def add(name: str, share: Tensor) -> Tensor:
         sums[name] += share.detach()
@@ -232,7 +232,7 @@ def _plan_terms(
         return add("attention", error * (variant.weight / sequences))
 
     blocks = {name: target.matrices[name].block for name in decomposition.names}
-    shape = (sequences, clean.at.place.shape[1])
+    shape = (sequences, clean.batch.tokens.shape[1])
     variants = draw_variants(
         wanted,
         blocks,

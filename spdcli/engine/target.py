@@ -53,22 +53,17 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a batch looks. Its numbers are the host's own: a device that is asked for one has to be waited for.
+class LookedAt:
+    """Which of a batch's positions are looked at, in numbers that the host knows: a device would have to be waited for.
 
-    `place` `[B, T]` numbers the n positions looked at, in order; `spots` `[n]` are their places in the flat `[B * T]`;
-    those of sequence i start at `firsts[i]`. `ends`: they are the last positions, and no others. `padded`: some
-    position is padding.
+    `spots` `[n]` are their places in the flat `[B * T]`, in order; those of sequence i start at `firsts[i]`. `ends`:
+    they are the last positions, and no others. `padded`: some position is padding.
     """
 
-    place: Tensor
     spots: Tensor
     firsts: list[int]
     ends: bool
     padded: bool
-
-    def to(self, device: torch.device | str) -> Places:
-        return replace(self, place=self.place.to(device), spots=self.spots.to(device))
 
 
 @dataclass(frozen=True)
@@ -96,27 +91,30 @@ class Batch:
         )
 
     @cached_property
-    def places(self) -> Places:
-        """Where this batch looks, worked out where it was made and taken along by `to`."""
+    def looked_at(self) -> LookedAt:
+        """Worked out on the device of the tensors: make a batch on the host, and move it with `to`."""
         assert bool((self.valid[:, :-1] >= self.valid[:, 1:]).all()), "padding must be at the end"
-        looked = self.looked
-        firsts = [0, *looked.sum(1).cumsum(0).tolist()]
-        return Places(
-            place=looked.flatten().cumsum(0).sub(1).view_as(looked),
-            spots=looked.flatten().nonzero()[:, 0],
+        firsts = [0, *self.looked.sum(1).cumsum(0).tolist()]
+        return LookedAt(
+            spots=self.looked.flatten().nonzero()[:, 0],
             firsts=firsts,
-            ends=firsts == list(range(len(looked) + 1)) and bool(looked[:, -1].all()),
+            ends=firsts == list(range(len(self.looked) + 1)) and bool(self.looked[:, -1].all()),
             padded=not bool(self.valid.all()),
         )
 
-    def to(self, device: torch.device | str) -> Batch:
-        moved = self.map(lambda tensor: tensor.to(device))
-        moved.__dict__["places"] = self.places.to(device)
-        return moved
+    def to(self, device: torch.device) -> Batch:
+        batch = self.map(lambda tensor: sent(tensor, device))
+        batch.__dict__["looked_at"] = replace(self.looked_at, spots=sent(self.looked_at.spots, device))
+        return batch
 
     def select(self, rows: Tensor) -> Batch:
         """Some of the sequences, by number."""
         return self.map(lambda tensor: tensor[rows])
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, for which the host does not wait if it is a GPU."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(eq=False)

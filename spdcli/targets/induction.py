@@ -17,6 +17,7 @@ from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError
 from spdcli.targets.routes import Route, back_through, final_scale, through, unchanged
 
+CPU = torch.device("cpu")
 ACCURACY_BATCH = 1024  # sequences that an accuracy is measured on at once: more would need more memory than training
 
 
@@ -198,7 +199,7 @@ def train_toy(
     steps: int,
     seed: int,
     log_every: int,
-    device: torch.device | str = "cpu",
+    device: torch.device = CPU,
 ) -> Iterator[tuple[InductionToy, dict[str, float]]]:
     """Train a toy on fresh sequences, with the loss on the last token alone (section 5.1, Table 3).
 
