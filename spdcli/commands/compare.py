@@ -103,9 +103,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     made = Table(title="At equal steps, then at equal time")
-    made.add_column("")
-    for heading in ("steps", "seconds", "s/step", "L0", "active", *SHOWN):
-        made.add_column(heading, justify="right")
+    made.add_column("", overflow="fold", ratio=1)
+    for heading in ("steps", "seconds", "s/step", "L0", "active"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    for name in SHOWN:
+        made.add_column(name.replace("_", " "), justify="right", width=max(7, *map(len, name.split("_"))))
     for row in rows:
         made.add_row(
             row["with"],
