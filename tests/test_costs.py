@@ -19,7 +19,7 @@ from spdcli.costs.machine import describe, free_bytes, peak_bytes, used_bytes
 from spdcli.costs.states import training_bytes, unborn_bytes
 from spdcli.costs.subjects import random_subject, untrained_subject
 from spdcli.costs.tally import Tally
-from spdcli.costs.timing import ENOUGH_STEPS, time_a_step
+from spdcli.costs.timing import ENOUGH_STEPS, seconds_of_a_step
 from spdcli.engine.fit import fit, start_fit
 from spdcli.engine.forward import Noise, clean_pass
 from spdcli.engine.step import backward_step
@@ -111,6 +111,7 @@ def test_a_language_models_shapes_are_read_without_its_weights(tiny_gpt2_dir, tm
     assert found["fits"]
     assert 0 < found["seconds_per_step"] < 5
     assert found["seconds"] == 2 * found["seconds_per_step"]
+    assert (found["toy_steps"], found["seconds_per_toy_step"]) == (0, 0)
 
 
 CHEAPER = ("losses.layerwise_matrices=2", "losses.faithfulness_probes=3", "losses.subset=position")
@@ -201,11 +202,11 @@ def test_a_long_first_step_is_the_answer_and_pruning_is_left_out(tmp_path, monke
     monkeypatch.setattr("spdcli.costs.timing.fit", counted_fit)
     settings = replace(fit_settings(loaded.recipe), steps=1, prune_step=1)
     monkeypatch.setattr("spdcli.engine.fit.frequent_slices", None)  # whoever prunes fails
-    assert time_a_step(loaded.recipe, names, settings, CPU) > 0
+    assert seconds_of_a_step(loaded.recipe, names, settings, CPU) > 0
     assert len(made) == 1 + ENOUGH_STEPS
     monkeypatch.setattr("spdcli.costs.timing.FIRST_ENOUGH", 0.0)
     made.clear()
-    assert time_a_step(loaded.recipe, names, settings, CPU) > 0
+    assert seconds_of_a_step(loaded.recipe, names, settings, CPU) > 0
     assert len(made) == 1
 
 
@@ -244,6 +245,10 @@ def test_plan_says_that_it_fits_and_that_it_does_not(monkeypatch, capsys, tmp_pa
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["schema"] == "spd.plan/1"
+    assert found["toy_steps"] == 4
+    assert 0 < found["seconds_per_toy_step"] < 1
+    steps, training = 8 * found["seconds_per_step"], 4 * found["seconds_per_toy_step"]
+    assert found["seconds"] == pytest.approx(steps + training)
     wanted = {"parameters", "bytes", "flops_per_step", "seconds_per_step", "fits"}
     assert wanted <= found.keys()
     code, out, err = spd("plan", tmp_path / "toy.toml")
@@ -254,7 +259,7 @@ def test_plan_says_that_it_fits_and_that_it_does_not(monkeypatch, capsys, tmp_pa
     assert (code, out) == (1, "")
     one_line(err, "small does not fit: it needs ", "hint: --set ")
     code, out, err = spd("plan", tmp_path / "toy.toml", "--json")
-    assert json.loads(out)["seconds_per_step"] is None
+    assert json.loads(out)["seconds"] is json.loads(out)["seconds_per_step"] is None
 
 
 def test_the_machine_is_described():

@@ -71,5 +71,6 @@ def table(found: dict[str, Any]) -> Table:
     made.add_row("operations of a step", f"{found['flops_per_step'] / 1e9:,.1f} GFLOP")
     if found["seconds"] is not None:
         made.add_row("a step", f"{found['seconds_per_step']:.3g} s")
-        made.add_row(f"all {found['steps']} steps", span(found["seconds"]))
+        training = f", after {found['toy_steps']} of the toy's" if found["toy_steps"] else ""
+        made.add_row(f"all {found['steps']} steps{training}", span(found["seconds"]))
     return made

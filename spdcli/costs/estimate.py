@@ -13,13 +13,13 @@ from spdcli.costs.heap import Heap
 from spdcli.costs.machine import describe, free_bytes, used_bytes
 from spdcli.costs.states import STATES, unborn_bytes
 from spdcli.costs.subjects import untrained_subject
-from spdcli.costs.timing import time_a_step
+from spdcli.costs.timing import seconds_of_a_step, seconds_of_a_toy_step
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.step import LossSettings, backward_step
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
-from spdcli.recipe import Recipe
+from spdcli.recipe import InductionTarget, Recipe
 from spdcli.recipe_file import LoadedRecipe, select_matrices
 from spdcli.settings import fit_settings
 from spdcli.subject import Subject, stream_batches, untrained_decomposition
@@ -45,16 +45,30 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
     recipe does not fit, or memory ends in the attempt."""
     recipe = loaded.recipe
     found, names, settings = _counted(loaded, device)
-    a_step = None
-    if seconds and found["fits"]:
-        with suppress(torch.OutOfMemoryError):
-            a_step = time_a_step(recipe, names, settings, device)
-    return found | {
+    found |= {
         "steps": recipe.decompose.steps,
-        "seconds_per_step": a_step,
-        "seconds": None if a_step is None else a_step * recipe.decompose.steps,
+        "seconds_per_step": None,
+        "toy_steps": toy_steps(recipe),
+        "seconds_per_toy_step": None,
+        "seconds": None,
         "machine": describe(device),
     }
+    if seconds and found["fits"]:
+        with suppress(torch.OutOfMemoryError):
+            own = seconds_of_a_step(recipe, names, settings, device)
+            toy = seconds_of_a_toy_step(recipe, device) if found["toy_steps"] else 0.0
+            found |= {"seconds_per_step": own, "seconds_per_toy_step": toy}
+            found["seconds"] = own * found["steps"] + toy * found["toy_steps"]
+    return found
+
+
+def toy_steps(recipe: Recipe) -> int:
+    """Steps by which the toy is trained before it is decomposed; 0 for a target that is there already."""
+    target = recipe.target
+    if not isinstance(target, InductionTarget) or target.path is not None:
+        return 0
+    assert recipe.train is not None
+    return recipe.train.steps
 
 
 def _counted(loaded: LoadedRecipe, device: torch.device) -> tuple[dict[str, Any], list[str], FitSettings]:

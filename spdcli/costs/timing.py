@@ -1,10 +1,12 @@
-"""How long a step takes here: a few steps of the training loop itself, on random weights of the recipe's sizes."""
+"""How long a step takes here: a few steps of the training loops themselves, on random weights of a recipe's sizes."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -13,15 +15,16 @@ from spdcli.costs.subjects import untrained_subject
 from spdcli.engine.fit import FitSettings, fit, start_fit
 from spdcli.recipe import Recipe
 from spdcli.settings import allow_tensor_cores, optimiser_settings
-from spdcli.subject import stream_batches, untrained_decomposition
+from spdcli.subject import stream_batches, toy_training, untrained_decomposition
 
 ENOUGH_SECONDS, ENOUGH_STEPS = 6.0, 20  # of measured steps; one is made whatever it takes
 FIRST_ENOUGH = 20.0  # seconds; where the first step takes longer, that is the answer
 TOGETHER_ON_GPU = 5  # steps between two readings of the clock, so that the host may run ahead as it does in training
+ENDLESS = 10**9  # steps: more than are made
 
 
-def time_a_step(recipe: Recipe, names: list[str], settings: FitSettings, device: torch.device) -> float:
-    """Seconds of a step on `device`: the median of the steps after the first, in which memory is asked for."""
+def seconds_of_a_step(recipe: Recipe, names: list[str], settings: FitSettings, device: torch.device) -> float:
+    """Seconds of a step of the decomposition on `device`."""
     allow_tensor_cores(recipe.decompose.precision)
     torch.manual_seed(recipe.seed)
     subject = untrained_subject(recipe, device)
@@ -29,23 +32,35 @@ def time_a_step(recipe: Recipe, names: list[str], settings: FitSettings, device:
     state = start_fit(
         decomposition, optimiser_settings(recipe.decompose), recipe.seed, device, recipe.decompose.slice_rate
     )
-    together = TOGETHER_ON_GPU if device.type == "cuda" else 1
-    enough = 1 + ENOUGH_STEPS * together
-    few = replace(settings, steps=enough + 1, log_every=enough + 2, prune_step=None)
-    steps = fit(subject.target, decomposition, subject.batches, state, few, stream_batches(recipe, subject))
+    endless = replace(settings, steps=ENDLESS, log_every=ENDLESS, prune_step=None)
+    return _median(
+        fit(subject.target, decomposition, subject.batches, state, endless, stream_batches(recipe, subject)), device
+    )
 
-    def seconds_of(count: int) -> float:
+
+def seconds_of_a_toy_step(recipe: Recipe, device: torch.device) -> float:
+    """Seconds of a step of the toy's own training on `device`."""
+    assert recipe.train is not None
+    endless = recipe.train.model_copy(update={"steps": ENDLESS, "log_every": 1})
+    return _median(toy_training(recipe.model_copy(update={"train": endless}), device), device)
+
+
+def _median(steps: Iterator[object], device: torch.device) -> float:
+    """Seconds of one of `steps`: the median of a few after the first, in which memory is asked for."""
+
+    def took(count: int) -> float:
         synchronise(device)
         begun = time.perf_counter()
-        for _ in range(count):
-            next(steps)
+        for _ in islice(steps, count):
+            pass
         synchronise(device)
         return (time.perf_counter() - begun) / count
 
-    first = seconds_of(1)
+    first = took(1)
     if first > FIRST_ENOUGH:
         return first
-    until, measured = time.perf_counter() + ENOUGH_SECONDS, [seconds_of(together)]
+    together = TOGETHER_ON_GPU if device.type == "cuda" else 1
+    until, measured = time.perf_counter() + ENOUGH_SECONDS, [took(together)]
     while time.perf_counter() < until and len(measured) < ENOUGH_STEPS:
-        measured.append(seconds_of(together))
+        measured.append(took(together))
     return statistics.median(measured)
