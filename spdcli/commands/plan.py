@@ -32,18 +32,20 @@ def plan(
     from spdcli.errors import SpdError
     from spdcli.subject import choose_device
 
-    console.debug("a step without numbers is counted, then a few are made")
-    found = estimate(loaded, choose_device(loaded.recipe.device))
+    with console.live() as live:
+        live.update("a step is counted without numbers, then a few are made", 0, 1)
+        found = estimate(loaded, choose_device(loaded.recipe.device))
     console.show({"schema": "spd.plan/1", **found}, table(found))
     if not found["fits"]:
-        sizes = f"needs {gib(found['bytes']['total'])}, and {gib(found['free_bytes'])} are free"
+        sizes = f"needs {amount(found['bytes']['total'])}, and {amount(found['free_bytes'])} are free"
         raise SpdError(f"{loaded.recipe.name} does not fit: it {sizes}", f"--set {', or '.join(found['change'])}")
     took = "no step could be timed: memory ended" if found["seconds"] is None else span(found["seconds"])
-    console.result(f"fits: {gib(found['bytes']['total'])}, {took}")
+    console.result(f"fits: {amount(found['bytes']['total'])}, {took}")
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def amount(size: float) -> str:
+    """Bytes as people say them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 def span(seconds: float) -> str:
@@ -62,11 +64,11 @@ def table(found: dict[str, Any]) -> Table:
     made.add_column("")
     made.add_column("", justify="right")
     for name, count in found["parameters"].items():
-        made.add_row(f"parameters of {name}", f"{count / 1e6:,.2f} million")
+        made.add_row(f"parameters of {name}", f"{count:,}")
     made.add_section()
     for name, size in found["bytes"].items():
-        made.add_row(f"memory: {name}", gib(size))
-    made.add_row("memory that is free", gib(found["free_bytes"]))
+        made.add_row(f"memory: {name}", amount(size))
+    made.add_row("memory that is free", amount(found["free_bytes"]))
     made.add_section()
     made.add_row("operations of a step", f"{found['flops_per_step'] / 1e9:,.1f} GFLOP")
     if found["seconds"] is not None:
