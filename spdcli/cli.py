@@ -158,8 +158,8 @@ def main() -> NoReturn:
         code = 0
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except KeyboardInterrupt:
-        code = Interrupted.exit_code
+        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C, without a word
+            code = _report(Interrupted("stopped; what is written is whole", "the same command begins again"))
     except BrokenPipeError:
         code = 1
     except Exception as error:

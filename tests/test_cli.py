@@ -159,7 +159,11 @@ def test_every_command_takes_the_shared_options(name: str, spd: Spd) -> None:
         (UsageError("no such token [x]"), 2, "error: no such token [x]\n"),
         (RecipeError([RecipeProblem("a.toml", 2, "b", "[b] wrong")]), 2, "error: a.toml:2: [b] wrong\n"),
         (Interrupted("at step 3", "--resume"), 130, "interrupted: at step 3\nhint: --resume\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted: stopped; what is written is whole\nhint: the same command begins again\n",
+        ),
         (BrokenPipeError(), 1, ""),
         (FileNotFoundError(2, "No such file or directory", "x"), 1, "error: x: No such file or directory\n"),
         (

@@ -62,9 +62,8 @@ def plan_script(
         try:
             return work()
         except SpdError as error:
-            problems.append(
-                source.problem([key], f"[[{'.'.join(str(k) for k in key if isinstance(k, str))}]] {error.message}")
-            )
+            section = ".".join(part for part in key[:-1] if isinstance(part, str))
+            problems.append(source.problem([key], f"[[{section}]] {key[-1]}: {error.message}"))
             hints.append(error.hint)
             return nothing
 

@@ -194,7 +194,10 @@ def _checked_base(target: Target, patch: Patch, path: Path, needed: str, other: 
     found = {name: weight_hash(weight) for name, weight in weights.items()}
     if found == patch.hashes(other):
         done = "has this edit already" if other == "after" else "does not have this edit"
-        raise SpdError(f"{path}: refused: this base {done}", "--base DIR names another checkpoint")
+        raise SpdError(
+            f"{path}: refused: this base {done}, in {', '.join(patch.edit)}",
+            "the base is the run's own target unless --base DIR names another checkpoint",
+        )
     wrong = [name for name, digest in patch.hashes(needed).items() if found[name] != digest]
     if wrong:
         name = wrong[0]

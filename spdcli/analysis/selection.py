@@ -186,7 +186,10 @@ def select(
         ordered = [address for address, _ in by_effect(subject.target, decomposition, asked, unordered)]
     if not ordered:
         kind = "active only there" if rule.unique or rule.only_at else "active"
-        raise UsageError(f"no slice of these matrices is {kind} at {rule.token!r} in prompt {rule.row + 1}")
+        raise UsageError(
+            f"no slice of these matrices is {kind} at {rule.token!r} in prompt {rule.row + 1}",
+            "spd inspect shows what is active there; where nearly all slices are, the run wants more steps",
+        )
     return ordered[: rule.top]
 
 

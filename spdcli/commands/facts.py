@@ -185,8 +185,8 @@ def render(
             column,
             justify="right" if right else "left",
             ratio=1 if column == "prompt" else None,
-            no_wrap=True,
-            overflow="ellipsis",
+            no_wrap=column != "prompt",
+            overflow="fold",
         )
     for entry in report:
         note = {None: "", True: "agrees", False: "WRONG"}[entry["agrees"]]

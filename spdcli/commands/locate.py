@@ -180,11 +180,11 @@ def table(entries: list[dict[str, Any]], name: Any, kind: str, found: dict[str, 
     from rich.table import Table
 
     made = Table(expand=True)
-    facts = ["facts: median, mean, max"] if found["known_facts"] else []
+    facts = ["facts: median mean max"] if found["known_facts"] else []
     excess = ["excess"] if kind == "pair" else []
     for column in (kind, "after", "change", *excess, "KL", "others", *facts, "collateral"):
         left = column == kind
-        made.add_column(column, justify="left" if left else "right", no_wrap=not left, min_width=26 if left else None)
+        made.add_column(column, justify="left" if left else "right", overflow="fold", min_width=12 if left else 4)
     for entry in entries:
         most = f"{max(entry['others']):.1%}" if entry["others"] else ""
         collateral = "" if entry["collateral"] is None else f"{entry['collateral']:.2%}"

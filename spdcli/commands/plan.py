@@ -60,7 +60,8 @@ def table(found: dict[str, Any]) -> Table:
     """One row a number."""
     from rich.table import Table
 
-    made = Table(title=f"{found['recipe']}: {found['matrices']} matrices, {found['tokens']} tokens a step")
+    title = f"{found['recipe']}: {found['matrices']} matrices, {found['tokens']} tokens a step"
+    made = Table(title=title, min_width=len(title))
     made.add_column("")
     made.add_column("", justify="right")
     for name, count in found["parameters"].items():
