@@ -148,6 +148,9 @@ app.add_typer(facts.app, name="facts", rich_help_panel=LOOK)
 app.add_typer(recipe.app, name="recipe", rich_help_panel=RECIPES)
 
 
+STOPPED = Interrupted("stopped; what is written is whole", "the same command begins again")
+
+
 def main() -> NoReturn:
     """Runs `spd` with the command line's arguments and exits.
 
@@ -159,7 +162,9 @@ def main() -> NoReturn:
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
         if code == Interrupted.exit_code:  # what typer makes of Ctrl-C, without a word
-            code = _report(Interrupted("stopped; what is written is whole", "the same command begins again"))
+            code = _report(STOPPED)
+    except KeyboardInterrupt:
+        code = _report(STOPPED)
     except BrokenPipeError:
         code = 1
     except Exception as error:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -299,9 +300,19 @@ def test_a_second_ctrl_c_does_not_wait(spd, recipe, straight, tmp_path, monkeypa
     assert trained(out) == trained(straight)
 
 
+@contextmanager
+def heard(number):
+    """Python's own answer to Ctrl-C, which a shell takes from what it starts in the background."""
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, heard(signal.SIGINT):
         patch.setattr("spdcli.subject.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
         code, _, err = spd("decompose", recipe, "--out", out)
     assert code == 130
