@@ -25,7 +25,7 @@ from spdcli.commands.svd import svd
 from spdcli.commands.trace import trace
 from spdcli.commands.train import train
 from spdcli.console import Console
-from spdcli.errors import Interrupted, SpdError
+from spdcli.errors import Interrupted, SpdError, UsageError
 
 BUILD, LOOK, CHANGE, RECIPES = "Build", "Look", "Change", "Recipes"
 
@@ -148,23 +148,19 @@ app.add_typer(facts.app, name="facts", rich_help_panel=LOOK)
 app.add_typer(recipe.app, name="recipe", rich_help_panel=RECIPES)
 
 
-STOPPED = Interrupted("stopped; what is written is whole", "the same command begins again")
-
-
 def main() -> NoReturn:
     """Runs `spd` with the command line's arguments and exits.
 
     Exit codes: 0 done, 1 the answer is no, 2 usage or recipe, 130 interrupted.
     """
     try:
-        app(prog_name="spd")
-        code = 0
+        code = app(prog_name="spd", standalone_mode=False) or 0  # of --help, --version, and of Ctrl-C to typer
+        if code == Interrupted.exit_code:
+            raise KeyboardInterrupt
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-        if code == Interrupted.exit_code:  # what typer makes of Ctrl-C, without a word
-            code = _report(STOPPED)
     except KeyboardInterrupt:
-        code = _report(STOPPED)
+        code = _report(Interrupted("stopped; what is written is whole", "the same command begins again"))
     except BrokenPipeError:
         code = 1
     except Exception as error:
@@ -179,13 +175,17 @@ def _report(error: Exception) -> int:
 
         traceback.print_exception(error)
     expected = _as_expected(error)
-    Console().error(expected)
+    if expected.message:  # a command alone has shown its help instead
+        Console().error(expected)
     return expected.exit_code
 
 
 def _as_expected(error: Exception) -> SpdError:
     if isinstance(error, SpdError):
         return error
+    if hasattr(error, "format_message"):  # typer's own, of an option or a command
+        command = getattr(getattr(error, "ctx", None), "command_path", "spd")
+        return UsageError(error.format_message().replace("Value error, ", ""), f"{command} --help")
     if isinstance(error, OSError) and error.filename and error.strerror:
         return SpdError(f"{error.filename}: {error.strerror}")
     detail = " ".join(f"{type(error).__name__}: {error}".split())

@@ -73,7 +73,7 @@ class LoadedRecipe:
 
 def load_recipe(
     path_or_name: str | Path,
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | Override] = (),
     *,
     seed: int | None = None,
     device: str | None = None,
@@ -86,7 +86,7 @@ def load_recipe(
     path = find_recipe(path_or_name)
     text = read_toml(path)
     raw = parse_toml(text, str(path))
-    applied = [_parse_override(override) for override in overrides]
+    applied = [parse_override(one) if isinstance(one, str) else one for one in overrides]
     if seed is not None:
         applied.append(Override(f"--seed {seed}", ("seed",), seed))
     if device is not None:
@@ -199,13 +199,13 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     raise RecipeError([problem], "text is quoted, true and false are not, and a key stands once in its section")
 
 
-def _parse_override(text: str) -> Override:
-    """`a.b=value`; raises UsageError when there is no key or no `=`."""
-    option = f"--set {text}"
+def parse_override(text: str, flag: str = "--set") -> Override:
+    """`a.b=value`, as `flag` was given it; raises UsageError when there is no key or no `=`."""
+    option = f"{flag} {text}"
     dotted, equals, literal = text.partition("=")
     path = split_key(dotted.strip())
     if not equals or path is None:
-        raise UsageError(f"{option}: expected a key, = and a value", "for example --set losses.minimality=0.1")
+        raise UsageError(f"{option}: expected a key, = and a value", f"for example {flag} losses.minimality=0.1")
     return Override(option, path, _literal(literal.strip()))
 
 

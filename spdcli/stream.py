@@ -44,8 +44,7 @@ def draw_stream(
         tokens = sampled(model, tokenizer.all_special_ids, sequences, length, generator)
     else:
         tokens = cut(Path(source), tokenizer, sequences, length, generator)
-    everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    return Batch(tokens, everywhere, everywhere)
+    return Batch.everywhere(tokens)
 
 
 @torch.no_grad()

@@ -155,6 +155,39 @@ def test_every_command_takes_the_shared_options(name: str, spd: Spd) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "err"),
+    [
+        (["compare", "gpt2"], "error: Missing option '--with'.\nhint: spd compare --help\n"),
+        (["plan", "--nope"], "error: No such option: --nope\nhint: spd plan --help\n"),
+        (["recipe", "sho"], "error: No such command 'sho'. Did you mean 'show'?\nhint: spd recipe --help\n"),
+        (
+            ["bench", "stepp"],
+            "error: Invalid value for 'what': 'stepp' is not one of 'importance', 'step', 'scaling', 'allocator', "
+            "'memory'.\nhint: spd bench --help\n",
+        ),
+        (
+            ["compare", "gpt2", "--with", "losses.bogus=1"],
+            "error: --with losses.bogus=1: [losses] unknown key 'bogus'\n"
+            "hint: `spd recipe show gpt2` prints a recipe that works\n",
+        ),
+        (
+            ["compare", "gpt2", "--with", "bogus"],
+            "error: --with bogus: expected a key, = and a value\nhint: for example --with losses.minimality=0.1\n",
+        ),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_a_line(arguments: list[str], err: str, spd: Spd) -> None:
+    assert spd(*arguments) == (2, "", err)
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipe"]])
+def test_a_command_that_needs_another_shows_its_help(arguments: list[str], spd: Spd) -> None:
+    code, out, err = spd(*arguments)
+    assert (code, err) == (2, "")
+    assert "Usage: spd" in out
+
+
+@pytest.mark.parametrize(
     ("raised", "code", "err"),
     [
         (SpdError("no run here", "make one"), 1, "error: no run here\nhint: make one\n"),

@@ -258,11 +258,11 @@ matrices = ["h.8.*"]
     code, out, err = spd("suppress", run, "--script", path)
     assert (code, out) == (2, "")
     assert err.splitlines() == [
-        f"error: {path}:3: [[edit]] slices: '{FC}:99': {FC} has the slices 0 to 5",
-        f"error: {path}:5: [[edit.expect]] prompt: prompt 7: expected one of the run's prompts, 1 to 2",
-        f"error: {path}:10: [[edit]] select: no prompt has the token 'golfer'",
-        f"error: {path}:13: [[edit.expect]] token: 'golfer' is no single token, but ' golf' + 'e' + 'r'",
-        f"error: {path}:18: [[edit]] select: no decomposed matrix matches 'h.8.*'",
+        f"error: {path}:3: [[edit]] '{FC}:99': {FC} has the slices 0 to 5",
+        f"error: {path}:5: [[edit.expect]] prompt 7: expected one of the run's prompts, 1 to 2",
+        f"error: {path}:10: [[edit]] no prompt has the token 'golfer'",
+        f"error: {path}:13: [[edit.expect]] 'golfer' is no single token, but ' golf' + 'e' + 'r'",
+        f"error: {path}:18: [[edit]] no decomposed matrix matches 'h.8.*'",
     ]
 
 

@@ -63,7 +63,7 @@ def plan_script(
             return work()
         except SpdError as error:
             section = ".".join(part for part in key[:-1] if isinstance(part, str))
-            problems.append(source.problem([key], f"[[{section}]] {key[-1]}: {error.message}"))
+            problems.append(source.problem([key], f"[[{section}]] {error.message}"))
             hints.append(error.hint)
             return nothing
 

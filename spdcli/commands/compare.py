@@ -50,11 +50,11 @@ def compare(
     machine that does nothing else: seconds are measured.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe_file import load_recipe, parse_override
     from spdcli.runs import write_json
 
-    settings = list(set_ or [])
-    given = [load_recipe(recipe, [*settings, one], seed=seed, device=device) for one in with_]  # errors come first
+    settings, changes = list(set_ or []), [parse_override(one, "--with") for one in with_]
+    given = [load_recipe(recipe, [*settings, one], seed=seed, device=device) for one in changes]  # errors come first
     base = load_recipe(recipe, settings, seed=seed, device=device)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a directory", "name another with --out")

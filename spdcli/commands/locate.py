@@ -180,7 +180,7 @@ def table(entries: list[dict[str, Any]], name: Any, kind: str, found: dict[str, 
     from rich.table import Table
 
     made = Table(expand=True)
-    facts = ["facts: median mean max"] if found["known_facts"] else []
+    facts = ["facts: median, mean, max"] if found["known_facts"] else []
     excess = ["excess"] if kind == "pair" else []
     for column in (kind, "after", "change", *excess, "KL", "others", *facts, "collateral"):
         left = column == kind

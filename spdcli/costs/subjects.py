@@ -28,8 +28,7 @@ def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
     if data is None or data.stream is None:
         return subject
     tokens = torch.randint(len(subject.target.unembedding), (data.stream_sequences, data.stream_length))
-    everywhere = torch.ones_like(tokens, dtype=torch.bool)
-    broad = Batch(tokens, everywhere, everywhere).to(device)
+    broad = Batch.everywhere(tokens).to(device)
     return replace(subject, stream=lambda: broad)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -118,10 +119,6 @@ def fit(
     is not waited for in between. The parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
-    groups = {
-        name: group["params"] for name, group in zip(("slices", "gates"), state.optimiser.param_groups, strict=True)
-    }
-    limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
     watch = _Watch(state.optimiser, target.device)
     begun = time.monotonic() - state.seconds
     clean: Clean | None = None
@@ -132,26 +129,16 @@ def fit(
             clean = clean_pass(target, batch, decomposition.names, patterns)
         p = settings.losses.p(state.step, settings.steps)
         state.optimiser.zero_grad(set_to_none=True)
-        done = backward_step(
-            target, decomposition, clean, settings.losses, p, state.generators["plan"], noise, settings.plan_bytes
+        backward = partial(
+            backward_step, p=p, generator=state.generators["plan"], noise=noise, budget=settings.plan_bytes
         )
+        done = backward(target, decomposition, clean, settings.losses)
         if stream is not None and settings.targeted > 0:
+            broad = stream(state.generators["data"])
             beside = settings.losses.on_stream(settings.targeted)
-            also = backward_step(
-                target,
-                decomposition,
-                clean_pass(target, stream(state.generators["data"]), decomposition.names),
-                beside,
-                p,
-                state.generators["plan"],
-                noise,
-                settings.plan_bytes,
-            )
+            also = backward(target, decomposition, clean_pass(target, broad, decomposition.names), beside)
             done = Step(done.losses | {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}, done.active)
-        norms = {
-            name: torch.nn.utils.clip_grad_norm_(groups[name], limits[name] or math.inf, foreach=True)
-            for name in groups
-        }
+        norms = _clipped(state.optimiser, settings)
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
         watch.see(state.step + 1, done, norms)
         if due or target.device.type != "cuda":
@@ -164,6 +151,15 @@ def fit(
             decomposition.importances.prune(kept)
         state.seconds = time.monotonic() - begun
         yield _record(state, done, norms, settings, rate, p) if due else None
+
+
+def _clipped(optimiser: torch.optim.Optimizer, settings: FitSettings) -> dict[str, Tensor]:
+    """Clips the gradients of slices and gates, each by its own limit; their norms before."""
+    limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
+    return {
+        name: torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf, foreach=True)
+        for (name, limit), group in zip(limits.items(), optimiser.param_groups, strict=True)
+    }
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from spdcli.engine.losses import (
 )
 from spdcli.engine.plan import Piece, Variant, chunks, draw_variants
 from spdcli.engine.subcomponents import Decomposition, SliceSet
-from spdcli.engine.target import Target
+from spdcli.engine.target import Target, sent
 
 ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention patterns the attention loss compares
 
@@ -150,7 +150,7 @@ def estimated_faithfulness(target: Target, slices: SliceSet, probes: int, genera
     signs = {}
     for name, (weight, _, _) in pairs.items():
         drawn = torch.randint(2, (probes, weight.shape[0]), generator=generator)
-        signs[name] = (2 * drawn - 1).to(weight, non_blocking=True)
+        signs[name] = sent((2 * drawn - 1).to(weight.dtype), weight.device)
     return probed_faithfulness(pairs, signs)
 
 

@@ -80,6 +80,12 @@ class Batch:
     answers: Tensor | None = None
     classes: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def everywhere(cls, tokens: Tensor) -> Batch:
+        """Sequences without padding, looked at in every position."""
+        real = torch.ones_like(tokens, dtype=torch.bool)
+        return cls(tokens, real, real)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed the same way."""
         return Batch(
