@@ -117,7 +117,9 @@ def check(
     counts = {"known": sum(entry["known"] for entry in report), "asked": len(report), "disagree": len(wrong)}
     data = {"schema": "spd.facts/1", "model": called, "file": facts or BUILTIN, "thresholds": known.model_dump()}
     console.show({**data, **counts, "facts": report, "written": write}, *render(report, data, counts, verbose))
-    console.result(write or f"{counts['known']} of {counts['asked']} known, {counts['disagree']} notes wrong")
+    kinds = {"facts": report[: len(found.fact)], "related prompts": report[len(found.fact) :]}
+    told = [f"{sum(one['known'] for one in own)} of {len(own)} {kind}" for kind, own in kinds.items() if own]
+    console.result(write or f"{' and '.join(told)} known, {counts['disagree']} notes wrong")
     if wrong and write is None:
         raise typer.Exit(1)
 

@@ -183,8 +183,7 @@ def table(entries: list[dict[str, Any]], name: Any, kind: str, found: dict[str, 
     facts = ["facts: median, mean, max"] if found["known_facts"] else []
     excess = ["excess"] if kind == "pair" else []
     for column in (kind, "after", "change", *excess, "KL", "others", *facts, "collateral"):
-        left = column == kind
-        made.add_column(column, justify="left" if left else "right", overflow="fold", min_width=12 if left else 4)
+        made.add_column(column, justify="left" if column == kind else "right", overflow="fold")
     for entry in entries:
         most = f"{max(entry['others']):.1%}" if entry["others"] else ""
         collateral = "" if entry["collateral"] is None else f"{entry['collateral']:.2%}"
