@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdcli.loading import load
+    from spdcli.runs.loading import load
 
 __all__ = ["__version__", "load"]
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from spdcli.loading import load
+        from spdcli.runs.loading import load
 
         return load
     raise AttributeError(f"module 'spdcli' has no attribute {name!r}")

@@ -6,7 +6,7 @@ import torch
 from small_runs import model_recipe
 from transformers import AutoModelForCausalLM
 
-from spdcli.subject import language_subject, start_decomposition
+from spdcli.runs.subject import language_subject, start_decomposition
 
 CPU = torch.device("cpu")
 FC, PROJ = "h.0.mlp.c_fc", "h.1.mlp.c_proj"

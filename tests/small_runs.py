@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from spdcli import cli
-from spdcli.recipe import Recipe
-from spdcli.recipe_file import load_recipe
-from spdcli.runs import TOY_WEIGHTS, save_tensors
-from spdcli.subject import toy_shape
+from spdcli.recipe.reading import load_recipe
+from spdcli.recipe.schema import Recipe
+from spdcli.runs.directory import TOY_WEIGHTS, save_tensors
+from spdcli.runs.subject import toy_shape
 from spdcli.targets.induction import InductionToy
 
 ROOT = Path(__file__).parent.parent

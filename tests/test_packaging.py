@@ -39,7 +39,9 @@ def test_the_wheel_carries_the_package_and_its_recipes(wheel: zipfile.ZipFile) -
 
 def test_an_unpacked_wheel_finds_its_recipes_from_anywhere(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
-    code = "import sys; sys.path.insert(0, 'site'); from spdcli.recipe_file import shipped; print(*shipped().values())"
+    code = (
+        "import sys; sys.path.insert(0, 'site'); from spdcli.recipe.reading import shipped; print(*shipped().values())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     found = [Path(path) for path in done.stdout.split()]
     assert {path.name for path in found} == {path.name for path in (ROOT / "recipes").glob("*.toml")}

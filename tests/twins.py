@@ -22,10 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from spdcli.engine.forward import Noise
 from spdcli.engine.importance import Importances, ImportanceSettings
-from spdcli.engine.plan import Piece, Variant
 from spdcli.engine.step import LossSettings
 from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.engine.target import Batch, Target
+from spdcli.engine.variants import Piece, Variant
 from spdcli.targets.induction import InductionToy, ToyShape, toy_target
 
 ROUNDING = 1e-10  # float64 has 16 digits; sums of some hundred terms of mixed sign lose a few of them

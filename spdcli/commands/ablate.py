@@ -32,11 +32,11 @@ from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose,
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from spdcli.analysis.ablation import Zeroed
-    from spdcli.analysis.effects import Questions
-    from spdcli.analysis.facts import AskedFacts
+    from spdcli.edits.ablation import Zeroed
+    from spdcli.edits.answer_changes import Questions
+    from spdcli.edits.known_facts import AskedFacts
     from spdcli.engine.target import Target
-    from spdcli.loading import LoadedRun
+    from spdcli.runs.loading import LoadedRun
 
 
 class Others(StrEnum):
@@ -97,7 +97,7 @@ def ablate(
         raise UsageError("--others is about the slices of a decomposed model, and no --slice is given")
     if figure and not (mlp and (len(mlp) > 1 or mlp == ["all"])):
         raise UsageError("--figure draws one MLP layer after the other", "give --mlp all, or several --mlp")
-    from spdcli.loading import load
+    from spdcli.runs.loading import load
 
     texts = read_prompts(prompt)
     each_mlp = bool(mlp and "all" in mlp)
@@ -128,8 +128,8 @@ def ablate(
 
 def draw_layers(loaded: LoadedRun, alone: dict[str, Any]) -> list[Path]:
     """Figure 9 of the MLP layers among what was zeroed alone; a single layer of a model is all of them."""
-    from spdcli.figures_facts import save_zeroed
-    from spdcli.runs import FIGURES
+    from spdcli.figures.facts import save_zeroed
+    from spdcli.runs.directory import FIGURES
 
     layers = {label: effects for label, effects in alone.items() if label.startswith("mlp ")}
     if not layers:
@@ -147,8 +147,8 @@ def take_away(
     seed: int,
 ) -> dict[str, Any]:
     """The effects of what the options name (slices, matrices, MLP layers) on questions and facts, and their names."""
-    from spdcli.analysis.ablation import ablate, ablate_facts, zeroed_matrix
-    from spdcli.analysis.edits import find_slices
+    from spdcli.edits.ablation import ablate, ablate_facts, zeroed_matrix
+    from spdcli.edits.suppression import find_slices
 
     target = loaded.subject.target
     slices, matrices, mlps = removed
@@ -170,7 +170,7 @@ def take_away(
 
 def mlp_layers(target: Target, wanted: list[str]) -> list[Zeroed]:
     """The MLP layers that `--mlp` names."""
-    from spdcli.analysis.ablation import zeroed_mlp
+    from spdcli.edits.ablation import zeroed_mlp
 
     layers: list[int] = []
     for text in wanted:

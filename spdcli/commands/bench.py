@@ -82,7 +82,7 @@ def bench(
     from spdcli.costs.bench import Conditions, measure
     from spdcli.costs.cases import Wanted, groups_of
     from spdcli.costs.machine import describe
-    from spdcli.subject import choose_device
+    from spdcli.runs.subject import choose_device
 
     chosen = choose_device(device or "auto")
     groups = groups_of(what, Wanted(sizes, batch, chosen.type, case or [], per_loss))

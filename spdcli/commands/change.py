@@ -16,13 +16,13 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spdcli.analysis.edits import Address
-    from spdcli.analysis.effects import Questions
-    from spdcli.analysis.facts import AskedFacts
-    from spdcli.facts import Facts
-    from spdcli.loading import LoadedRun
-    from spdcli.recipe import Recipe
-    from spdcli.subject import Subject
+    from spdcli.edits.answer_changes import Questions
+    from spdcli.edits.facts_file import Facts
+    from spdcli.edits.known_facts import AskedFacts
+    from spdcli.edits.suppression import Address
+    from spdcli.recipe.schema import Recipe
+    from spdcli.runs.loading import LoadedRun
+    from spdcli.runs.subject import Subject
 
 Effects = list[dict[str, Any]]
 SliceAddress = Annotated[
@@ -69,7 +69,7 @@ def read_prompts(prompts: Sequence[str] | None) -> list[str]:
 
 def ask_questions(subject: Subject, recipe: Recipe, texts: Sequence[str], sequences: int, seed: int) -> Questions:
     """The questions of a run, or of `texts` where there are any."""
-    from spdcli.analysis.effects import given_questions, own_questions
+    from spdcli.edits.answer_changes import given_questions, own_questions
 
     if not texts:
         return own_questions(subject, sequences, seed)
@@ -78,7 +78,7 @@ def ask_questions(subject: Subject, recipe: Recipe, texts: Sequence[str], sequen
 
 def read_facts(option: str | None, without: bool) -> Facts | None:
     """The facts of `--facts`, the shipped ones when nothing is said, or None with `--no-facts`."""
-    from spdcli.facts import load_facts
+    from spdcli.edits.facts_file import load_facts
 
     if without:
         if option is not None:
@@ -99,7 +99,7 @@ def ask_facts(
 
     UsageError when `--facts` asks the toy for facts.
     """
-    from spdcli.analysis.facts import facts_beside
+    from spdcli.edits.known_facts import facts_beside
 
     if subject.prompts is None and option is not None:
         raise UsageError("the induction toy knows no facts", "leave --facts out")
@@ -146,7 +146,7 @@ def warn_of_span(console: Console, recipe: Recipe, texts: Sequence[str]) -> None
 
 def mark_active(loaded: LoadedRun, questions: Questions, addresses: Sequence[Address], effects: Effects) -> None:
     """Add to every effect which of the slices are active in its prompt; null for text too long for the gates."""
-    from spdcli.analysis.effects import active_on
+    from spdcli.edits.answer_changes import active_on
 
     try:
         found: Sequence[list[str] | None] = active_on(loaded.subject, loaded.decomposition, questions, addresses)

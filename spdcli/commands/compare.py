@@ -16,7 +16,7 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from spdcli.recipe_file import LoadedRecipe
+    from spdcli.recipe.reading import LoadedRecipe
 
 REPORT = "compare.json"
 AS_IT_IS = "the recipe as it is"
@@ -50,8 +50,8 @@ def compare(
     machine that does nothing else: seconds are measured.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.recipe_file import load_recipe, parse_override
-    from spdcli.runs import write_json
+    from spdcli.recipe.reading import load_recipe, parse_override
+    from spdcli.runs.directory import write_json
 
     settings, changes = list(set_ or []), [parse_override(one, "--with") for one in with_]
     given = [load_recipe(recipe, [*settings, one], seed=seed, device=device) for one in changes]  # errors come first
@@ -79,8 +79,8 @@ def measure(
     folder: Path, name: str, loaded: LoadedRecipe, sequences: int, force: bool, console: Console
 ) -> dict[str, Any]:
     """One run, trained and evaluated unless it is there already."""
-    from spdcli.analysis.evaluation import evaluate
     from spdcli.commands.reproduce import claim_run, decomposed_run
+    from spdcli.measures.evaluation import evaluate
 
     console.note(f"{name}, {loaded.recipe.decompose.steps} steps, in {folder}")
     opened = decomposed_run(claim_run(folder, loaded, force), loaded, console)

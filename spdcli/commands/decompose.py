@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from spdcli.console import Console, LiveLine
     from spdcli.engine.fit import FitState, Record
     from spdcli.engine.subcomponents import Decomposition
-    from spdcli.recipe import Recipe
-    from spdcli.recipe_file import LoadedRecipe
-    from spdcli.runs import RunDirectory
-    from spdcli.subject import Subject
+    from spdcli.recipe.reading import LoadedRecipe
+    from spdcli.recipe.schema import Recipe
+    from spdcli.runs.directory import RunDirectory
+    from spdcli.runs.subject import Subject
 
 
 CHANGEABLE = ("losses", "decompose", "device", "name")  # what --resume may be given anew
@@ -43,11 +43,11 @@ def decompose(
     An induction toy that the recipe does not name by target.path is trained first, into OUT/toy.
     Ctrl-C stops cleanly; --resume goes on exactly there.
     """
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe.reading import load_recipe
 
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
-    from spdcli.runs import CHECKPOINT, TOY, TOY_WEIGHTS, RunDirectory
+    from spdcli.runs.directory import CHECKPOINT, TOY, TOY_WEIGHTS, RunDirectory
 
     if resume and force:
         raise UsageError("--resume and --force contradict each other", "give one of the two")
@@ -79,7 +79,7 @@ def decompose(
 
 def continue_run(path: Path, recipe: Recipe, console: Console) -> RunDirectory:
     """The run at `path`, going on by `recipe`: losses and training may have changed, what is trained may not."""
-    from spdcli.runs import RunDirectory
+    from spdcli.runs.directory import RunDirectory
 
     run = RunDirectory.open(path)
     changed = changed_settings(run, recipe)
@@ -98,7 +98,7 @@ def continue_run(path: Path, recipe: Recipe, console: Console) -> RunDirectory:
 
 def changed_settings(run: RunDirectory, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Where `recipe` differs from that of `run`: dotted key -> (the run's value, the recipe's)."""
-    from spdcli.runs import anchored
+    from spdcli.runs.directory import anchored
 
     before, after = flat(run.recipe.model_dump()), flat(anchored(recipe).model_dump())
     keys = sorted(before | after)
@@ -118,9 +118,9 @@ def prepare_subject(run: RunDirectory, loaded: LoadedRecipe, console: Console) -
     import shutil
 
     from spdcli.commands.train import train_into
-    from spdcli.recipe import InductionTarget
-    from spdcli.runs import TOY, TOY_WEIGHTS, RunDirectory, write_atomically
-    from spdcli.subject import choose_device, load_toy, open_subject
+    from spdcli.recipe.schema import InductionTarget
+    from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory, write_atomically
+    from spdcli.runs.subject import choose_device, load_toy, open_subject
 
     recipe = loaded.recipe
     device = choose_device(recipe.device)
@@ -144,10 +144,10 @@ def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Co
     from spdcli.costs.machine import free_bytes
     from spdcli.costs.states import unborn_bytes
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
-    from spdcli.recipe_file import select_matrices
-    from spdcli.runs import CHECKPOINT
-    from spdcli.settings import allow_tensor_cores, fit_settings, optimiser_settings
-    from spdcli.subject import start_decomposition, stream_batches
+    from spdcli.recipe.reading import select_matrices
+    from spdcli.runs.directory import CHECKPOINT
+    from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
+    from spdcli.runs.subject import start_decomposition, stream_batches
 
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)
@@ -228,7 +228,7 @@ def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None
     """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
     from spdcli.costs.machine import free_bytes
     from spdcli.costs.states import training_bytes
-    from spdcli.subject import parameter_counts
+    from spdcli.runs.subject import parameter_counts
 
     slices, gates = parameter_counts(recipe, subject, names)
     element = subject.target.unembedding.element_size()

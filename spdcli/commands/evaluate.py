@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spdcli.analysis.table1 import (
+from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.paper.table1 import (
     PAPER_ACTIVE,
     PAPER_ATTENTION,
     PAPER_M_TO_S1,
     PAPER_M_TO_S1_UNPLACED,
     PAPER_METRICS,
 )
-from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from spdcli.loading import LoadedRun
+    from spdcli.runs.loading import LoadedRun
 
 Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure on.")]
 
@@ -56,8 +56,8 @@ def evaluate(
     (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.loading import load
-    from spdcli.runs import EVAL
+    from spdcli.runs.directory import EVAL
+    from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
@@ -70,9 +70,9 @@ def evaluate(
 
 def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int) -> dict[str, Any]:
     """Measures a run into its eval.json and, for a toy of the paper's kind, its figures; returns what it wrote."""
-    from spdcli.analysis.circuit import has_circuit
-    from spdcli.analysis.evaluation import evaluate as measure
-    from spdcli.runs import EVAL, write_json
+    from spdcli.measures.circuit import has_circuit
+    from spdcli.measures.evaluation import evaluate as measure
+    from spdcli.runs.directory import EVAL, write_json
 
     found = measure(loaded.subject, loaded.decomposition, sequences, threshold, seed)
     run = loaded.directory
@@ -86,9 +86,10 @@ def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int)
 
 def explain(loaded: LoadedRun, threshold: float, seed: int) -> dict[str, Any]:
     """The mechanism of the toy and what its gates know (section 6.1), with the figures of both."""
-    from spdcli.analysis import circuit, controls
-    from spdcli.figures_circuit import save_circuit
-    from spdcli.runs import FIGURES
+    from spdcli.figures.circuit import save_circuit
+    from spdcli.measures import circuit
+    from spdcli.measures import gate_knowledge as controls
+    from spdcli.runs.directory import FIGURES
 
     subject = loaded.subject
     stage = circuit.scene(subject, loaded.decomposition, circuit.SEQUENCES, threshold, seed)

@@ -14,8 +14,8 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.edits.facts_file import Facts, Known
     from spdcli.engine.target import Target
-    from spdcli.facts import Facts, Known
 
 app = typer.Typer(help="List facts, and check which of them a model knows.", no_args_is_help=True)
 
@@ -52,7 +52,7 @@ Begin = Annotated[
 @app.command("ls", epilog="spd facts ls\nspd facts ls --json | jq -r '.facts[] | select(.pair) | .prompt'")
 def list_facts(facts: FactsFile = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List facts: category, prompt, and the models that know them."""
-    from spdcli.facts import BUILTIN, load_facts
+    from spdcli.edits.facts_file import BUILTIN, load_facts
 
     console = make_console(json, quiet, verbose)
     found = load_facts(facts)
@@ -93,7 +93,7 @@ def check(
     A model knows a fact when the answer's probability is above --probability
     and its rank is at most --rank. --write makes the notes anew instead.
     """
-    from spdcli.facts import BUILTIN, load_facts
+    from spdcli.edits.facts_file import BUILTIN, load_facts
 
     console = make_console(json, quiet, verbose)
     found = load_facts(facts)
@@ -106,7 +106,7 @@ def check(
             f"the file's notes on {', '.join(found.models)} are for other thresholds",
             "leave --probability and --rank out",
         )
-    from spdcli.analysis.facts import check_facts
+    from spdcli.edits.known_facts import check_facts
 
     target, tokenizer, spelling, begin = open_model(model, device, begin_token)
     called = name or model_name(spelling)
@@ -126,8 +126,8 @@ def check(
 
 def open_model(model: str, device: str | None, begin_token: bool) -> tuple[Target, Any, str, bool]:
     """The target, its tokenizer, how the model is spelled, and whether its prompts have a begin token."""
-    from spdcli.runs import RECIPE, RunDirectory
-    from spdcli.subject import choose_device
+    from spdcli.runs.directory import RECIPE, RunDirectory
+    from spdcli.runs.subject import choose_device
     from spdcli.targets.huggingface import build_target, load_model
 
     dtype = "float32"
@@ -152,9 +152,9 @@ def model_name(spelling: str) -> str:
 
 def write_notes(path: Path, source: Path, facts: Facts, report: list[dict[str, Any]], name: str, known: Known) -> None:
     """Write the facts of `source` with renewed notes; the comments at its head stay."""
-    from spdcli.analysis.facts import noted
-    from spdcli.facts import dump_facts, first_comments
-    from spdcli.runs import write_atomically
+    from spdcli.edits.facts_file import dump_facts, first_comments
+    from spdcli.edits.known_facts import noted
+    from spdcli.runs.directory import write_atomically
 
     renewed = noted(facts, report, name).model_copy(update={"known": known})
     text = dump_facts(renewed, first_comments(source.read_text(encoding="utf-8")))

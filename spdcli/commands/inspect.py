@@ -46,8 +46,8 @@ def inspect(
     A slice marked * is unique: active in this prompt and in no other.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.analysis.inspection import Query, given_texts, inspect_slices, own_texts
-    from spdcli.loading import load
+    from spdcli.measures.inspection import Query, given_texts, inspect_slices, own_texts
+    from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))

@@ -13,12 +13,12 @@ from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshol
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spdcli.analysis.effects import Questions
-    from spdcli.analysis.locate import Search
-    from spdcli.analysis.selection import Activity
     from spdcli.console import Console
-    from spdcli.facts import Facts
-    from spdcli.loading import LoadedRun
+    from spdcli.edits.answer_changes import Questions
+    from spdcli.edits.facts_file import Facts
+    from spdcli.edits.selection import Activity
+    from spdcli.location.locate import Search
+    from spdcli.runs.loading import LoadedRun
 
 
 class Statistic(StrEnum):
@@ -85,8 +85,8 @@ def locate(
     """
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, no_facts)
-    from spdcli.analysis.locate import Search
-    from spdcli.loading import load
+    from spdcli.location.locate import Search
+    from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
@@ -110,10 +110,10 @@ def find(
     seed: int,
 ) -> list[dict[str, Any]]:
     """What is located for the prompt and token of `asked`, or for each prompt of the run."""
-    from spdcli.analysis.locate import candidates, known_questions
-    from spdcli.analysis.locate import locate as search_slices
-    from spdcli.analysis.questions import about_token, pick
-    from spdcli.analysis.selection import own_activity
+    from spdcli.edits.prompts_and_answers import about_token, pick
+    from spdcli.edits.selection import own_activity
+    from spdcli.location.locate import candidates, known_questions
+    from spdcli.location.locate import locate as search_slices
 
     prompt, token = asked
     subject, decomposition = loaded.subject, loaded.decomposition
@@ -136,7 +136,7 @@ def find(
 
 def own_row(prompt: str | None, own: Questions) -> int | None:
     """The row of a run's prompt, by its number or text; None for another text."""
-    from spdcli.analysis.selection import find_prompt
+    from spdcli.edits.selection import find_prompt
 
     if prompt is None:
         return None
@@ -147,10 +147,10 @@ def own_row(prompt: str | None, own: Questions) -> int | None:
 
 def given(console: Console, loaded: LoadedRun, texts: list[str]) -> tuple[Activity, Questions]:
     """The activity on a text that is none of the run's prompts, fed without its last token, and its question."""
-    from spdcli.analysis.effects import given_questions
-    from spdcli.analysis.inspection import Texts
-    from spdcli.analysis.selection import activity_of
     from spdcli.commands.change import warn_of_span
+    from spdcli.edits.answer_changes import given_questions
+    from spdcli.edits.selection import activity_of
+    from spdcli.measures.inspection import Texts
 
     warn_of_span(console, loaded.recipe, texts)
     begin_token = loaded.recipe.data is not None and loaded.recipe.data.begin_token

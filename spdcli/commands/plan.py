@@ -24,13 +24,13 @@ def plan(
     A step is gone through without numbers; where it fits, a few steps are
     then made on random weights. Exits 1 where it does not fit.
     """
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe.reading import load_recipe
 
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], device=device)
     from spdcli.costs.estimate import estimate
     from spdcli.errors import SpdError
-    from spdcli.subject import choose_device
+    from spdcli.runs.subject import choose_device
 
     with console.live() as live:
         live.update("a step is counted without numbers, then a few are made", 0, 1)

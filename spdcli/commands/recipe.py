@@ -11,7 +11,7 @@ from spdcli.commands.options import Force, Json, Quiet, Set, Verbose, make_conso
 from spdcli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
-    from spdcli.recipe import Recipe
+    from spdcli.recipe.schema import Recipe
 
 app = typer.Typer(help="Find, read, copy and check recipes.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ Destination = Annotated[
 @app.command("ls", epilog="spd recipe ls\nspd recipe ls --json | jq -r '.recipes[].name'")
 def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """List the recipes that come with spd."""
-    from spdcli.recipe_file import shipped
+    from spdcli.recipe.reading import shipped
 
     console = make_console(json, quiet, verbose)
     recipes = [{"name": name, "about": _about(path), "path": path} for name, path in shipped().items()]
@@ -43,7 +43,7 @@ def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fa
 @app.command("show", epilog="spd recipe show gpt2\nspd recipe show induction-quick > mine.toml")
 def show_recipe(name: Name, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print a recipe as it is written, comments and all."""
-    from spdcli.recipe_file import find_recipe, load_recipe
+    from spdcli.recipe.reading import find_recipe, load_recipe
 
     console = make_console(json, quiet, verbose)
     path = find_recipe(name)
@@ -64,7 +64,7 @@ def copy_recipe(
     verbose: Verbose = False,
 ) -> None:
     """Copy a recipe, to change it."""
-    from spdcli.recipe_file import find_recipe
+    from spdcli.recipe.reading import find_recipe
 
     console = make_console(json, quiet, verbose)
     source = find_recipe(name)
@@ -87,7 +87,7 @@ def check_recipes(
     files: Files, set_: Set = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
     """Check recipes and tell every mistake, with its line."""
-    from spdcli.recipe_file import find_recipe, load_recipe
+    from spdcli.recipe.reading import find_recipe, load_recipe
 
     console = make_console(json, quiet, verbose)
     reports: list[dict[str, Any]] = []

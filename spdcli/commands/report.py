@@ -57,11 +57,11 @@ def report(
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, without=False)
     assert file is not None
-    from spdcli.analysis.report import ReportSettings, make_report
-    from spdcli.analysis.tracing import TraceSettings
-    from spdcli.loading import load
-    from spdcli.report_markdown import markdown
-    from spdcli.runs import write_atomically, write_json
+    from spdcli.location.report import ReportSettings, make_report
+    from spdcli.location.report_markdown import markdown
+    from spdcli.location.tracing import TraceSettings
+    from spdcli.runs.directory import write_atomically, write_json
+    from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
@@ -85,7 +85,7 @@ def report(
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     """Figures 3, 4, 7 or 8, and 9 of a report."""
-    from spdcli.figures_facts import save_names, save_slices, save_trace, save_zeroed
+    from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = save_zeroed(data["mlp_zeroed"], folder)
@@ -103,7 +103,7 @@ def render(data: dict[str, Any]) -> list[RenderableType]:
     """The short form: one table a fact, what was sought for the effect under a line, and what leaks."""
     from rich.table import Table
 
-    from spdcli.report_markdown import cells, leak_heads, leak_rows
+    from spdcli.location.report_markdown import cells, leak_heads, leak_rows
 
     parts: list[RenderableType] = []
     for entry in data["prompts"]:

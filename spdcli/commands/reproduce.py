@@ -14,10 +14,10 @@ from spdcli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from spdcli.console import Console
-    from spdcli.loading import LoadedRun
-    from spdcli.recipe_file import LoadedRecipe
-    from spdcli.runs import RunDirectory
-    from spdcli.subject import Subject
+    from spdcli.recipe.reading import LoadedRecipe
+    from spdcli.runs.directory import RunDirectory
+    from spdcli.runs.loading import LoadedRun
+    from spdcli.runs.subject import Subject
 
 REPORT = "reproduce.json"
 
@@ -96,7 +96,7 @@ def reproduce(
 def claim_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
     """The run at `path`, there already by the same recipe, or new; UsageError when it is by another one."""
     from spdcli.commands.decompose import changed_settings
-    from spdcli.runs import RECIPE, RunDirectory
+    from spdcli.runs.directory import RECIPE, RunDirectory
 
     if force or not (path / RECIPE).exists():
         return RunDirectory.create(path, loaded.recipe, force)
@@ -114,7 +114,7 @@ def claim_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
 def decomposed_run(run: RunDirectory, loaded: LoadedRecipe, console: Console) -> LoadedRun:
     """Trains what is not yet trained of a run, toy and decomposition, and opens it."""
     from spdcli.commands.decompose import prepare_subject
-    from spdcli.loading import load
+    from spdcli.runs.loading import load
 
     finish_run(run, loaded, lambda: prepare_subject(run, loaded, console), console)
     return load(run.path, loaded.recipe.device)
@@ -123,7 +123,7 @@ def decomposed_run(run: RunDirectory, loaded: LoadedRecipe, console: Console) ->
 def finish_run(run: RunDirectory, loaded: LoadedRecipe, subject: Callable[[], Subject], console: Console) -> None:
     """Trains the decomposition of a run to its end, unless that was done before."""
     from spdcli.commands.decompose import learn
-    from spdcli.runs import DECOMPOSITION
+    from spdcli.runs.directory import DECOMPOSITION
 
     try:
         records = run.metrics()

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spdcli.console import Console
-    from spdcli.recipe_file import LoadedRecipe
-    from spdcli.runs import RunDirectory
+    from spdcli.recipe.reading import LoadedRecipe
+    from spdcli.runs.directory import RunDirectory
 
 TABLE = "facts.json"
 LEGEND = "own, median and mean: means over seeds (own: least and largest too); other prompt and max: the largest."
@@ -41,9 +41,9 @@ def reproduce_facts(
     force: bool,
 ) -> tuple[dict[str, Any], SpdError | None]:
     """Every pair under every seed, into OUT/PAIR/seed-N. The report, and the failure if there is one."""
-    from spdcli.analysis.fact_bounds import fact_claims, method_rows
-    from spdcli.analysis.table1 import compare, passes
-    from spdcli.runs import write_json
+    from spdcli.paper.fact_claims import fact_claims, method_rows
+    from spdcli.paper.table1 import compare, passes
+    from spdcli.runs.directory import write_json
 
     wanted = [(pair, loaded) for pair in pairs for loaded in pair_recipes(recipe, settings, device, seeds, pair)]
     runs = [claim_run(out / pair / f"seed-{loaded.recipe.seed}", loaded, force) for pair, loaded in wanted]
@@ -71,8 +71,8 @@ def pair_recipes(recipe: str, settings: list[str], device: str | None, seeds: in
     """The recipe with the prompts of `pair`, once a seed; RecipeError unless it is for a language model."""
     import json
 
-    from spdcli.analysis.fact_bounds import PAIRS
-    from spdcli.recipe_file import load_recipe
+    from spdcli.paper.fact_claims import PAIRS
+    from spdcli.recipe.reading import load_recipe
 
     prompts = f"data.prompts={json.dumps(PAIRS[pair].prompts)}"
     first = load_recipe(recipe, settings, device=device)
@@ -88,12 +88,12 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Consol
     if found.get("schema") == "spd.facts.table/1" and (run / "decomposition.safetensors").exists():
         console.note(f"{run.path} is measured already")
         return found["table"]
-    from spdcli.analysis.fact_bounds import PAIRS
-    from spdcli.analysis.fact_table import fact_table, open_stage
     from spdcli.commands.decompose import prepare_subject
-    from spdcli.facts import load_facts
-    from spdcli.runs import DECOMPOSITION, load_tensors, write_json
-    from spdcli.subject import load_decomposition
+    from spdcli.edits.facts_file import load_facts
+    from spdcli.paper.fact_claims import PAIRS
+    from spdcli.paper.fact_table import fact_table, open_stage
+    from spdcli.runs.directory import DECOMPOSITION, load_tensors, write_json
+    from spdcli.runs.subject import load_decomposition
 
     recipe = loaded.recipe
     subject = prepare_subject(run, loaded, console)
@@ -115,7 +115,7 @@ def failure(data: dict[str, Any]) -> SpdError:
 
 def checked_pairs(asked: list[str] | None) -> list[str]:
     """The pairs that are asked for, all of them if none is; UsageError for one that is not there."""
-    from spdcli.analysis.fact_bounds import PAIRS
+    from spdcli.paper.fact_claims import PAIRS
 
     for name in asked or ():
         if name not in PAIRS:

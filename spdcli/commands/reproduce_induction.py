@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spdcli.console import Console
-    from spdcli.loading import LoadedRun
-    from spdcli.recipe_file import LoadedRecipe
+    from spdcli.recipe.reading import LoadedRecipe
+    from spdcli.runs.loading import LoadedRun
 
 STABILITY_SEQUENCES = 512
 SVD_SEQUENCES, SVD_TOLERANCE = 512, 1e-3  # those of `spd svd`
@@ -33,8 +33,8 @@ def reproduce_induction(
 ) -> tuple[dict[str, Any], SpdError | None]:
     """Every seed of the induction experiment. The report, and the failure if there is one."""
     recipes = seed_recipes(recipe, settings, device, seeds, out.resolve() if same_toy else None)
-    from spdcli.analysis.table1 import compare, passes
-    from spdcli.runs import write_json
+    from spdcli.paper.table1 import compare, passes
+    from spdcli.runs.directory import write_json
 
     folders = [out / f"seed-{loaded.recipe.seed}" for loaded in recipes]
     runs = [claim_run(folder, loaded, force) for folder, loaded in zip(folders, recipes, strict=True)]
@@ -65,7 +65,7 @@ def seed_recipes(
 
     RecipeError unless it is a recipe for a toy of the paper's kind.
     """
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe.reading import load_recipe
 
     first = load_recipe(recipe, settings, device=device)
     target = first.recipe.target
@@ -87,7 +87,7 @@ def seed_recipes(
 def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
     """What `spd eval` found of the run, measured now unless it was measured so before."""
     from spdcli.commands.evaluate import evaluate_run
-    from spdcli.runs import EVAL
+    from spdcli.runs.directory import EVAL
 
     seed = opened.recipe.seed
     wanted = {"schema": "spd.eval/1", "sequences": sequences, "threshold": 0.0, "seed": seed}
@@ -99,10 +99,10 @@ def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
 
 def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
     """Rank that every method of `spd svd` has left at its usual tolerance; the curves go into the run's figures."""
-    from spdcli.analysis.rank_curves import open_bench
-    from spdcli.analysis.svd import LEGEND, METHODS, compare
-    from spdcli.figures import save_rank_curves
-    from spdcli.runs import FIGURES, write_json
+    from spdcli.figures.curves import save_rank_curves
+    from spdcli.measures.greedy_svd import LEGEND, METHODS, compare
+    from spdcli.measures.rank_curves import open_bench
+    from spdcli.runs.directory import FIGURES, write_json
 
     path = opened.directory / FIGURES / "svd.json"
     data = read_json(path)
@@ -141,8 +141,8 @@ def seed_report(
 
 def slice_stability(runs: list[LoadedRun], same_toy: bool) -> dict[str, Any]:
     """How well each seed's slices are found again by the others: as weights on one toy, by their effects on several."""
-    from spdcli.analysis.circuit import scene
-    from spdcli.analysis.matching import effect_signatures, stability, weight_signature
+    from spdcli.measures.circuit import scene
+    from spdcli.paper.slice_matching import effect_signatures, stability, weight_signature
 
     signatures = []
     for opened in runs:

@@ -13,10 +13,10 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spdcli.analysis.expectations import Planned
     from spdcli.console import Console
-    from spdcli.edit_script import Script
-    from spdcli.recipe_file import Source
+    from spdcli.edits.expectations import Planned
+    from spdcli.edits.script import Script
+    from spdcli.recipe.reading import Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Written:
 
 def read_script(path: Path) -> Written:
     """The script at `path`; RecipeError with every mistake."""
-    from spdcli.edit_script import load_script
+    from spdcli.edits.script import load_script
 
     return Written(path, *load_script(path))
 
@@ -49,8 +49,8 @@ def check_script(written: Written, writes: str | None, no_facts: bool) -> None:
 
 def suppress_script(console: Console, given: Given, written: Written, dry_run: bool) -> Change:
     """The edits of a script on a run: measured, or with `dry_run` only found."""
-    from spdcli.analysis.expectations import measure_script, plan_script
-    from spdcli.loading import load
+    from spdcli.edits.expectations import measure_script, plan_script
+    from spdcli.runs.loading import load
 
     loaded = load(given.run, given.device)
     console.debug(str(loaded))
@@ -70,7 +70,7 @@ def suppress_script(console: Console, given: Given, written: Written, dry_run: b
 
 def plan_report(planned: Planned) -> dict[str, Any]:
     """What `--dry-run` tells: the slices of every edit and the expectations, unmeasured."""
-    from spdcli.analysis.expectations import promises
+    from spdcli.edits.expectations import promises
 
     edits = [
         {"name": edit.name, "slices": [str(address) for address in slices], "together": edit.together}

@@ -176,7 +176,7 @@ def check_outputs(patch: Path | None, save: Path | None, force: bool) -> None:
     if patch is not None and patch.exists() and not force:
         raise UsageError(f"{patch} is there already", "--force replaces it, or name another with --patch")
     if save is not None and save.exists():
-        from spdcli.analysis.checkpoints import check_destination
+        from spdcli.edits.checkpoints import check_destination
 
         check_destination(save, force)
 

@@ -11,11 +11,11 @@ from spdcli.console import Console
 from spdcli.errors import SpdError
 
 if TYPE_CHECKING:
-    from spdcli.analysis.edits import Edit
-    from spdcli.analysis.patches import Weights
-    from spdcli.facts import Facts
-    from spdcli.recipe import Recipe
-    from spdcli.subject import Subject
+    from spdcli.edits.facts_file import Facts
+    from spdcli.edits.patches import Weights
+    from spdcli.edits.suppression import Edit
+    from spdcli.recipe.schema import Recipe
+    from spdcli.runs.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Change:
 
 def suppress_slices(console: Console, given: Given, slices: list[str], together: str) -> Change:
     """Suppress a run's slices."""
-    from spdcli.analysis.edits import describe, find_slices, suppression
-    from spdcli.analysis.effects import measure_edits
-    from spdcli.loading import load
+    from spdcli.edits.answer_changes import measure_edits
+    from spdcli.edits.suppression import describe, find_slices, suppression
+    from spdcli.runs.loading import load
 
     loaded = load(given.run, given.device)
     console.debug(str(loaded))
@@ -73,7 +73,7 @@ def measure_facts(
     console: Console, given: Given, subject: Subject, recipe: Recipe, edit: Edit, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """The effects of an edit on the facts, and their summary; nothing and None where none are measured."""
-    from spdcli.analysis.effects import measure_edits
+    from spdcli.edits.answer_changes import measure_edits
 
     own = own_prompts(recipe, given.texts)
     asked = ask_facts(console, subject, recipe, given.facts, given.facts_option, own)
@@ -85,10 +85,10 @@ def measure_facts(
 
 def use_patch(console: Console, given: Given, apply: Path | None, revert: Path | None, base: Path | None) -> Change:
     """Apply a patch to a run's target (or `base`), or revert it."""
-    from spdcli.analysis.effects import measure_edits
-    from spdcli.analysis.patches import applied, load_patch, negative, reverted
-    from spdcli.runs import TOY, RunDirectory
-    from spdcli.subject import choose_device, open_subject
+    from spdcli.edits.answer_changes import measure_edits
+    from spdcli.edits.patches import applied, load_patch, negative, reverted
+    from spdcli.runs.directory import TOY, RunDirectory
+    from spdcli.runs.subject import choose_device, open_subject
 
     path = apply or revert
     assert path is not None
@@ -110,14 +110,14 @@ def use_patch(console: Console, given: Given, apply: Path | None, revert: Path |
 def write(change: Change, data: dict[str, Any], save: Path | None, patch: Path | None, force: bool) -> None:
     """Write the edited model and the patch, where they are asked for."""
     if save is not None:
-        from spdcli.analysis.checkpoints import check_destination, save_checkpoint
-        from spdcli.analysis.patches import edited_weights
+        from spdcli.edits.checkpoints import check_destination, save_checkpoint
+        from spdcli.edits.patches import edited_weights
 
         check_destination(save, force, change.base)
         weights = edited_weights(change.subject.target, change.edit) if change.weights is None else change.weights
         save_checkpoint(save, change.subject, weights, data, force)
     if patch is not None:
-        from spdcli.analysis.patches import make_patch, save_patch
+        from spdcli.edits.patches import make_patch, save_patch
 
         evidence = {key: data[key] for key in ("together", "matrices", "facts")}
         evidence["effects"] = prompts_only(data["effects"])
@@ -137,6 +137,6 @@ def based_on(recipe: Recipe, base: Path | None) -> Recipe:
 
 def base_of(recipe: Recipe, run: Path) -> Path:
     """The directory that the target came from; a path that does not exist where it is none, as for a hub id."""
-    from spdcli.runs import TOY
+    from spdcli.runs.directory import TOY
 
     return Path(recipe.target.path or run / TOY) if recipe.target.kind == "induction" else Path(recipe.target.model)

@@ -68,11 +68,11 @@ def svd(
     console = make_console(json, quiet, verbose)
     if not math.isfinite(tolerance):
         raise UsageError(f"--tolerance {tolerance}: not a number of nats", "give a number such as 1e-3")
-    from spdcli.analysis.rank_curves import open_bench
-    from spdcli.analysis.svd import LEGEND, compare
-    from spdcli.figures import save_rank_curves
-    from spdcli.loading import load
-    from spdcli.runs import FIGURES, write_json
+    from spdcli.figures.curves import save_rank_curves
+    from spdcli.measures.greedy_svd import LEGEND, compare
+    from spdcli.measures.rank_curves import open_bench
+    from spdcli.runs.directory import FIGURES, write_json
+    from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))

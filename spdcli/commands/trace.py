@@ -15,9 +15,9 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from spdcli.analysis.tracing import TraceSettings
     from spdcli.engine.target import Target
-    from spdcli.prompts import Prompts
+    from spdcli.location.tracing import TraceSettings
+    from spdcli.targets.prompts import Prompts
 
 ModelOrRun = Annotated[
     str,
@@ -76,7 +76,7 @@ def trace(
     restore the answer. In reverse, the corrupted piece goes into the clean run.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.analysis.tracing import TraceSettings
+    from spdcli.location.tracing import TraceSettings
 
     target, prompts, folder, run_seed = open_prompts(model, read_prompts(prompt), begin_token, device)
     settings = TraceSettings(noise, sigma, samples, window, run_seed if seed is None else seed)
@@ -99,10 +99,10 @@ def open_prompts(
     model: str, texts: list[str], begin_token: bool, device: str | None
 ) -> tuple[Target, Prompts, Path, int]:
     """The target that `model` names, the prompts, where figures go, and the default seed."""
-    from spdcli.prompts import encode
-    from spdcli.runs import FIGURES, RECIPE, RunDirectory
-    from spdcli.subject import choose_device, open_subject
+    from spdcli.runs.directory import FIGURES, RECIPE, RunDirectory
+    from spdcli.runs.subject import choose_device, open_subject
     from spdcli.targets.huggingface import build_target, load_model
+    from spdcli.targets.prompts import encode
 
     if (Path(model) / RECIPE).exists():
         recipe = RunDirectory.open(Path(model)).recipe
@@ -125,8 +125,8 @@ def trace_prompts(
     console: Console, target: Target, prompts: Prompts, subjects: list[str], settings: TraceSettings
 ) -> list[dict[str, Any]]:
     """Every prompt's part of `spd.trace/1`, in order; all subjects are found before the first is traced."""
-    from spdcli.analysis.tracing import find_questions, trace
-    from spdcli.facts import load_facts
+    from spdcli.edits.facts_file import load_facts
+    from spdcli.location.tracing import find_questions, trace
 
     questions = find_questions(prompts, subjects, load_facts().subjects())
     traced = []
@@ -142,7 +142,7 @@ def trace_prompts(
 
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     """A figure a prompt."""
-    from spdcli.figures_facts import save_trace
+    from spdcli.figures.facts import save_trace
 
     folder.mkdir(parents=True, exist_ok=True)
     several = len(data["prompts"]) > 1

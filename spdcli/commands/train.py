@@ -12,9 +12,9 @@ from spdcli.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from spdcli.console import Console
-    from spdcli.recipe import Recipe
-    from spdcli.recipe_file import LoadedRecipe
-    from spdcli.runs import RunDirectory
+    from spdcli.recipe.reading import LoadedRecipe
+    from spdcli.recipe.schema import Recipe
+    from spdcli.runs.directory import RunDirectory
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
 FRESH_SEQUENCES = 20_000  # what the accuracy is measured on
@@ -35,12 +35,12 @@ def train(
 
     Writes the toy's weights, a record a logged step, and the loss curve (Figure 5).
     """
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe.reading import load_recipe
 
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
     require_toy(loaded)
-    from spdcli.runs import RunDirectory
+    from spdcli.runs.directory import RunDirectory
 
     run = RunDirectory.create(out, loaded.recipe, force)
     try:
@@ -70,9 +70,9 @@ def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> float:
     """Train a toy, leaving weights, metrics and loss curve in `run`; returns its accuracy on fresh sequences."""
     import torch
 
-    from spdcli.figures import save_training_curve
-    from spdcli.runs import FIGURES, TOY_WEIGHTS, save_tensors
-    from spdcli.subject import choose_device, toy_training
+    from spdcli.figures.curves import save_training_curve
+    from spdcli.runs.directory import FIGURES, TOY_WEIGHTS, save_tensors
+    from spdcli.runs.subject import choose_device, toy_training
     from spdcli.targets.induction import toy_accuracy
 
     assert recipe.train is not None

@@ -168,7 +168,7 @@ def too_large(case: Case, device: str) -> str:
     import torch
 
     from spdcli.costs.estimate import estimate
-    from spdcli.recipe_file import load_recipe
+    from spdcli.recipe.reading import load_recipe
 
     found = estimate(load_recipe(case.recipe, case.settings), torch.device(device), seconds=False)
     needed, free = found["bytes"]["total"], found["free_bytes"]

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from spdcli.costs.heap import Heap
 from spdcli.costs.tally import Tally
 from spdcli.engine.forward import Noise
-from spdcli.engine.plan import Piece
+from spdcli.engine.variants import Piece
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 INDEXED = ("aten::index", "aten::index_put", "aten::index_put_")

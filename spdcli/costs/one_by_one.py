@@ -22,10 +22,10 @@ from spdcli.engine.fit import FitSettings, FitState
 from spdcli.engine.forward import Clean, Noise, ask, clean_pass, replaced
 from spdcli.engine.losses import minimality
 from spdcli.engine.optimise import set_rate
-from spdcli.engine.plan import Piece, Variant, draw_variants
 from spdcli.engine.step import LossSettings, exact_faithfulness
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
+from spdcli.engine.variants import Piece, Variant, draw_variants
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 

@@ -11,11 +11,11 @@ from itertools import islice
 import torch
 
 from spdcli.costs.machine import synchronise
-from spdcli.costs.subjects import untrained_subject
+from spdcli.costs.random_targets import untrained_subject
 from spdcli.engine.fit import FitSettings, fit, start_fit
-from spdcli.recipe import Recipe
-from spdcli.settings import allow_tensor_cores, optimiser_settings
-from spdcli.subject import stream_batches, toy_training, untrained_decomposition
+from spdcli.recipe.schema import Recipe
+from spdcli.runs.settings import allow_tensor_cores, optimiser_settings
+from spdcli.runs.subject import stream_batches, toy_training, untrained_decomposition
 
 ENOUGH_SECONDS, ENOUGH_STEPS = 6.0, 20  # of measured steps; one is made whatever it takes
 FIRST_ENOUGH = 20.0  # seconds; where the first step takes longer, that is the answer

@@ -89,10 +89,10 @@ class Answers:
 def build(case: Case, device: Any) -> Callable[[], object]:
     """A function that makes one step of the case, optimizer included."""
     from spdcli.costs.machine import product_inputs
-    from spdcli.costs.subjects import random_subject
-    from spdcli.recipe_file import load_recipe, select_matrices
-    from spdcli.settings import fit_settings, optimiser_settings
-    from spdcli.subject import start_decomposition
+    from spdcli.costs.random_targets import random_subject
+    from spdcli.recipe.reading import load_recipe, select_matrices
+    from spdcli.runs.settings import fit_settings, optimiser_settings
+    from spdcli.runs.subject import start_decomposition
 
     if case.way == "product":
         a, b = product_inputs(device)

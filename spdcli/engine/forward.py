@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spdcli.engine.losses import unembed_kl
-from spdcli.engine.plan import Piece, Variant
 from spdcli.engine.product import Asked, replaced_product
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Batch, LookedAt, Matrix, Target, sent
+from spdcli.engine.variants import Piece, Variant
 
 
 @dataclass(eq=False)

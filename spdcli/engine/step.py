@@ -18,9 +18,9 @@ from spdcli.engine.losses import (
     minimality,
     probed_faithfulness,
 )
-from spdcli.engine.plan import Piece, Variant, chunks, draw_variants
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target, sent
+from spdcli.engine.variants import Piece, Variant, chunks, draw_variants
 
 ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention patterns the attention loss compares
 

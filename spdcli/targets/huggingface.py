@@ -15,8 +15,8 @@ from transformers.activations import NewGELUActivation
 
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError, UsageError
-from spdcli.prompts import token_text
 from spdcli.targets.architectures import RESIDUAL, Architecture, MatrixEntry, architecture_of
+from spdcli.targets.prompts import token_text
 from spdcli.targets.quiet import quiet
 from spdcli.targets.routes import Map, Route, back_through, columns_only, detached, final_scale, through, unchanged
 from spdcli.targets.sources import resolve

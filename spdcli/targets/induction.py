@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spdcli.data import induction_batch
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError
 from spdcli.targets.routes import Route, back_through, final_scale, through, unchanged
+from spdcli.targets.sequences import induction_batch
 
 CPU = torch.device("cpu")
 ACCURACY_BATCH = 1024  # sequences that an accuracy is measured on at once: more would need more memory than training

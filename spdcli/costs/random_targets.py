@@ -1,0 +1,68 @@
+"""Targets with random weights, of the size that a recipe asks for: speed does not depend on what was learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdcli.engine.target import Batch
+from spdcli.recipe.schema import InductionTarget, Recipe
+from spdcli.runs.subject import Subject, language_subject, toy_shape, toy_subject
+from spdcli.targets.induction import InductionToy
+from spdcli.targets.prompts import Prompts
+
+
+def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
+    """The subject of a recipe with random weights, or on torch's `meta` device as shapes alone.
+
+    The prompts of a language model are read; its broad text is random tokens.
+    """
+    if isinstance(recipe.target, InductionTarget):
+        with device:
+            toy = InductionToy(toy_shape(recipe.target))
+        return toy_subject(recipe, toy.eval())
+    subject, data = language_subject(recipe, device, trained=False), recipe.data
+    if data is None or data.stream is None:
+        return subject
+    tokens = torch.randint(len(subject.target.unembedding), (data.stream_sequences, data.stream_length))
+    broad = Batch.everywhere(tokens).to(device)
+    return replace(subject, stream=lambda: broad)
+
+
+def random_subject(recipe: Recipe, device: torch.device, prompts: tuple[int, int] = (2, 9)) -> Subject:
+    """As `untrained_subject`, but a language model is a GPT-2 small on `prompts`, (sequences, tokens in each) random
+    tokens: nothing is read from anywhere."""
+    torch.manual_seed(recipe.seed)
+    if isinstance(recipe.target, InductionTarget):
+        return untrained_subject(recipe, device)
+    return random_gpt2(recipe, device, prompts)
+
+
+def random_gpt2(recipe: Recipe, device: torch.device, shape: tuple[int, int]) -> Subject:
+    """GPT-2 small with random weights, on random tokens `[B, T]`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from spdcli.targets.architectures import architecture_of
+    from spdcli.targets.huggingface import LanguageModel, build_target
+
+    config = GPT2Config(attn_implementation="sdpa")
+    with device:
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    no_tokenizer: Any = None
+    language_model = LanguageModel(model, no_tokenizer, architecture_of(config.model_type), Path())
+    tokens = torch.randint(config.vocab_size, shape)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    looked = valid.clone()
+    looked[:, :-1] = not recipe.losses.last_token_only
+    batch = Batch(tokens, valid, looked, answers=tokens[:, -1]).to(device)
+    return Subject(
+        target=build_target(language_model, split_attention=False),
+        batches=lambda generator: batch,
+        length=shape[1],
+        token_text=str,
+        routes={},
+        prompts=Prompts(batch, torch.full((len(tokens),), shape[1] - 1), [], [], [], no_tokenizer),
+    )

@@ -1,0 +1,104 @@
+"""Writes an edited target as a complete checkpoint that loads without spd."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spdcli.edits.patches import set_weights
+from spdcli.engine.target import Target
+from spdcli.errors import SpdError, UsageError
+from spdcli.runs.directory import TOY_WEIGHTS, remove, save_tensors, write_json
+from spdcli.runs.subject import Subject
+
+RECORD = "spd_edit.json"  # what was done to the model; it also marks a directory that --force may replace
+
+
+@contextmanager
+def edited(target: Target, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, the target's modules hold `weights` `[I, O]` by matrix; afterwards, exactly what they held before."""
+    before = {name: target.matrices[name].weight.detach().clone() for name in weights}
+    try:
+        set_weights(target, weights)
+        yield
+    finally:
+        set_weights(target, before)
+
+
+def check_destination(path: Path, force: bool, base: Path | None = None) -> None:
+    """UsageError unless a checkpoint may be written to `path`: it is new, empty, or an earlier one and `force`.
+
+    `force` replaces only what `save_checkpoint` wrote, and never the `base` that the edit starts from.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a directory", "name another with --save")
+    if base is not None and path.resolve() == base.resolve():
+        raise UsageError(f"{path} is the base itself", "name another with --save")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / RECORD).exists():
+        raise UsageError(f"{path} is not empty and holds no edited model", "name another with --save")
+    if not force:
+        raise UsageError(f"{path} holds another edited model", "--force replaces it, or name another with --save")
+
+
+def save_checkpoint(
+    path: Path, subject: Subject, weights: Mapping[str, Tensor], record: Mapping[str, Any], force: bool = False
+) -> None:
+    """Write the target with `weights` in place of its own, and `record`, to the directory `path`, whole or not at all.
+
+    A language model becomes a Hugging Face checkpoint with its tokenizer, in the precision that the run holds it in;
+    the toy a `target.safetensors`, as `target.path` of a recipe names it. The target itself is as before afterwards.
+    """
+    check_destination(path, force)
+
+    def write(beside: Path) -> None:
+        with edited(subject.target, weights):
+            if subject.toy is not None:
+                save_tensors(beside / TOY_WEIGHTS, subject.toy.state_dict())
+            else:
+                _save_language_model(subject, beside)
+        write_json(beside / RECORD, record)
+
+    write_directory(path, write)
+
+
+def _save_language_model(subject: Subject, folder: Path) -> None:
+    from spdcli.targets.quiet import quiet
+
+    assert subject.prompts is not None
+    model: Any = subject.target.model
+    with quiet():
+        model.save_pretrained(folder)
+        subject.prompts.tokenizer.save_pretrained(folder)
+
+
+def write_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory beside `path`, then rename it into place; a failure leaves `path` as it was."""
+    path = path.absolute()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        beside.mkdir(parents=True)
+        write(beside)
+        if path.exists():
+            path.rename(aside)
+        try:
+            beside.rename(path)
+        except OSError:
+            if aside.exists():
+                aside.rename(path)
+            raise
+        remove(aside)
+    except OSError as error:
+        raise SpdError(
+            f"{path}: cannot be written: {error.strerror or error}", "free some space, or name another with --save"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

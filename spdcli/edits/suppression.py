@@ -1,0 +1,206 @@
+"""Suppression: rank-1 edits that take slices' directions out of a target's own weights (section 5.2).
+
+With û and v̂ the unit read and write directions of slice k, and E_k = û_k v̂_kᵀ, one slice is suppressed by
+
+    W ← W − <W, E> E        where <W, E> = ûᵀ W v̂ is the Frobenius inner product.
+
+Several slices of one matrix overlap: their E_k are not orthogonal. Both ways of `TOGETHER` give W − Σ a_k E_k:
+
+    orthonormal   the E_k are made orthonormal in <·,·> and W loses its projections on all of them at once. In terms
+                  of the E_k themselves that is a = G⁺ p, with p_k = <W, E_k> and G_jk = <E_j, E_k>. The order does
+                  not matter, and afterwards <W, E_k> = 0 for every k: no suppressed direction carries anything.
+    sequence      one after the other, as a loop would: a = tril(G)⁻¹ p. Only the last one is sure to be 0 then.
+
+An edit is never more than these factors; it is run as `x W − ((x û) a) v̂ᵀ`, without a copy of the model.
+I d_in, O d_out, r slices of a matrix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.subcomponents import Slices, SliceSet
+from spdcli.engine.target import Target
+from spdcli.engine.variants import Variant, fixed_variant
+from spdcli.errors import UsageError
+
+SAME = 1e-12  # of G's largest eigenvalue: directions that differ by less than a float32 can tell count as one
+
+
+@dataclass(frozen=True)
+class Address:
+    """One slice: `str()` is `matrix:index`."""
+
+    matrix: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.matrix}:{self.index}"
+
+
+class Factors(NamedTuple):
+    """What a matrix loses, `read @ write`: read `[I, r]` of unit columns, write `[r, O]`, both in float64."""
+
+    read: Tensor
+    write: Tensor
+
+
+Edit = Mapping[str, Factors]  # by matrix
+
+
+def find_slices(slices: SliceSet, addresses: Iterable[str]) -> list[Address]:
+    """The slices that `addresses` name, each once, in the order given. UsageError, one line, for one that is not."""
+    found = []
+    for text in addresses:
+        name, _, digits = text.rpartition(":")
+        if not name or not digits.removeprefix("-").isdecimal():
+            raise UsageError(f"'{text}' is no slice", f"a slice is MATRIX:INDEX, as in {slices.names[0]}:0")
+        name = find_matrix(slices.names, name, "the run decomposes")
+        count = slices.of(name).U.shape[1]
+        if not 0 <= int(digits) < count:
+            raise UsageError(f"'{text}': {name} has the slices 0 to {count - 1}")
+        found.append(Address(name, int(digits)))
+    return list(dict.fromkeys(found))
+
+
+def find_matrix(names: Sequence[str], name: str, who: str) -> str:
+    """`name` if it is one of `names`; else UsageError with the nearest of them. `who` has them, in words."""
+    if name in names:
+        return name
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    raise UsageError(f"{who} no matrix '{name}'; the nearest is '{nearest}'")
+
+
+def by_matrix(addresses: Iterable[Address]) -> dict[str, list[int]]:
+    """The indices of each matrix, in order."""
+    grouped: dict[str, list[int]] = {}
+    for address in addresses:
+        grouped.setdefault(address.matrix, []).append(address.index)
+    return grouped
+
+
+def unit_directions(slices: SliceSet, name: str, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """û `[I, r]` and v̂ `[r, O]` of some slices of a matrix, in float64 on the CPU.
+
+    UsageError for a slice that is all zeros and so has no direction.
+    """
+    own = slices.of(name)
+    U = own.U.detach()[:, list(index)].double().cpu()
+    V = own.V.detach()[list(index)].double().cpu()
+    read, write = U.norm(dim=0), V.norm(dim=1)
+    for position, number in enumerate(index):
+        if not (read[position] * write[position] > 0):
+            raise UsageError(f"the slice {name}:{number} is zero: it has no direction to suppress")
+    return U / read, V / write[:, None]
+
+
+def projections(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
+    """p `[r]`: the inner products <W, û_k v̂_kᵀ>, for unit `read` `[I, r]` and `write` `[r, O]`."""
+    return ((read.t() @ weight.double().cpu()) * write).sum(1)
+
+
+def overlaps(read: Tensor, write: Tensor) -> Tensor:
+    """G `[r, r]`: <E_j, E_k> = (û_jᵀ û_k)(v̂_jᵀ v̂_k)."""
+    return ((read.t() @ read) * (write @ write.t())).fill_diagonal_(1.0)
+
+
+def jointly(gram: Tensor, p: Tensor) -> Tensor:
+    """a `[r]` of the orthonormal way: Σ a_k E_k is the projection of W on the span of the E_k."""
+    return torch.linalg.pinv(gram, rtol=SAME, hermitian=True) @ p
+
+
+def in_sequence(gram: Tensor, p: Tensor) -> Tensor:
+    """a `[r]` of one after the other: a_k = p_k − Σ_{j<k} a_j G_jk."""
+    return torch.linalg.solve_triangular(gram.tril(), p[:, None], upper=False)[:, 0]
+
+
+TOGETHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"orthonormal": jointly, "sequence": in_sequence}
+
+
+def suppression(target: Target, slices: SliceSet, addresses: Sequence[Address], together: str = "orthonormal") -> Edit:
+    """The edit that suppresses `addresses` in the target's own weights; `together` is a way of `TOGETHER`."""
+    edit = {}
+    for name, index in by_matrix(addresses).items():
+        read, write = unit_directions(slices, name, index)
+        p = projections(target.matrices[name].weight, read, write)
+        a = TOGETHER[together](overlaps(read, write), p)
+        edit[name] = Factors(read, a[:, None] * write)
+    return edit
+
+
+def suppressions(target: Target, slices: SliceSet, addresses: Sequence[Address]) -> dict[str, Edit]:
+    """The edit of every slice alone, by address: what `suppression` gives for each, a matrix at a time."""
+    edits: dict[str, Edit] = {}
+    for name, index in by_matrix(addresses).items():
+        read, write = unit_directions(slices, name, index)
+        cut = projections(target.matrices[name].weight, read, write)[:, None] * write
+        for column, number in enumerate(index):
+            own = slice(column, column + 1)
+            edits[str(Address(name, number))] = {name: Factors(read[:, own], cut[own])}
+    return {str(address): edits[str(address)] for address in addresses}
+
+
+def describe(target: Target, slices: SliceSet, addresses: Sequence[Address], edit: Edit) -> list[dict[str, Any]]:
+    """What an edit takes from each matrix.
+
+    `projections` are the <W, E_k>; `removed` is ‖W − W'‖ / ‖W‖ and `difference` how far the two ways of TOGETHER are
+    apart, ‖W'_orthonormal − W'_sequence‖ / ‖W‖, Frobenius norms all. `difference` is 0 for a single slice.
+    """
+    described = []
+    for name, index in by_matrix(addresses).items():
+        weight = target.matrices[name].weight
+        read, write = unit_directions(slices, name, index)
+        gram, p = overlaps(read, write), projections(weight, read, write)
+        whole = weight.double().norm().item()
+        apart = in_sequence(gram, p) - jointly(gram, p)
+        described.append(
+            {
+                "matrix": name,
+                "slices": [str(Address(name, number)) for number in index],
+                "projections": p.tolist(),
+                "removed": (edit[name].read @ edit[name].write).norm().item() / whole,
+                "difference": (apart @ gram @ apart).clamp(min=0).sqrt().item() / whole,
+            }
+        )
+    return described
+
+
+def subtract(weight: Tensor, factors: Factors) -> Tensor:
+    """`W − read @ write` `[I, O]` on the CPU in W's own precision, the same bits on every machine.
+
+    One outer product after the other in float64, rounded once at the end: each step is a single rounded operation
+    an element, so that no order of summation is left to a library.
+    """
+    wide = weight.detach().cpu().double().clone()
+    for read, write in zip(factors.read.t(), factors.write, strict=True):
+        wide -= torch.outer(read, write)
+    return wide.to(weight.dtype)
+
+
+def edit_variants(target: Target, edits: Mapping[str, Edit]) -> tuple[SliceSet, list[Variant]]:
+    """`edits` by name, as fixed variants of a plan and the slices that they cut.
+
+    All factors of a matrix lie side by side in one bank. With delta mask 1 a variant is the target minus the slices
+    whose mask is 0, which are its own factors: `x W − (x read) write`.
+    """
+    like = target.unembedding
+    columns: dict[str, list[tuple[str, Factors]]] = {}
+    for name, edit in edits.items():
+        for matrix, factors in edit.items():
+            columns.setdefault(matrix, []).append((name, factors))
+    bank, masks = {}, {name: dict[str, Tensor]() for name in edits}
+    for matrix, owned in columns.items():
+        read = torch.cat([factors.read for _, factors in owned], dim=1)
+        write = torch.cat([factors.write for _, factors in owned])
+        bank[matrix] = Slices(read.to(like), write.to(like)).requires_grad_(False)
+        owner = [name for name, factors in owned for _ in factors.write]
+        for name, _ in owned:
+            masks[name][matrix] = torch.tensor([float(other != name) for other in owner]).to(like)
+    blocks = {matrix: target.matrices[matrix].block for matrix in bank}
+    return SliceSet(bank, delta=True), [fixed_variant(name, masks[name], blocks, delta=1.0) for name in edits]

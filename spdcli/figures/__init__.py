@@ -1,0 +1,1 @@
+"""Every figure of the paper, as PNG and SVG, readable in grey."""

@@ -1,0 +1,72 @@
+"""One function a figure: PNG and SVG, readable in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from spdcli.runs.directory import write_atomically
+
+
+def save(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """Write `figure` as NAME.png and NAME.svg into `directory`."""
+    paths = []
+    for kind in ("png", "svg"):
+        path = directory / f"{name}.{kind}"
+        write_atomically(path, partial(figure.savefig, format=kind, dpi=150, bbox_inches="tight"))
+        paths.append(path)
+    return paths
+
+
+def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """The toy's loss and accuracy against the step (Figure 5): a plateau, then the phase change."""
+    figure = Figure(figsize=(6, 3.2))
+    loss_axes = figure.subplots()
+    steps = [record["step"] for record in records]
+    loss_axes.plot(steps, [record["loss"] for record in records], color="black", label="loss (last token)")
+    loss_axes.set(xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
+    accuracy_axes = loss_axes.twinx()
+    accuracy_axes.plot(steps, [record["accuracy"] for record in records], color="0.5", linestyle="--", label="accuracy")
+    accuracy_axes.set(ylabel="accuracy", ylim=(-0.02, 1.02))
+    lines = [*loss_axes.get_lines(), *accuracy_axes.get_lines()]
+    loss_axes.legend(handles=lines, loc="center right", frameon=False)
+    return save(figure, directory, "training")
+
+
+RANK_LINES = ("-", "--", "-.", ":")
+RANK_MARKS = ("o", "s", "^", "x")
+RANK_FLOOR = 1e-8
+
+
+def save_rank_curves(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], legend: Mapping[str, str], tolerance: float, directory: Path
+) -> list[Path]:
+    """KL against rank, a curve a method (Figure 2); `legend` says what each calls rank.
+
+    Rank is logarithmic above 1. A KL below RANK_FLOOR, where float32 rounds, is off the axis.
+    """
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for number, (method, curve) in enumerate(curves.items()):
+        shown = [point for point in curve if point["kl"] > 0]
+        axes.plot(
+            [point["rank"] for point in shown],
+            [point["kl"] for point in shown],
+            label=legend[method],
+            color=str(0.2 * number),
+            linestyle=RANK_LINES[number % len(RANK_LINES)],
+            marker=RANK_MARKS[number % len(RANK_MARKS)],
+            markersize=3,
+        )
+    if tolerance > 0:
+        axes.axhline(tolerance, color="0.7", linewidth=0.8, label="tolerance")
+    axes.set(xlabel="rank", ylabel="KL from the target (nats)", yscale="log")
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=max(RANK_FLOOR, axes.get_ylim()[0]))
+    axes.legend(frameon=False, fontsize="small")
+    return save(figure, directory, "svd")

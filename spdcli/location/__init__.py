@@ -1,0 +1,1 @@
+"""Where a fact is: slices located by effect, causal tracing, baselines, and the report."""

@@ -1,0 +1,131 @@
+"""Who knows which position is m, the slices or the gates? Take the gates' knowledge away and see what is left.
+
+    own              the importances as they are
+    no_context       every position's gates from its own input and absolute position, blind to the sequence
+    other_sequences  importances of another sequence at the same position
+    other_positions  importances of the same sequence at another position, shifted around its ring
+    always_on        no gates: every slice that is active anywhere is on everywhere
+
+Where the model of active slices alone still works without a kind of knowledge, the circuit did not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spdcli.engine.forward import importance_masks, masked_logits
+from spdcli.engine.importance import AttentionMixer
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.measures.circuit import Scene
+from spdcli.targets.induction import recorded_patterns
+from spdcli.targets.sequences import POSITION_CLASSES
+
+
+@contextmanager
+def blind_gates(decomposition: Decomposition) -> Iterator[None]:
+    """While open, the importance attention sees the query's own position alone.
+
+    Softmax over one key is 1, so that line 4 of Algorithm 1 becomes the position's own value. Gates without
+    attention see no context anyway, and stay as they are.
+    """
+
+    def alone(mixer: nn.Module, args: tuple[Tensor, ...], mixed: Tensor) -> Tensor:
+        assert isinstance(mixer, AttentionMixer)
+        placed = args[0] + mixer.absolute[:, :, : args[0].shape[2]]
+        return torch.cat([placed @ mixer.v, placed], dim=-1)
+
+    handles = [mixer.register_forward_hook(alone) for mixer in decomposition.importances.mixers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_context(stage: Scene) -> dict[str, Tensor]:
+    """Importances `[B, T, C]` a matrix from each position's own input."""
+    inputs = {name: stage.clean.inputs[name] for name in stage.decomposition.names}
+    with blind_gates(stage.decomposition):
+        return stage.decomposition.importance(inputs)[0]
+
+
+def from_other_sequences(stage: Scene, generator: torch.Generator) -> dict[str, Tensor]:
+    """Every sequence gets the importances of its neighbour: the sequences were drawn independently."""
+    return {name: g.roll(1, 0) for name, g in stage.g.items()}
+
+
+def from_other_positions(stage: Scene, generator: torch.Generator) -> dict[str, Tensor]:
+    """Every sequence's importances move on by 1 .. T-1 positions, drawn once a sequence, round its end."""
+    count, length = stage.clean.batch.tokens.shape
+    shift = torch.randint(1, length, (count, 1), generator=generator)
+    source = ((torch.arange(length) - shift) % length).to(stage.rows.device)
+    return {name: g[stage.rows[:, None], source] for name, g in stage.g.items()}
+
+
+def always_on(stage: Scene) -> dict[str, Tensor]:
+    """1 for every slice that is active somewhere, at every position; 0 for the others."""
+    made = {}
+    for name, g in stage.g.items():
+        made[name] = torch.zeros_like(g)
+        made[name][..., stage.active[name]] = 1.0
+    return made
+
+
+CONTROLS: dict[str, Callable[[Scene, torch.Generator], Mapping[str, Tensor]]] = {
+    "own": lambda stage, generator: stage.g,
+    "no_context": lambda stage, generator: without_context(stage),
+    "other_sequences": from_other_sequences,
+    "other_positions": from_other_positions,
+    "always_on": lambda stage, generator: always_on(stage),
+}
+
+
+@torch.no_grad()
+def gate_controls(stage: Scene, seed: int) -> dict[str, dict[str, Any]]:
+    """What the model of active slices alone does under every control.
+
+    `{control: {all, layers, matrices, importance}}`: `all` replaces every matrix's importances, `layers[i]` those of
+    one layer and `matrices[m]` those of m alone, while the others keep theirs (`own` has nothing to replace). Each is
+    `{accuracy, kl, m_to_s1, s2_to_m}`: share of sequences answered right, KL(target ‖ masked) at s2 in nats, and the
+    mean attention of the circuit's two steps. `importance[m]` is the mean of m's summed importances by class.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, dict[str, Any]] = {}
+    for control, change in CONTROLS.items():
+        changed = change(stage, generator)
+        names = [] if control == "own" else list(stage.g)
+        layers = [[name for name in names if stage.target.matrices[name].block == layer] for layer in range(2)]
+        found[control] = {
+            "all": performance(stage, changed),
+            "layers": [performance(stage, stage.g | {n: changed[n] for n in group}) for group in layers if group],
+            "matrices": {name: performance(stage, stage.g | {name: changed[name]}) for name in names},
+            "importance": {
+                name: {kind: g.sum(-1)[stage.clean.batch.classes[kind]].mean().item() for kind in POSITION_CLASSES}
+                for name, g in changed.items()
+            },
+        }
+    return found
+
+
+def performance(stage: Scene, g: Mapping[str, Tensor]) -> dict[str, float]:
+    """How the model with masks `g` answers, and how strongly its circuit attends (see `gate_controls`)."""
+    masks = importance_masks(g, stage.decomposition.delta)
+    with recorded_patterns(stage.toy) as patterns:
+        if all(stage.target.matrices[name].block > 0 for name in g):  # the first block is not run again below
+            stage.target.run(stage.clean.batch.tokens)
+            patterns.pop()
+        log_q = masked_logits(stage.target, stage.decomposition, stage.clean, masks).log_softmax(-1)
+    log_p, answers = stage.clean.log_probs, stage.clean.batch.answers
+    assert answers is not None
+    rows, at = stage.rows, stage.at
+    return {
+        "accuracy": log_q.argmax(-1).eq(answers).float().mean().item(),
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "m_to_s1": patterns[0][rows, 0, at["m"], at["s1"]].exp().mean().item(),
+        "s2_to_m": patterns[1][rows, 0, at["s2"], at["m"]].exp().mean().item(),
+    }

@@ -1,0 +1,192 @@
+"""Greedy SVD pruning, set against the slices of a run: how small a model says the same (Algorithm 2, Figure 2).
+
+Every method gives a curve, from everything kept to nothing: how much of the decomposed matrices is left, and the
+mean KL(target ‖ what is left) over the looked-at positions of data that is drawn once and is the same for all.
+
+    greedy_svd          W = U S V; the smallest singular value of some matrix goes, a round at a time (Algorithm 2)
+    weighted_svd        the same on singular triples that are weighted by the matrix's inputs on the data
+    spd, spd_masked, spd_per_position    the run's slices: see `rank_curves.py`
+
+For the greedy methods rank is the matrices' own, summed. I d_in, O d_out, C singular triples of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.forward import Clean, ask, clean_pass, replaced
+from spdcli.engine.subcomponents import Slices, SliceSet
+from spdcli.engine.variants import Piece, fixed_variant
+from spdcli.measures.rank_curves import Bench, Point, by_kept_and_masked, by_mean_importance, by_threshold, within
+
+ROUNDS = 128  # of a greedy method by default, or four a matrix where that is more
+SPAN_CUTOFF = 1e-5  # of the largest singular value of the inputs: below it, the data does not go that way
+
+Report = Callable[[int, int], None]  # rounds done, and of how many
+
+
+def plain_triples(weight: Tensor) -> Slices:
+    """All singular triples of `weight` `[I, O]` as slices, the largest first, up to its numerical rank.
+
+    Numerical rank: singular values above `eps * max(I, O)` times the largest; eps is the weight's own precision,
+    float32's for half precision.
+    """
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    return _as_slices(left, values, right, weight)
+
+
+def weighted_triples(weight: Tensor, inputs: Tensor) -> Slices:
+    """The triples of `C^(1/2) W = L S R` taken back through `C^(-1/2)`, with C the second moment of `inputs` `[n, I]`.
+
+    The first r of them are the matrix of rank r that minimises `‖X (W - W_r)‖` over the inputs X. With
+    `X / sqrt(n) = A s B^T`, C^(1/2) is `B s B^T`, so that only `s B^T W` is decomposed. The root is inverted as a
+    pseudo-inverse, without a ridge: directions whose s is below `SPAN_CUTOFF` of the largest count as never read,
+    and no triple reads them. Numerical rank as for `plain_triples`.
+    """
+    _, factor = torch.linalg.qr(inputs.double() / len(inputs) ** 0.5, mode="r")
+    _, scale, basis = torch.linalg.svd(factor, full_matrices=False)
+    read = scale > SPAN_CUTOFF * scale.max()
+    scale, basis = scale[read, None], basis[read]
+    left, values, right = torch.linalg.svd(scale * (basis @ weight.double()), full_matrices=False)
+    return _as_slices(basis.t() @ (left / scale), values, right, weight)
+
+
+def _as_slices(left: Tensor, values: Tensor, right: Tensor, weight: Tensor) -> Slices:
+    precision = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+    largest = values.max() if len(values) else 0.0
+    rank = int((values > precision * max(weight.shape) * largest).sum())
+    root = values[:rank].sqrt()
+    return Slices((left[:, :rank] * root).to(weight.dtype), (root[:, None] * right[:rank]).to(weight.dtype))
+
+
+def plain_set(bench: Bench) -> SliceSet:
+    """`plain_triples` of every matrix of the run."""
+    return SliceSet({name: plain_triples(bench.target.matrices[name].weight) for name in bench.names}, delta=False)
+
+
+def weighted_set(bench: Bench) -> SliceSet:
+    """`weighted_triples` of every matrix of the run, C over all real positions of the data."""
+    triples = {}
+    for name in bench.names:
+        inputs = torch.cat([clean.inputs[name][clean.batch.valid] for clean in bench.cleans])
+        triples[name] = weighted_triples(bench.target.matrices[name].weight, inputs)
+    return SliceSet(triples, delta=False)
+
+
+def default_step(total_rank: int, matrices: int) -> int:
+    """Singular values a round for about ROUNDS rounds, or four rounds a matrix; 1 is Algorithm 2 to the letter."""
+    return max(1, -(-total_rank // max(ROUNDS, 4 * matrices)))
+
+
+def greedy(bench: Bench, slices: SliceSet, step: int | None, report: Report) -> list[Point]:
+    """Algorithm 2, gone on with beyond its tolerance until every rank is 0; `within` says where it would stop.
+
+    In the listing, lines 10 to 16 are indented into the loop over matrices. To pick the j of the lowest loss takes
+    all L_i of a round, so they are read as standing after that loop, and `break` as the end of the algorithm. Of
+    equal losses the first matrix in order of execution is taken. A candidate loses `step` values at once (all that
+    it has where that is less; None is `default_step`). A matrix that has not lost any is the target's own.
+    """
+    ranks = {name: slices.of(name).U.shape[1] for name in slices.names}
+    step = step or default_step(sum(ranks.values()), len(ranks))
+    rounds = sum(-(-rank // step) for rank in ranks.values())
+    curve = [Point(dict(ranks), 0.0)]
+    for done in range(rounds):
+        report(done, rounds)
+        losses = _candidate_losses(bench, slices, ranks, step)
+        best = min(losses, key=losses.__getitem__)
+        ranks[best] = max(0, ranks[best] - step)
+        curve.append(Point(dict(ranks), losses[best]))
+    return curve
+
+
+def _candidate_losses(bench: Bench, slices: SliceSet, ranks: Mapping[str, int], step: int) -> dict[str, float]:
+    """The mean KL of every candidate of a round, by the matrix that it takes `step` values from: one plan.
+
+    Before the block of its matrix a candidate is the model as pruned so far. That one runs once, and the candidate
+    enters there, as a copy of its hidden state.
+    """
+    blocks = bench.blocks
+    pruned = {n: _largest(slices, n, rank) for n, rank in ranks.items() if rank < slices.of(n).U.shape[1]}
+    candidates = []
+    for name in (name for name, rank in ranks.items() if rank > 0):
+        masks = {other: mask for other, mask in pruned.items() if blocks[other] >= blocks[name]}
+        masks[name] = _largest(slices, name, max(0, ranks[name] - step))
+        candidates.append(fixed_variant(name, masks, blocks, delta=0.0))
+    candidates.sort(key=lambda variant: variant.entry)
+    starts = (_pruned_pass(bench, slices, clean, pruned) for clean in bench.cleans)
+    return bench.mean_kl([bench.kl_sums(slices, start, candidates, {}) for start in starts])
+
+
+def _largest(slices: SliceSet, name: str, rank: int) -> Tensor:
+    """The mask `[C]` of the first `rank` triples of a matrix."""
+    U = slices.of(name).U
+    return (torch.arange(U.shape[1], device=U.device) < rank).to(U.dtype)
+
+
+def _pruned_pass(bench: Bench, slices: SliceSet, clean: Clean, masks: Mapping[str, Tensor]) -> Clean:
+    """`clean` with the hidden states of the model that `masks` cut; the predictions in it stay the target's."""
+    if not masks:
+        return clean
+    whole = [Piece(fixed_variant("pruned", masks, bench.blocks, delta=0.0), 0, len(clean.batch.tokens))]
+    asked = {name: a for name in masks if (a := ask(whole, name, None, False, bench.noise)) is not None}
+    with replaced(bench.target, slices, asked):
+        ran = clean_pass(bench.target, clean.batch, ())
+    return replace(clean, entries=ran.entries, calls=ran.calls)
+
+
+@torch.no_grad()
+def compare(
+    bench: Bench,
+    methods: Sequence[str],
+    tolerance: float,
+    step: int | None = None,
+    report: Callable[[str, int, int], None] = lambda method, done, total: None,
+) -> dict[str, Any]:
+    """The curves of `methods` and what each has left at `tolerance` (nats), as in the contract of `spd.svd/1`.
+
+    A result is None where even the whole of a run's slices exceeds the tolerance. `step` is for the greedy methods;
+    `report` hears of the rounds of every method.
+    """
+    curves: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, dict[str, Any] | None] = {}
+    for method in methods:
+        curve = METHODS[method](bench, step, partial(report, method))
+        stop = within(curve, tolerance)
+        curves[method] = [{"rank": point.rank, "kl": point.kl} | _cut(point) for point in curve]
+        if stop is None:
+            results[method] = None
+        else:
+            results[method] = {"ranks": dict(stop.ranks), "total_rank": stop.rank, "kl": stop.kl} | _cut(stop)
+    return {
+        "tolerance": tolerance,
+        "looked_at": bench.looked_at,
+        "legend": {method: LEGEND[method] for method in methods},
+        "curves": curves,
+        "result": results,
+    }
+
+
+def _cut(point: Point) -> dict[str, float]:
+    return {} if point.threshold is None else {"threshold": point.threshold}
+
+
+METHODS: dict[str, Callable[[Bench, int | None, Report], list[Point]]] = {
+    "greedy_svd": lambda bench, step, report: greedy(bench, plain_set(bench), step, report),
+    "weighted_svd": lambda bench, step, report: greedy(bench, weighted_set(bench), step, report),
+    "spd": lambda bench, step, report: by_mean_importance(bench),
+    "spd_masked": lambda bench, step, report: by_kept_and_masked(bench, report),
+    "spd_per_position": lambda bench, step, report: by_threshold(bench, report),
+}
+LEGEND = {  # what rank means to each
+    "greedy_svd": "greedy SVD: total rank",
+    "weighted_svd": "activation-weighted SVD: total rank",
+    "spd": "SPD: slices kept everywhere",
+    "spd_masked": "SPD: slices kept, masked by importance",
+    "spd_per_position": "SPD: mean active slices a position",
+}

@@ -1,0 +1,193 @@
+"""How the KL of a model grows as less of its decomposed matrices is kept: the curves of Figure 2, for a run's slices.
+
+    spd                 slices removed at every position, those of the smallest mean importance first
+    spd_masked          the same, and those kept are masked by their importance, as SPD means them
+    spd_per_position    slices removed where their importance is at most a threshold, position by position
+
+Rank is for the first two the number of slices that the model is made of; for the third the mean number that a position
+uses, so that its slices may differ from position to position. All leave the delta out. The greedy methods that they
+are compared with are in `svd.py`. B sequences, T positions, C slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.forward import Clean, Noise, clean_pass
+from spdcli.engine.step import reconstruction
+from spdcli.engine.subcomponents import Decomposition, SliceSet
+from spdcli.engine.target import Target
+from spdcli.engine.variants import Variant, draw_variants, fixed_variant
+from spdcli.measures.evaluation import evaluation_batches
+from spdcli.runs.subject import Subject
+
+PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave the processor's cache
+DENSE = 64  # `spd` is measured at each of the lowest ranks up to this, and at as many above
+EDGE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+THRESHOLDS = (0.0, *EDGE, *(tenth / 10 for tenth in range(1, 10)), *(1 - low for low in reversed(EDGE)), 1.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a curve: what is left of every matrix, its mean KL in nats, and the threshold that cut it if any."""
+
+    ranks: Mapping[str, float]
+    kl: float
+    threshold: float | None = None
+
+    @property
+    def rank(self) -> float:
+        """The total over matrices."""
+        return sum(self.ranks.values())
+
+
+def within(curve: Sequence[Point], tolerance: float) -> Point | None:
+    """Where Algorithm 2 stops: the last point before the KL first exceeds `tolerance`; None when all of it does."""
+    return next(reversed([*takewhile(lambda point: point.kl <= tolerance, curve)]), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all methods share: the target, the run's decomposition, and what the target does on the data."""
+
+    target: Target
+    decomposition: Decomposition
+    cleans: Sequence[Clean]
+    noise: Noise = field(init=False)  # asked for by the engine; masks that are fixed or importances never draw
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise", Noise(torch.Generator(self.target.device)))
+
+    @property
+    def names(self) -> list[str]:
+        return self.decomposition.names
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {name: self.target.matrices[name].block for name in self.names}
+
+    @property
+    def looked_at(self) -> int:
+        """How many positions the mean KL is over."""
+        return sum(len(clean.log_probs) for clean in self.cleans)
+
+    def importances(self) -> Iterator[tuple[Clean, dict[str, Tensor]]]:
+        """The data, batch by batch, with `g_lower` `[B, T, C]` of every matrix."""
+        for clean in self.cleans:
+            yield clean, self.decomposition.importance(clean.inputs, clean.padding)[0]
+
+    def kl_sums(
+        self, slices: SliceSet, clean: Clean, variants: list[Variant], g: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """KL(target ‖ variant) summed over the looked-at positions of one batch, by the variant's name: one plan."""
+        sums = {variant.loss: 0.0 for variant in variants}
+
+        def consume(variant: Variant, part: slice, divergence: Tensor) -> None:
+            sums[variant.loss] += divergence.double().sum().item()
+
+        reconstruction(self.target, slices, clean, variants, g, self.noise, PLAN_BYTES, consume)
+        return sums
+
+    def mean_kl(self, sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """The mean over all looked-at positions, from what `kl_sums` gives for every batch."""
+        return {name: sum(part[name] for part in sums) / self.looked_at for name in sums[0]}
+
+
+def open_bench(subject: Subject, decomposition: Decomposition, sequences: int, seed: int) -> Bench:
+    """The data of `spd eval`, drawn once for all methods, and one clean pass over it."""
+    batches = evaluation_batches(subject, sequences, seed)
+    cleans = [clean_pass(subject.target, batch, decomposition.names) for batch in batches]
+    return Bench(subject.target, decomposition, cleans)
+
+
+def by_mean_importance(bench: Bench) -> list[Point]:
+    """Slices kept everywhere, with mask 1, in the order of their mean importance over all real positions of the data.
+
+    The least important go first, over all matrices together; of equal ones, the first in order. A matrix is the sum
+    of its kept slices: without the delta, even where it keeps them all. One plan for the whole curve.
+    """
+    order = removal_order(bench)
+    total = sum(len(places) for places in order.values())
+    dtype = bench.target.unembedding.dtype
+    variants, ranks = [], {}
+    for kept in counts(total):
+        masks = {name: (places >= total - kept).to(dtype) for name, places in order.items()}
+        variants.append(fixed_variant(str(kept), masks, bench.blocks, delta=0.0))
+        ranks[str(kept)] = {name: int(mask.sum()) for name, mask in masks.items()}
+    kl = bench.mean_kl([bench.kl_sums(bench.decomposition, clean, variants, {}) for clean in bench.cleans])
+    return [Point(ranks[kept], value) for kept, value in kl.items()]
+
+
+def by_kept_and_masked(bench: Bench, report: Callable[[int, int], None]) -> list[Point]:
+    """The masked model with fewer and fewer slices: a kept slice's mask is g, in the order of `by_mean_importance`.
+
+    Rank is the number of slices kept, from all that are active anywhere on the data (the unique slices of Table 1): the
+    model there is the one whose `recon` `spd eval` reports.
+    """
+    order = removal_order(bench)
+    total = sum(len(places) for places in order.values())
+    active = {name: torch.zeros_like(places, dtype=torch.bool) for name, places in order.items()}
+    for clean, g in bench.importances():
+        for name, values in g.items():
+            active[name] |= (values[clean.batch.valid] > 0).any(0)
+    kept_counts = counts(sum(int(somewhere.sum()) for somewhere in active.values()))
+    variants = draw_variants(["recon"], bench.blocks, 1, "forward", (0, 0), torch.Generator())
+    kl = dict.fromkeys(kept_counts, 0.0)
+    for done, (clean, g) in enumerate(bench.importances()):
+        report(done, len(bench.cleans))
+        for kept in kept_counts:
+            cut = {name: values * (order[name] >= total - kept) for name, values in g.items()}
+            kl[kept] += bench.kl_sums(bench.decomposition, clean, variants, cut)["recon"]
+    return [
+        Point({n: int((places >= total - kept).sum()) for n, places in order.items()}, kl[kept] / bench.looked_at)
+        for kept in kept_counts
+    ]
+
+
+def removal_order(bench: Bench) -> dict[str, Tensor]:
+    """When each slice goes, `[C]` a matrix: first, 0, is that of the smallest mean importance over real positions."""
+    means: dict[str, Tensor] = {}
+    for clean, g in bench.importances():
+        for name, values in g.items():
+            total = values[clean.batch.valid].double().sum(0)
+            means[name] = means[name] + total if name in means else total
+    left_at = torch.cat(list(means.values())).argsort(stable=True).argsort()
+    return dict(zip(means, left_at.split([len(mean) for mean in means.values()]), strict=True))
+
+
+def counts(total: int) -> list[int]:
+    """At how many slices a curve of `total` is measured, from all to none: every low one, and a spread above."""
+    dense = min(total, DENSE)
+    spread = {dense + round((total - dense) * i / DENSE) for i in range(DENSE + 1)}
+    return sorted({*range(dense + 1), *spread}, reverse=True)
+
+
+def by_threshold(bench: Bench, report: Callable[[int, int], None]) -> list[Point]:
+    """The masked model at importance thresholds: a slice's mask is g where g is above the threshold, and 0 elsewhere.
+
+    Rank is the mean over real positions of the number of slices above it, summed over matrices. At threshold 0 this
+    is the model whose `recon` `spd eval` reports, and its active slices. Thresholds that cut nothing more are left out.
+    """
+    variants = draw_variants(["recon"], bench.blocks, 1, "forward", (0, 0), torch.Generator())
+    kl = dict.fromkeys(THRESHOLDS, 0.0)
+    active = {threshold: dict.fromkeys(bench.names, 0) for threshold in THRESHOLDS}
+    for done, (clean, g) in enumerate(bench.importances()):
+        report(done, len(bench.cleans))
+        for threshold in THRESHOLDS:
+            cut = {name: torch.where(values > threshold, values, 0.0) for name, values in g.items()}
+            kl[threshold] += bench.kl_sums(bench.decomposition, clean, variants, cut)["recon"]
+            for name, values in cut.items():
+                active[threshold][name] += int(values[clean.batch.valid].count_nonzero())
+    positions = sum(int(clean.batch.valid.sum()) for clean in bench.cleans)
+    curve: list[Point] = []
+    for threshold in THRESHOLDS:
+        ranks = {name: count / positions for name, count in active[threshold].items()}
+        point = Point(ranks, kl[threshold] / bench.looked_at, threshold)
+        if not curve or point.rank < curve[-1].rank:
+            curve.append(point)
+    return curve

@@ -1,0 +1,145 @@
+"""Do two decompositions find the same slices? Similarities of slices, the best assignment, a stability score each.
+
+Two decompositions of one toy share a basis, and their slices are compared as weights: |cos(u (x) v, u' (x) v')|.
+Different toys have different bases, so that weights cannot be compared; what slices do can. The *effect* of a slice is
+what it alone adds, masked by its importance, to the quantity its matrix feeds where the circuit reads it, on the same
+sequences of tokens for every toy:
+
+    Q0, K0      attention scores of m's query in the first layer, by key
+    V0, Q1, K1  attention scores of s2's query in the second layer, by key
+    V1          logits at s2, by token
+
+everything else as in the target. Softmax does not see a constant, so that effects have mean 0 over keys (tokens).
+Two slices are as similar as |cos| of their effects over all sequences: no basis and no scale takes part.
+Slices that are active nowhere do nothing and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spdcli.engine.subcomponents import Slices
+from spdcli.measures.circuit import Scene
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """The active slices of one matrix, ready to compare: `labels[i]` is the slice whose features are row i.
+
+    Similarity of two slices is the product over parts of |cos|: weights have the parts u and v, effects are one part.
+    """
+
+    labels: list[int]
+    parts: tuple[Tensor, ...]
+
+
+def weight_signature(slices: Slices, active: Sequence[int]) -> Signature:
+    """`u` `[n, I]` and `v` `[n, O]`: |cos(u (x) v, u' (x) v')| is |cos(u, u')| |cos(v, v')|."""
+    chosen = list(active)
+    return Signature(chosen, (slices.U.t()[chosen].cpu(), slices.V[chosen].cpu()))
+
+
+def similarity(first: Signature, second: Signature) -> Tensor:
+    """|cos| of every slice of `first` with every slice of `second`, `[n, m]`, in [0, 1]."""
+    result = torch.ones(len(first.labels), len(second.labels), dtype=torch.float64)
+    for one, other in zip(first.parts, second.parts, strict=True):
+        cosines = F.normalize(one.double(), dim=1) @ F.normalize(other.double(), dim=1).t()
+        result = result * cosines.abs().clamp(max=1.0)
+    return result
+
+
+def match(first: Signature, second: Signature) -> dict[int, tuple[int, float]]:
+    """The one-to-one assignment with the largest total similarity (Hungarian): slice -> (its partner, similarity).
+
+    When one side has more slices, the superfluous ones are not in the result.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    scores = similarity(first, second)
+    rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
+    return {
+        first.labels[i]: (second.labels[j], scores[i, j].item())
+        for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
+    }
+
+
+def stability(runs: Sequence[dict[str, Signature]]) -> list[dict]:
+    """How well each run's slices are found again in the other runs; needs at least two.
+
+    One entry a slice: `{run, slice, score, matches: [[run, slice or None, similarity], ...]}`, where `run` counts from
+    0 and score is the mean similarity to the partners in the other runs, 0 in a run that has none for it.
+    """
+    found: dict[tuple[int, str, int], list] = {}
+    for a in range(len(runs)):
+        for b in range(a + 1, len(runs)):
+            for name in runs[a].keys() & runs[b].keys():
+                pairs = match(runs[a][name], runs[b][name])
+                back = {partner: (label, score) for label, (partner, score) in pairs.items()}
+                for run, other, chosen in ((a, b, pairs), (b, a, back)):
+                    for label in runs[run][name].labels:
+                        partner, score = chosen.get(label, (None, 0.0))
+                        told = None if partner is None else f"{name}:{partner}"
+                        found.setdefault((run, name, label), []).append([other, told, score])
+    return [
+        {"run": run, "slice": f"{name}:{label}", "score": sum(m[2] for m in matches) / len(matches), "matches": matches}
+        for (run, name, label), matches in sorted(found.items())
+    ]
+
+
+@torch.no_grad()
+def effect_signatures(stage: Scene) -> dict[str, Signature]:
+    """Effects of the active slices of every decomposed matrix (module docstring), `[n, B * T]` or `[n, B * N]`."""
+    made = {}
+    for name in stage.decomposition.names:
+        effect = _logit_effects(stage) if name == "V1" else _score_effects(stage, name)
+        made[name] = Signature(stage.active[name], (effect.flatten(1).cpu(),))
+    return made
+
+
+def _masked_inner(stage: Scene, name: str) -> Tensor:
+    """`g (x . u)` of the active slices of a matrix at every position, `[n, B, T]`."""
+    chosen = stage.active[name]
+    inner = stage.clean.inputs[name] @ stage.decomposition.of(name).U[:, chosen]
+    return (inner * stage.g[name][..., chosen]).movedim(-1, 0)
+
+
+def _score_effects(stage: Scene, name: str) -> Tensor:
+    """What slices of Q0, K0, V0, Q1 or K1 add to the scores of the query that matters, by key: `[n, B, T]`."""
+    layer = 0 if name in ("Q0", "K0") else 1
+    query_at = stage.at["m" if layer == 0 else "s2"]
+    rows, inputs = stage.rows, stage.clean.inputs
+    inner = _masked_inner(stage, name)
+    written = stage.decomposition.of(name).V[stage.active[name]]  # [n, D]
+    if name.startswith("Q"):
+        keys = inputs[f"K{layer}"] @ stage.target.matrices[f"K{layer}"].weight  # [B, T, D]
+        scores = inner[:, rows, query_at, None] * torch.einsum("nd,btd->nbt", written, keys)
+    else:
+        query = inputs[f"Q{layer}"][rows, query_at] @ stage.target.matrices[f"Q{layer}"].weight  # [B, D]
+        if name == "V0":
+            pattern = _target_pattern(stage, 0)
+            inner = torch.einsum("bij,nbj->nbi", pattern, inner)
+            written = written @ stage.target.matrices["K1"].weight
+        scores = inner * (written @ query.t())[..., None]
+    seen = torch.arange(scores.shape[-1], device=rows.device) <= query_at[:, None]  # [B, T]
+    mean = (scores * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+    return (scores - mean) * seen / math.sqrt(stage.toy.shape.d_model)
+
+
+def _logit_effects(stage: Scene) -> Tensor:
+    """What slices of V1 add to the logits at s2, `[n, B, N]`."""
+    to_s2 = _target_pattern(stage, 1)[stage.rows, stage.at["s2"]]  # [B, T]
+    arriving = torch.einsum("bt,nbt->nb", to_s2, _masked_inner(stage, "V1"))
+    logits = stage.decomposition.of("V1").V[stage.active["V1"]] @ stage.target.unembedding.t()  # [n, N]
+    return arriving[..., None] * (logits - logits.mean(-1, keepdim=True))[:, None]
+
+
+def _target_pattern(stage: Scene, layer: int) -> Tensor:
+    """The target's attention probabilities `[B, T, T]` in a layer (one head)."""
+    q, k = (stage.product(f"{letter}{layer}", stage.clean.inputs[f"{letter}{layer}"], False) for letter in "QK")
+    return stage.block(layer).scores(q, k).softmax(-1)[:, 0]

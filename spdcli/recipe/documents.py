@@ -1,0 +1,45 @@
+"""TOML files other than recipes: read into a pydantic model, every mistake at once with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from spdcli.errors import RecipeError
+from spdcli.recipe.reading import Source, parse_toml, read_toml
+from spdcli.recipe.toml_lines import key_lines
+from spdcli.recipe.wording import Mistake, document_mistakes
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Kind(NamedTuple):
+    """A kind of file: what one is called (`a facts file`), and the hint that goes with its mistakes."""
+
+    name: str
+    hint: str
+
+
+def load_document(
+    path: Path, model: type[Model], kind: Kind, check: Callable[[Model], Iterable[Mistake]]
+) -> tuple[Model, Source]:
+    """The file at `path` as a `model`, and where each of its keys stands.
+
+    `check` finds what the model's own types and ranges cannot say. Raises RecipeError with every mistake.
+    """
+    text = read_toml(path, kind.name)
+    raw = parse_toml(text, str(path))
+    source = Source(str(path), key_lines(text))
+    try:
+        made = model.model_validate(raw)
+        found = list(check(made))
+    except ValidationError as error:
+        found = document_mistakes(error, raw, model)
+        made = None
+    if made is None or found:
+        problems = [source.problem(mistake.keys, mistake.message) for mistake in found]
+        raise RecipeError(sorted(problems, key=lambda problem: problem.line or 0), kind.hint)
+    return made, source

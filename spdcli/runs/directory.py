@@ -1,0 +1,217 @@
+"""The run directory: what is in it, written so that a crash loses nothing that was saved.
+
+    recipe.toml                 the resolved recipe, with versions
+    metrics.jsonl               one record a logged step
+    decomposition.safetensors   slices and importance functions, for readers
+    checkpoint/state.safetensors  the same with optimizer, generators and step, for `--resume`
+    toy/                        the run of `spd train` whose toy is decomposed (induction only)
+    eval.json, figures/         what `spd eval` found
+
+Every file is written beside and renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spdcli.console import plain
+from spdcli.engine.fit import FitState
+from spdcli.errors import SpdError, UsageError
+from spdcli.recipe.reading import dump_recipe, load_recipe
+from spdcli.recipe.schema import GENERATED, Recipe, Section
+
+RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
+DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
+TOY_WEIGHTS = "target.safetensors"
+HELD = (RECIPE, METRICS, EVAL, FIGURES, DECOMPOSITION, "checkpoint", TOY, TOY_WEIGHTS)  # what --force replaces
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it into place; a failure leaves `path` as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        beside.replace(path)
+    except OSError as error:
+        raise SpdError(
+            f"{path}: cannot be written: {error.strerror or error}", "free some space, or use --out"
+        ) from error
+    except SafetensorError as error:
+        raise SpdError(f"{path}: cannot be written: {error}", "free some space, or use --out") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    text = json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda beside: save_file(kept, beside, dict(metadata or {})))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; SpdError when it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise SpdError(f"{path}: no such file", "is this a finished run?") from error
+    except (SafetensorError, OSError) as error:
+        raise SpdError(f"{path}: damaged: {error}", "go on from the checkpoint with --resume, or run again") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions a run depends on."""
+    found = {}
+    for package in ("spd-cli", "torch", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source"
+    return found
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with its local paths made absolute, so that a run can be read from any directory."""
+    key = "path" if recipe.target.kind == "induction" else "model"
+    found: dict[str, Any] = {"target": _anchored_key(recipe.target, key)}
+    if recipe.data is not None:
+        found["data"] = _anchored_key(recipe.data, "stream")
+    return recipe.model_copy(update=found)
+
+
+def _anchored_key(section: Section, key: str) -> Section:
+    given = getattr(section, key)
+    if given in (None, GENERATED) or not Path(given).expanduser().exists():
+        return section
+    return section.model_copy(update={key: str(Path(given).expanduser().resolve())})
+
+
+class RunDirectory:
+    """A directory that a recipe produces."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, force: bool = False) -> RunDirectory:
+        """A new run at `path`.
+
+        A directory that holds another run is refused without `force`, unless that run never got beyond its recipe;
+        one that holds no run is refused always. `force` removes what a run consists of and leaves other files alone.
+        """
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file, not a directory", "name another with --out")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / RECIPE).exists():
+                raise UsageError(f"{path} is not empty and holds no run", "name another with --out")
+            if not force and any((path / name).exists() for name in HELD if name != RECIPE):
+                raise UsageError(
+                    f"{path} holds another run", "--force replaces it, --resume goes on, --out names another"
+                )
+            for name in HELD:
+                remove(path / name)
+        run = cls(path)
+        run.write_recipe(recipe)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """An existing run; SpdError when there is none."""
+        if not (path / RECIPE).exists():
+            raise SpdError(f"{path}: no run here", "spd decompose RECIPE --out DIRECTORY makes one")
+        return cls(path)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        text = dump_recipe(anchored(recipe), **versions())
+        write_atomically(self / RECIPE, lambda beside: beside.write_text(text))
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(str(self.path / RECIPE), []).recipe
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def start_metrics(self, after: int = 0) -> None:
+        """Keep the metrics up to step `after` (all of an interrupted run's, up to its checkpoint) and drop the rest."""
+        kept = [line for record, line in self._metric_lines() if record["step"] <= after]
+        write_atomically(self / METRICS, lambda beside: beside.write_text("".join(kept)))
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        try:
+            with (self / METRICS).open("a") as file:
+                file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise SpdError(f"{self / METRICS}: cannot be written: {error.strerror}", "free some space") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records; a line cut short by a crash is left out."""
+        return [record for record, _ in self._metric_lines()]
+
+    def _metric_lines(self) -> list[tuple[dict[str, Any], str]]:
+        path = self / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        found = []
+        for line in lines:
+            try:
+                found.append((json.loads(line), f"{line.rstrip()}\n"))  # a crash may have cut its end alone
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def save_decomposition(self, decomposition: nn.Module) -> None:
+        save_tensors(self / DECOMPOSITION, decomposition.state_dict())
+
+    def save_checkpoint(self, decomposition: nn.Module, state: FitState) -> None:
+        """Everything `--resume` needs, in one file."""
+        tensors = {f"parameters.{name}": tensor for name, tensor in decomposition.state_dict().items()}
+        for index, values in state.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+        tensors |= {f"generator.{name}": g.get_state() for name, g in state.generators.items()}
+        save_tensors(self / CHECKPOINT, tensors, {"step": str(state.step), "seconds": str(state.seconds)})
+
+    def load_checkpoint(self, decomposition: nn.Module, state: FitState) -> None:
+        """Put `decomposition` and `state` back where `save_checkpoint` found them.
+
+        On another kind of device than then, whose generators have another state, the noise begins anew.
+        """
+        tensors, metadata = load_tensors(self / CHECKPOINT)
+        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        decomposition.load_state_dict(parts["parameters"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": moments})
+        for name, value in parts["generator"].items():
+            if value.shape == state.generators[name].get_state().shape:
+                state.generators[name].set_state(value)
+        state.step, state.seconds = int(metadata["step"]), float(metadata["seconds"])

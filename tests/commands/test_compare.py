@@ -1,0 +1,67 @@
+"""`spd compare`: one run a setting, at equal steps and in equal time, reused when it is there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small_runs import TOY, one_line, spd_here
+
+from spdcli.commands import compare as module
+from spdcli.runs.directory import METRICS, RunDirectory
+
+
+@pytest.fixture
+def spd(monkeypatch, capsys):
+    return spd_here(monkeypatch, capsys)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "toy.toml"
+    path.write_text(TOY)
+    return path
+
+
+def test_a_run_at_equal_steps_and_one_in_equal_time(spd, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    measure = module.measure
+
+    def timed(folder, name, loaded, *rest):
+        """Steps that take what the test says: 3 s as the recipe is, 1 s with fewer matrices, 4 s with more slices."""
+        each = {"as-it-is": 3.0, "1": 1.0, "2": 4.0}[folder.name.split("-equal")[0]]
+        return measure(folder, name, loaded, *rest) | {"seconds": each * loaded.recipe.decompose.steps}
+
+    monkeypatch.setattr(module, "measure", timed)
+    given = ["--with", "losses.layerwise_matrices=2", "--with", "slices.C=9", "--out", out, "--sequences", "8"]
+    code, text, _ = spd("compare", recipe, *given, "--json")
+    assert code == 0
+    data = json.loads(text)
+    rows = {row["run"].rsplit("/", 1)[1]: row for row in data["rows"]}
+    assert data["schema"] == "spd.compare/1"
+    # Three times as fast, three times the 8 steps; what is slower gets no second run.
+    assert {name: row["steps"] for name, row in rows.items()} == {
+        "as-it-is": 8,
+        "1-equal-steps": 8,
+        "1-equal-time": 24,
+        "2-equal-steps": 8,
+    }
+    assert RunDirectory.open(out / "1-equal-time").recipe.losses.layerwise_matrices == 2
+    assert RunDirectory.open(out / "2-equal-steps").recipe.slices.C == 9
+    toys = {(out / name / "toy/target.safetensors").read_bytes() for name in rows}
+    assert len(toys) == 1  # trained once
+    assert len({row["metrics"]["recon"] for row in rows.values()}) == 4
+    assert json.loads((out / "compare.json").read_text()) == data
+
+    before = {name: (out / name / METRICS).stat().st_mtime_ns for name in rows}
+    code, text, _ = spd("compare", recipe, *given)
+    assert code == 0
+    assert text.splitlines()[-1] == str(out)
+    assert {name: (out / name / METRICS).stat().st_mtime_ns for name in rows} == before
+
+
+def test_a_setting_that_is_none_is_told_before_anything_runs(spd, recipe, tmp_path):
+    code, _, err = spd("compare", recipe, "--with", "slices.D=3", "--out", tmp_path / "out")
+    assert code == 2
+    one_line(err, "slices.D")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,273 @@
+"""`spd report`: its rows against the other commands and against models changed by hand, its files, its words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from matplotlib.image import imread
+from planted_gates import FC, plant_gates
+from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
+
+from spdcli.figures.facts import save_names, save_slices
+from spdcli.location.report import most_needed
+from spdcli.location.report_markdown import markdown, percent, size, table
+from spdcli.location.report_rows import combined, traced_rows
+from spdcli.runs.directory import DECOMPOSITION, save_tensors
+
+KOBE, TIGER = "Kobe Bryant plays professional basketball", "Tiger Woods plays the sport of golf"
+FACTS = f"""\
+[known]
+probability = 1e-9
+rank = 100000
+
+[[fact]]
+category = "sport"
+prompt = "{KOBE}"
+subject = "Kobe Bryant"
+
+[[fact]]
+category = "sport"
+prompt = "{TIGER}"
+subject = "Tiger Woods"
+
+[[fact]]
+category = "sport"
+prompt = "Bryant plays the sport of golf"
+
+[[fact]]
+category = "sport"
+prompt = "Woods plays basketball"
+
+[[related]]
+of = "{KOBE}"
+kind = "paraphrase"
+prompt = "the professional Bryant plays basketball"
+
+[[related]]
+of = "{KOBE}"
+kind = "reversed"
+prompt = "professional basketball plays Bryant"
+"""
+FEW = ["--samples", 2, "--window", 1, "--random", 2]
+
+
+@pytest.fixture
+def spd(monkeypatch, capsys):
+    return spd_here(monkeypatch, capsys)
+
+
+@pytest.fixture
+def run(spd, tmp_path, tiny_gpt2_dir):
+    """A run of which it is known which slices are active where."""
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(MODEL.replace("MODEL", str(tiny_gpt2_dir)))
+    changes = ["importance.gate_width=1", "importance.activation=relu", f'slices.matrices=["{FC}", "h.1.mlp.c_proj"]']
+    changes += ["data.stream='generated'", "data.stream_sequences=8", "data.stream_length=8"]
+    settings = [part for change in changes for part in ("--set", change)]
+    code, _, err = spd("decompose", recipe, "--out", tmp_path / "run", *settings)
+    assert code == 0, err
+    _, decomposition, _ = plant_gates(tiny_gpt2_dir, tmp_path)
+    save_tensors(tmp_path / "run" / DECOMPOSITION, decomposition.state_dict())
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def facts(tmp_path):
+    path = tmp_path / "facts.toml"
+    path.write_text(FACTS)
+    return path
+
+
+def answer(spd, *arguments):
+    code, out, err = spd(*arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def row_of(entry, name):
+    (found,) = [row for row in entry["rows"] if row["name"] == name]
+    return found
+
+
+def test_the_rows_are_what_the_other_commands_say(spd, run, facts):
+    data = answer(spd, "report", run, "--facts", facts, *FEW)
+    assert (data["schema"], data["matrix"], data["facts"]) == ("spd.report/1", FC, {"asked": 2, "known": 2})
+    kobe, tiger = data["prompts"]
+    assert (kobe["prompt"], kobe["answer"], kobe["subject"], kobe["named_at"]) == (
+        KOBE,
+        " basketball",
+        [0, 1, 2],
+        [2],
+    )
+    assert kobe["chosen"]["rule"] == [f"{FC}:0"]
+    assert tiger["chosen"]["rule"] == [f"{FC}:2"]
+    for how in ("rule", "effect"):
+        chosen = [part for one in kobe["chosen"][how] for part in ("--slice", one)]
+        suppressed = answer(spd, "suppress", run, *chosen, "--facts", facts)
+        row = row_of(kobe, f"slices, by {how}")
+        own, other = (effect["ratio"] - 1 for effect in suppressed["effects"] if effect["group"] == "prompt")
+        assert (row["own"], row["others"]) == (pytest.approx(own, abs=1e-6), pytest.approx(other, abs=1e-6))
+        for name in ("median", "mean", "max"):
+            key = f"{name}_relative_change"
+            assert row["facts"][key] == pytest.approx(suppressed["facts"][key], abs=1e-6)
+            assert row["facts"]["interval"][name] == pytest.approx(suppressed["facts"]["interval"][name], abs=1e-6)
+    zeroed = answer(spd, "ablate", run, "--mlp", "all")["alone"]
+    assert data["mlp_zeroed"].keys() == zeroed.keys() == {"mlp 0", "mlp 1", "mlp 2"}
+    needed = most_needed(0, [zeroed[f"mlp {layer}"] for layer in range(3)])
+    for layer in (0, needed):
+        ratios = [effect["ratio"] - 1 for effect in zeroed[f"mlp {layer}"]]
+        row = row_of(kobe, f"MLP {layer} zeroed")
+        assert (row["own"], row["others"]) == (pytest.approx(ratios[0], abs=1e-6), pytest.approx(ratios[1], abs=1e-6))
+        one = answer(spd, "ablate", run, "--mlp", layer, "--facts", facts)["facts"]
+        assert row["facts"]["mean_relative_change"] == pytest.approx(one["mean_relative_change"], abs=1e-6)
+    traced = answer(spd, "trace", run, "--samples", 2, "--window", 1)["prompts"][0]
+    assert kobe["trace"]["best"] == traced["best"]
+    for row, best in zip(kobe["rows"], [traced["best"][0]], strict=False):
+        assert row["own"] == pytest.approx(best["reverse"] / traced["clean"] - 1)
+        assert (row["others"], row["facts"]) == (None, None)
+
+
+def test_what_leaks_is_measured_on_other_words(spd, run, facts):
+    kobe, tiger = answer(spd, "report", run, "--facts", facts, *FEW)["prompts"]
+    assert tiger["related"] == []
+    assert [(one["kind"], one["prompt"]) for one in kobe["related"]] == [
+        ("paraphrase", "the professional Bryant plays basketball"),
+        ("reversed", "professional basketball plays Bryant"),
+    ]
+    words = [part for one in kobe["related"] for part in ("--prompt", one["prompt"])]
+    chosen = [part for one in kobe["chosen"]["rule"] for part in ("--slice", one)]
+    effects = answer(spd, "suppress", run, *chosen, *words, "--no-facts")["effects"]
+    for one, effect in zip(kobe["related"], effects, strict=True):
+        assert set(one["edits"]) == {"rule", "effect", "direct"}
+        assert one["before"] == pytest.approx(effect["before"], rel=1e-5)
+        assert one["edits"]["rule"]["after"] == pytest.approx(effect["after"], rel=1e-5)
+        assert one["token"] == effect["token"]
+
+
+def test_the_report_is_a_directory(spd, run, facts):
+    code, out, err = spd("report", run, "--facts", facts, *FEW)
+    assert (code, err) == (0, "")
+    folder = run / "report"
+    assert out.splitlines()[-1] == str(folder / "report.md")
+    for said in (f"{KOBE}: where is it?", "tracing: hidden state at", "random directions, largest of 2", "What leaks"):
+        assert said in out
+    text = (folder / "report.md").read_text()
+    data = json.loads((folder / "report.json").read_text())
+    for entry in data["prompts"]:
+        assert f"## {entry['prompt']}" in text
+        for row in entry["rows"]:
+            assert f"| {row['name']} | " in text
+        evidence, sought = text.partition(f"## {entry['prompt']}")[2].partition("Sought for the effect")[::2]
+        assert "optimised in" not in evidence
+        assert f"| optimised in {FC} | " in sought
+    assert "**Not evidence.**" in text
+    assert "The facts file says this fact in no other words." in text
+    names = {"mlp-zeroed", "slices", "trace-1", "trace-2", "names-1", "names-2"}
+    assert {path.name for path in folder.glob("*.png")} == {f"{name}.png" for name in names}
+    assert {path.name for path in folder.glob("*.svg")} == {f"{name}.svg" for name in names}
+    assert all(f"![{name}]({name}.png)" in text for name in names)
+    code, out, err = spd("report", run, "--facts", facts, *FEW, "-q", "--out", run / "again")
+    assert (code, out, err) == (0, f"{run / 'again' / 'report.md'}\n", "")
+    again = json.loads((run / "again" / "report.json").read_text())
+    assert again["prompts"] == data["prompts"]  # the seed says all
+
+
+def test_a_model_that_knows_no_fact(spd, run):
+    data = answer(spd, "report", run, *FEW, "--matrix", "h.1.mlp.c_proj", "--subject", "Bryant")
+    assert data["matrix"] == "h.1.mlp.c_proj"
+    assert data["facts"]["known"] == 0
+    assert data["facts"]["asked"] > 100
+    assert data["prompts"][0]["subject"] == [2]
+    assert all(row["facts"] is None for entry in data["prompts"] for row in entry["rows"])
+    assert data["prompts"][0]["chosen"]["rule"] == ["h.1.mlp.c_proj:4"]  # 1 is active at another token, too
+
+
+def test_what_cannot_be_reported(spd, run, tmp_path):
+    trained = save_toy(tmp_path / "trained", toy_recipe(folder=tmp_path))
+    recipe = tmp_path / "toy.toml"
+    recipe.write_text(TOY.replace('"induction"', f'"induction"\npath = "{trained}"'))
+    assert spd("decompose", recipe, "--out", tmp_path / "toy")[0] == 0
+    for arguments, said in (
+        ([tmp_path / "toy"], "the induction toy knows none"),
+        ([run, "--subject", "Koby"], "no prompt has the subject 'Koby'"),
+        ([run, "--matrix", "h.2.mlp.c_fc"], "the run decomposes no matrix 'h.2.mlp.c_fc'"),
+    ):
+        code, out, err = spd("report", *arguments)
+        assert (code, out) == (2, "")
+        one_line(err, said)
+
+
+def test_the_needed_layer_destroys_nothing_else():
+    ratios = [(0.0, 0.0), (0.1, 0.3), (0.6, 0.9), (0.5, 0.6), (0.9, 0.1)]  # of two prompts, by layer
+    effects = [[{"ratio": ratio} for ratio in row] for row in ratios]
+    assert most_needed(0, effects) == 3  # 1 lowers it further, and the other prompt to less than half
+    assert most_needed(1, effects) == 4
+    assert most_needed(0, effects[:2]) == 1  # there is no better one
+    assert most_needed(0, effects[:1]) == 0
+    assert most_needed(0, [row[:1] for row in effects]) == 1  # no other prompt to spare
+
+
+# --- parts by hand ---------------------------------------------------------------------------------------
+
+
+def test_rows_of_several_edits_are_sizes():
+    facts = lambda x: {f"{name}_relative_change": x for name in ("median", "mean", "max")}  # noqa: E731
+    rows = [{"own": -0.5, "others": None, "facts": facts(0.1)}, {"own": 0.1, "others": -0.2, "facts": facts(0.3)}]
+    largest = combined(rows, max)
+    assert (largest["own"], largest["others"], largest["facts"]["max_relative_change"]) == (0.5, 0.2, 0.3)
+    assert combined([{"own": 0.1, "others": None, "facts": None}], max)["facts"] is None
+
+
+def test_traced_rows_by_hand():
+    best = [
+        {"kind": kind, "where": where, "position": position, "layers": [0, reach], "effect": effect, "reverse": 0.1}
+        for kind, reach in (("state", 0), ("mlp", 4), ("attention", 4))
+        for where, position, effect in (("subject", 0, 0.2), ("after", 1, 0.4))
+    ]
+    rows = traced_rows({"tokens": ["K", " is"], "trace": {"best": best, "clean": 0.4}})
+    assert [row["name"] for row in rows] == [
+        "tracing: hidden state at 'K', layer 0",
+        "tracing: MLPs at ' is', layers 0 to 4",
+        "tracing: attention at ' is', layers 0 to 4",
+    ]
+    assert [row["own"] for row in rows] == pytest.approx([-0.75] * 3)
+
+
+def test_markdown_by_hand():
+    assert [percent(-0.915), percent(None), size(-0.004)] == ["-91.5%", "–", "0.4%"]
+    assert table(("a", "b"), [("x|y", "1")]) == ["| a | b |", "|---|---:|", "| x&#124;y | 1 |", ""]
+    bare = {"run": "r", "matrix": "m", "facts": {"known": 3, "asked": 4}, "prompts": []}
+    text = markdown(bare | {"settings": {"noise": 3.0, "samples": 4, "window": 10, "layers": 30}}, [])
+    assert "the 3 of 4 other facts that the unchanged model knows" in text
+
+
+def slices(token, ratios):
+    return {
+        "tokens": [token],
+        "slices": ["m:0"],
+        "ratio": ratios,
+        "after": [r / 2 for r in ratios],
+        "before": [0.5] * 2,
+    }
+
+
+def test_figures_of_slices_have_a_bar_for_every_number(tmp_path, monkeypatch):
+    first = {
+        "prompt": "a b c",
+        "answer": " c",
+        "before": 0.5,
+        "slices": [slices(" a", [0.2, 0.9]), slices("b", [0.1, 1])],
+    }
+    second = {"prompt": "d e", "answer": " e", "before": 0.5, "slices": [slices("d", [1.1, 0.3])]}
+    report = {"prompts": [first, second]}
+    for paths in (save_slices(report, tmp_path), save_names(first, 0, tmp_path, "names-1")):
+        pixels = imread(paths[0])[..., :3]
+        assert abs(pixels - pixels.mean(-1, keepdims=True)).max() < 0.01  # readable without colour
+    kept = []
+    monkeypatch.setattr("spdcli.figures.facts.save", lambda figure, directory, name: kept.append(figure) or [])
+    save_slices(report, tmp_path)
+    save_names(first, 0, tmp_path, "names-1")
+    heights = [[bar.get_height() for bar in figure.axes[0].patches] for figure in kept]
+    assert heights == [pytest.approx([0.2, 0.9, 0.1, 1, 0.3, 1.1]), pytest.approx([0.5, 0.1, 0.05])]
+    assert [label.get_text() for label in kept[1].axes[0].get_xticklabels()] == ["nothing", "“a”", "“b”"]

@@ -1,0 +1,217 @@
+"""Causal tracing against whole models with hooks: one site, one draw at a time, in every architecture of the table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from small_runs import loud_toy, toy_recipe
+from twins import hooks, language_subject
+
+from spdcli.engine.interchange import KINDS, Patch, Site, patched_run
+from spdcli.errors import UsageError
+from spdcli.location import tracing
+from spdcli.location.tracing import (
+    Question,
+    TraceSettings,
+    embedding_sigma,
+    find_questions,
+    open_runs,
+    standard_error,
+    trace,
+    window_of,
+)
+from spdcli.targets.architectures import ARCHITECTURES
+from spdcli.targets.huggingface import build_target, load_model
+from spdcli.targets.induction import toy_target
+from spdcli.targets.prompts import encode
+
+SUBJECT, ANSWER, WINDOW, SEED = (1, 2), 7, 2, 5
+SETTINGS = TraceSettings(noise=3.0, samples=2, window=WINDOW, seed=SEED)
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def subject(request, tmp_path):
+    """A tiny random model in float64, with norms that do not round to float32."""
+    return language_subject(save_tiny_model(tmp_path, request.param))
+
+
+def ask(subject):
+    return Question(subject.batch.tokens[0], ANSWER, SUBJECT)
+
+
+def places(model):
+    """Blocks, MLPs and attentions, by the names that transformers gives them."""
+    blocks = list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
+    attention = [block.attn if hasattr(block, "attn") else block.self_attn for block in blocks]
+    return {"state": blocks, "mlp": [block.mlp for block in blocks], "attention": attention}
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def run(model, tokens, noise, pieces):
+    """The whole model once: `noise` `[2, D]` on the subject's embeddings (None: clean) and `pieces[module]`, a token
+    and its value, put into what modules return. Gives P(answer) and what every module returned."""
+    left = {}
+
+    def noisy(module, args, output):
+        changed = output.clone()
+        if noise is not None:
+            changed[0, list(SUBJECT)] += noise
+        return changed
+
+    def keep_or_put(module, args, output):
+        stream = first(output).clone()
+        if module in pieces:
+            token, value = pieces[module]
+            stream[0, token] = value
+        left[module] = stream[0]
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+    watched = {module: keep_or_put for modules in places(model).values() for module in modules}
+    with hooks({model.get_input_embeddings(): noisy} | watched):
+        logits = model(tokens[None], use_cache=False).logits[0, -1]
+    return logits.softmax(-1)[ANSWER].item(), left
+
+
+def draws(model):
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (2, len(SUBJECT), embedding.shape[1])
+    return 3.0 * embedding.std() * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def one_site(model, tokens, noise, kind, token, layer, left):
+    """P(answer) with the pieces that the run `left` behind, at one site."""
+    modules = places(model)[kind]
+    reach = [layer] if kind == "state" else range(layer - WINDOW // 2, layer + (WINDOW - 1) // 2 + 1)
+    pieces = {modules[at]: (token, left[modules[at]][token]) for at in reach if 0 <= at < len(modules)}
+    return run(model, tokens, noise, pieces)[0]
+
+
+def test_every_site_is_the_whole_model_with_hooks(subject, monkeypatch):
+    monkeypatch.setattr(tracing, "CHUNK_BYTES", 5 * tracing.row_bytes(subject.target, 6))  # chunks that cut draws apart
+    question, model = ask(subject), subject.target.model
+    found = trace(subject.target, question, SETTINGS)
+    clean, left = run(model, question.tokens, None, {})
+    corrupted = [run(model, question.tokens, noise, {}) for noise in draws(model)]
+    mean = (corrupted[0][0] + corrupted[1][0]) / 2
+    assert found["clean"] == pytest.approx(clean, rel=1e-9)
+    assert found["corrupted"] == pytest.approx(mean, rel=1e-9)
+    assert found["corrupted_standard_error"] == pytest.approx(abs(corrupted[0][0] - corrupted[1][0]) / 2, rel=1e-7)
+    for kind in KINDS:
+        for token in range(len(question.tokens)):
+            for layer in range(3):
+                restored = [one_site(model, question.tokens, noise, kind, token, layer, left) for noise in draws(model)]
+                effects = [p - corrupt for p, (corrupt, _) in zip(restored, corrupted, strict=True)]
+                at = {name: grid[token][layer] for name, grid in found["sites"][kind].items()}
+                assert at["probability"] == pytest.approx(sum(restored) / 2, rel=1e-9)
+                assert at["effect"] == pytest.approx(sum(effects) / 2, rel=1e-8, abs=1e-15)
+                assert at["standard_error"] == pytest.approx(abs(effects[0] - effects[1]) / 2, rel=1e-6, abs=1e-15)
+    assert found["sites"]["state"]["effect"][0] == [0.0, 0.0, 0.0]  # before the subject nothing differs
+    assert found["sites"]["state"]["probability"][-1][-1] == pytest.approx(clean, rel=1e-9)
+
+
+def test_the_best_sites_and_their_reverse(subject):
+    question, model = ask(subject), subject.target.model
+    found = trace(subject.target, question, SETTINGS)
+    corrupted = [run(model, question.tokens, noise, {}) for noise in draws(model)]
+    wanted = [(kind, where) for kind in KINDS for where in ("subject", "after")]
+    assert [(best["kind"], best["where"]) for best in found["best"]] == wanted
+    for best in found["best"]:
+        tokens = SUBJECT if best["where"] == "subject" else (3, 4, 5)
+        grid = found["sites"][best["kind"]]
+        assert best["position"] in tokens
+        assert best["effect"] == max(max(grid["effect"][token]) for token in tokens)
+        assert best["effect"] == grid["effect"][best["position"]][best["layer"]]
+        assert best["standard_error"] == grid["standard_error"][best["position"]][best["layer"]]
+        place = (best["kind"], best["position"], best["layer"])
+        reverse = [one_site(model, question.tokens, None, *place, left) for _, left in corrupted]
+        assert best["reverse"] == pytest.approx(sum(reverse) / 2, rel=1e-9)
+
+
+def test_patches_of_all_kinds_in_one_batch(subject):
+    """Rows that enter at every block, the last hidden state among them, are each what they are alone."""
+    runs = open_runs(subject.target, ask(subject), 0.1, SETTINGS)
+    sites = [Site("mlp", 2, 0, 1), Site("attention", 1, 0, 2), Site("state", 3, 0, 0), Site("state", 5, 2, 2)]
+    patches = [Patch(site, draw, 0) for site in sites for draw in (1, 0)]
+    assert [patch.site.entry for patch in patches] == [0, 0, 0, 0, 1, 1, 3, 3]
+    together = patched_run(subject.target, runs.calls, runs.corrupted, runs.clean, patches)
+    for row, patch in zip(together, patches, strict=True):
+        alone = patched_run(subject.target, runs.calls, runs.corrupted, runs.clean, [patch])[0]
+        torch.testing.assert_close(row, alone, rtol=1e-10, atol=1e-12)
+    answers = [round(p, 12) for p in runs.answers(together).tolist()]
+    assert answers[-1] == answers[-2]  # the last hidden state alone decides, and is the clean one in either draw
+    assert len(set(answers)) == len(patches) - 1
+    with pytest.raises(AssertionError, match="ordered"):
+        patched_run(subject.target, runs.calls, runs.corrupted, runs.clean, patches[::-1])
+    assert not any(module._forward_hooks for module in subject.target.model.modules())
+
+
+def test_seeds_and_noise(subject):
+    question = ask(subject)
+    grid = lambda **changes: trace(subject.target, question, TraceSettings(window=1, **changes))["sites"]  # noqa: E731
+    assert grid(samples=2, seed=1) == grid(samples=2, seed=1)
+    assert grid(samples=2, seed=1) != grid(samples=2, seed=2)
+    sigma = embedding_sigma(subject.target)
+    named = grid(samples=2, sigma=2 * sigma, noise=1.5)["mlp"]["effect"]
+    torch.testing.assert_close(torch.tensor(named), torch.tensor(grid(samples=2, noise=3.0)["mlp"]["effect"]))
+    still = trace(subject.target, question, TraceSettings(noise=0.0, samples=1))
+    assert still["corrupted"] == pytest.approx(still["clean"], rel=1e-12)
+    assert math.isnan(still["corrupted_standard_error"])  # one draw has no spread
+    assert max(abs(e) for row in still["sites"]["mlp"]["effect"] for e in row) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("block", "window", "reach"),
+    [(5, 10, (0, 9)), (6, 10, (1, 10)), (29, 10, (24, 29)), (4, 3, (3, 5)), (4, 2, (3, 4)), (7, 1, (7, 7))],
+)
+def test_windows_are_centred_and_cut_off(block, window, reach):
+    assert window_of(block, window, 30) == reach
+
+
+def test_standard_errors_by_hand():
+    assert standard_error(torch.tensor([1.0, 2.0, 6.0])).item() == pytest.approx(math.sqrt(7 / 3))
+
+
+PROMPTS = ["Kobe Bryant plays basketball", "Tiger Woods plays the sport of Tiger Woods golf"]
+
+
+def test_subjects_are_found_by_text(tiny_gpt2_dir):
+    language_model = load_model(str(tiny_gpt2_dir), "float64")
+    prompts = encode(language_model.tokenizer, PROMPTS)
+    found = lambda *subjects: [question.subject for question in find_questions(prompts, subjects)]  # noqa: E731
+    assert prompts.pieces[0] == ["K", "obe", " Bryant", " plays"]
+    assert found("Kobe Bryant", "Tiger Woods")[0] == (0, 1, 2)
+    assert found("Tiger", "Kobe", "Kobe Bryant")[0] == (0, 1)  # the first that it has
+    assert found(" Bryant", "Tiger")[0] == found("Bryant", "Tiger")[0] == (2,)
+    twice = found("Kobe Bryant", "Tiger Woods")[1]
+    assert [prompts.pieces[1][at] for at in twice] == ["T", "iger", " Woods", " ", "T", "iger", " Woods"]
+    first, second = find_questions(prompts, ["Kobe"], ["the", "Tiger", "Kobe Bryant"])
+    assert first.subject == (0, 1)
+    assert [prompts.pieces[1][at] for at in second.subject] == [" the"]
+    assert first.tokens.tolist() == prompts.fed(0)
+    assert first.answer == language_model.tokenizer(" basketball")["input_ids"][0]
+    for subjects in ((), ("Tiger Woods",)):
+        with pytest.raises(UsageError, match=r"^which words of 'Kobe Bryant plays basketball' are its subject\?$"):
+            find_questions(prompts, subjects)
+    for subject in ("Koby", "Brya", "basketball", ""):
+        with pytest.raises(UsageError, match=f"^no prompt has the subject '{subject}' as whole tokens$"):
+            find_questions(prompts, [subject], ["Kobe", "Tiger"])
+    question = find_questions(prompts, ["Kobe", "Woods"])[0]
+    found = trace(build_target(language_model, True), question, TraceSettings(samples=1, window=1))
+    assert [best["where"] for best in found["best"]] == ["subject", "after"] * 3
+    ends = Question(question.tokens[:2], 1, (0, 1))  # the subject is last: nothing comes after it
+    found = trace(build_target(language_model, True), ends, TraceSettings(samples=1, window=1))
+    assert [best["where"] for best in found["best"]] == ["subject"] * 3
+
+
+def test_a_toy_is_refused(tmp_path):
+    toy = loud_toy(toy_recipe(folder=tmp_path))
+    with pytest.raises(UsageError, match="language model"):
+        trace(toy_target(toy), Question(torch.tensor([1, 2, 3]), 1, (0,)), SETTINGS)

@@ -1,0 +1,338 @@
+"""The circuit's measurements against explicit loops, and on a toy whose circuit was put there by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from matplotlib.image import imread
+from small_runs import loud_toy, toy_recipe
+
+from spdcli.figures.circuit import save_circuit
+from spdcli.measures.circuit import (
+    by_offset,
+    circuit,
+    circuit_attention,
+    example,
+    has_circuit,
+    identity,
+    importance_profile,
+    offset_profiles,
+    scene,
+)
+from spdcli.measures.evaluation import evaluate
+from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance
+from spdcli.runs.subject import start_decomposition, toy_subject
+
+FLOAT32 = {"rel": 1e-4, "abs": 1e-6}  # sums in another order
+ALL = ["Q0", "K0", "V0", "Q1", "K1", "V1"]
+SEQUENCES = 5
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def uneven_gates(decomposition, seed=5):
+    """Gates that differ by slice and position; the last slice of every matrix is active nowhere."""
+    torch.manual_seed(seed)
+    for name, parameter in decomposition.importances.named_parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.3)
+        if name.endswith("b2"):
+            parameter += 0.6
+            parameter[-1] = -9
+    return decomposition
+
+
+def small_stage(tmp_path, *settings, names=ALL, sequences=SEQUENCES):
+    recipe = toy_recipe("target.d_model=4", "target.vocabulary=5", "slices.C=3", *settings, folder=tmp_path)
+    subject = toy_subject(recipe, loud_toy(recipe, seed=1))
+    return scene(subject, uneven_gates(start_decomposition(recipe, subject, names)), sequences, 0.0, seed=0)
+
+
+def planted_stage(tmp_path):
+    """Layer 1 attends to the previous position by its encoding alone: keys are turned one position further."""
+    recipe = toy_recipe("target.d_model=8", "slices.C=8", "importance.gate_bias=2.0", folder=tmp_path)
+    toy = loud_toy(recipe)
+    toy.embed.weight.zero_()
+    for block in toy.blocks:
+        for matrix in (block.q, block.k, block.v):
+            matrix.weight.zero_()
+    frequencies = torch.exp(torch.arange(0, 8, 2) * (-math.log(10000.0) / 8))
+    turn = torch.block_diag(*(torch.tensor([[f.cos(), -f.sin()], [f.sin(), f.cos()]]) for f in frequencies))
+    torch.testing.assert_close(toy.positions[:-1] @ turn, toy.positions[1:], atol=1e-5, rtol=0)
+    toy.blocks[0].q.weight.copy_(300 * torch.eye(8))
+    toy.blocks[0].k.weight.copy_(turn.t())
+    subject = toy_subject(recipe, toy)
+    decomposition = start_decomposition(recipe, subject, ALL)
+    for gate in decomposition.importances.gates.values():
+        gate.w2.zero_()  # every slice fully on
+    return scene(subject, decomposition, 40, 0.0, seed=0)
+
+
+# --- attention -------------------------------------------------------------------------------------
+
+
+def test_a_planted_previous_token_head_loses_everything_with_the_querys_position(tmp_path):
+    stage = planted_stage(tmp_path)
+    uniform = (1 / (stage.at["m"] + 1.0)).mean().item()
+    for kind in (False, True):
+        found = circuit_attention(stage, kind)
+        assert found["m_to_s1"] == pytest.approx(1.0, abs=1e-4)
+        for name in ("unplaced_query", "unplaced_query_and_s1", "content_only"):
+            assert found[f"m_to_s1_{name}"] == pytest.approx(uniform, rel=1e-5)
+        assert found["s2_to_m"] == pytest.approx(1 / 8, rel=1e-5)  # nothing planted in the second layer
+
+
+def slow_first_attention(stage, row, masked, placed_query, placed_key):
+    """Attention of m to s1 in one sequence, slice by slice."""
+    toy, tokens = stage.toy, stage.clean.batch.tokens[row]
+    m, s1 = int(stage.at["m"][row]), int(stage.at["s1"][row])
+
+    def through(name, t, place):
+        x = toy.embed.weight[tokens[t]] + (toy.positions[t] if place else 0)
+        weight = stage.target.matrices[name].weight
+        if not masked or name not in stage.g:
+            return x @ weight
+        own = stage.decomposition.of(name)
+        return sum(stage.g[name][row, t, c] * (x @ own.U[:, c]) * own.V[c] for c in range(3))
+
+    query = through("Q0", m, placed_query)
+    scores = torch.stack([through("K0", t, placed_key(t, s1)) @ query / 2 for t in range(m + 1)])
+    return scores.softmax(0)[s1].item()
+
+
+@pytest.mark.parametrize("names", [ALL, ["K0", "V1"]], ids=["all", "some"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
+    stage = small_stage(tmp_path, names=names)
+    found = circuit_attention(stage, masked)
+    cases = {
+        "m_to_s1": (True, lambda t, s1: True),
+        "m_to_s1_unplaced_query": (False, lambda t, s1: True),
+        "m_to_s1_unplaced_query_and_s1": (False, lambda t, s1: t != s1),
+        "m_to_s1_content_only": (False, lambda t, s1: False),
+    }
+    for key, (query, placed) in cases.items():
+        slow = sum(slow_first_attention(stage, row, masked, query, placed) for row in range(SEQUENCES)) / SEQUENCES
+        assert found[key] == pytest.approx(slow, **FLOAT32), key
+    assert len({round(found[key], 5) for key in cases}) == 4  # the cases differ on this toy
+
+
+def test_positions_added_to_the_embedding_are_taken_away_too(tmp_path):
+    stage = small_stage(tmp_path, "target.positions='added'")
+    found = circuit_attention(stage, False)
+    row_values = []
+    for row in range(SEQUENCES):
+        tokens, m = stage.clean.batch.tokens[row], int(stage.at["m"][row])
+        x = stage.toy.embed.weight[tokens]
+        scores = (x @ stage.target.matrices["K0"].weight) @ (x[m] @ stage.target.matrices["Q0"].weight) / 2
+        row_values.append(scores[: m + 1].softmax(0)[m - 1].item())
+    assert found["m_to_s1_content_only"] == pytest.approx(sum(row_values) / SEQUENCES, **FLOAT32)
+
+
+# --- offsets ---------------------------------------------------------------------------------------
+
+
+def test_scores_by_offset_by_hand():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])  # [query, key]
+    assert by_offset(scores, [-2, -1, 0, 1, 2]) == [3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+def test_the_planted_keys_peak_one_position_on(tmp_path):
+    stage = planted_stage(tmp_path)
+    found = offset_profiles(stage)
+    assert found["whole"]["peak"] == 1
+    assert found["whole"]["cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert found["aligns"].startswith("K0:")
+    for name in ("Q0", "K0"):  # the slices are the whole matrix, and scores are linear in each
+        parts = [entry["scores"] for entry in found["slices"] if entry["slice"].startswith(name)]
+        assert len(parts) == 8
+        assert [sum(column) for column in zip(*parts, strict=True)] == pytest.approx(
+            found["whole"]["scores"], rel=1e-3, abs=1e-3
+        )
+
+
+def test_a_slices_offset_profile_by_hand(tmp_path):
+    stage = small_stage(tmp_path)
+    found = offset_profiles(stage)
+    positions, own = stage.toy.positions, stage.decomposition.of("K0")
+    assert [entry["slice"] for entry in found["slices"] if entry["slice"][0] == "K"] == ["K0:0", "K0:1"]
+    entry = next(entry for entry in found["slices"] if entry["slice"] == "K0:1")
+    query = positions @ stage.target.matrices["Q0"].weight
+    for offset, score in zip(found["offsets"], entry["scores"], strict=True):
+        pairs = [(n + offset, n) for n in range(8) if 0 <= n + offset < 8]
+        slow = [(positions[n] @ own.U[:, 1]) * (own.V[1] @ query[later]) / 2 for later, n in pairs]
+        assert score == pytest.approx(torch.stack(slow).mean().item(), **FLOAT32)
+    cosines = []
+    for n in range(7):
+        key = (positions[n] @ own.U[:, 1]) * own.V[1]
+        cosines.append((key @ query[n + 1] / key.norm() / query[n + 1].norm()).item())
+    assert entry["cosine"] == pytest.approx(sum(cosines) / 7, **FLOAT32)
+    tokens = stage.toy.embed.weight @ own.U[:, 1]
+    assert entry["reads"]["s"] == pytest.approx(tokens[5].item())
+    assert entry["reads"]["tokens"]["mean"] == pytest.approx(tokens[:5].mean().item(), abs=1e-6)
+    assert entry["reads"]["positions"]["std"] == pytest.approx((positions @ own.U[:, 1]).std(correction=0).item())
+
+
+# --- identity and importance -----------------------------------------------------------------------
+
+
+def test_identity_by_hand(tmp_path):
+    stage = small_stage(tmp_path)
+    found = identity(stage)
+    own = stage.decomposition.of("V1")
+    assert stage.active["V1"] == [0, 1]
+    values = torch.linalg.svdvals(own.U[:, :2] @ own.V[:2])
+    assert found["singular_values"] == pytest.approx(values.tolist(), abs=1e-5)
+    a, b = (value.item() ** 2 for value in values[:2])
+    assert found["participation"] == pytest.approx((a + b) ** 2 / (a * a + b * b), rel=1e-3)
+    assert found["above_one_percent"] == 2
+    written = []
+    for row in range(SEQUENCES):
+        m = stage.at["m"][row]
+        x, g = stage.clean.inputs["V1"][row, m], stage.g["V1"][row, m]
+        written.append(sum(g[c] * (x @ own.U[:, c]) * own.V[c] for c in range(3)))
+    right = 0
+    for row, one in enumerate(written):  # all directions: nothing is cut away
+        logits = stage.toy.unembed.weight @ (stage.clean.entries[1][row, -1] + one)
+        right += int(logits.argmax() == stage.clean.batch.answers[row])
+    assert found["decoding"][-1] == pytest.approx(right / SEQUENCES)
+    assert len(found["decoding"]) == 4
+
+
+def test_importance_by_class_and_by_distance_by_hand(tmp_path):
+    stage = small_stage(tmp_path, sequences=40)
+    found = importance_profile(stage)
+    total = stage.g["V1"].sum(-1)
+    by_class: dict[str, list] = {"s1": [], "m": [], "s2": [], "random": []}
+    by_distance: dict[int, list] = {distance: [] for distance in found["distances"]}
+    for row in range(40):
+        s1 = int(stage.at["s1"][row])
+        for t in range(8):
+            kind = "s2" if t == 7 else {s1: "s1", s1 + 1: "m"}.get(t, "random")
+            by_class[kind].append(total[row, t].item())
+            if kind != "s2" and t - s1 in by_distance:
+                by_distance[t - s1].append(total[row, t].item())
+    for kind, values in by_class.items():
+        assert found["classes"]["V1"][kind] == pytest.approx(sum(values) / len(values), **FLOAT32)
+    for distance, value in zip(found["distances"], found["by_distance"]["V1"], strict=True):
+        assert value == pytest.approx(sum(by_distance[distance]) / len(by_distance[distance]), **FLOAT32)
+
+
+def test_only_the_papers_kind_of_toy_has_the_circuit(tmp_path):
+    def of(*settings):
+        recipe = toy_recipe(*settings, folder=tmp_path)
+        return has_circuit(toy_subject(recipe, loud_toy(recipe)))
+
+    assert of()
+    assert of("target.positions='added'")
+    for setting in ("layers=3", "heads=2", "layer_norm=true", "feed_forward=true", "output_projection=true"):
+        assert not of(f"target.{setting}")
+
+
+# --- controls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relative", ["scalar", "query"])
+def test_blind_gates_are_those_that_may_attend_to_themselves_alone(tmp_path, relative):
+    stage = small_stage(tmp_path, f"importance.relative={relative}")
+    changed = CONTROLS["no_context"](stage, torch.Generator())
+    for t in range(8):
+        only = torch.zeros(SEQUENCES, 8, dtype=torch.bool)
+        only[:, t] = True
+        slow, _ = stage.decomposition.importance(stage.clean.inputs, only)
+        for name in ALL:
+            torch.testing.assert_close(changed[name][:, t], slow[name][:, t], atol=1e-5, rtol=1e-4)
+    assert any(not torch.allclose(changed[name], stage.g[name], atol=1e-2) for name in ALL)
+    again, _ = stage.decomposition.importance(stage.clean.inputs)
+    assert all(torch.equal(again[name], stage.g[name]) for name in ALL)  # their sight is back
+
+
+def test_gates_without_attention_are_blind_already(tmp_path):
+    stage = small_stage(tmp_path, "importance.kind=vector")
+    with blind_gates(stage.decomposition):
+        g, _ = stage.decomposition.importance(stage.clean.inputs)
+    assert all(torch.equal(g[name], stage.g[name]) for name in ALL)
+
+
+def test_importances_come_from_where_the_controls_say(tmp_path):
+    stage = small_stage(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    neighbour, shifted, on = (
+        CONTROLS[name](stage, generator) for name in ("other_sequences", "other_positions", "always_on")
+    )
+    shifts = set()
+    for row in range(SEQUENCES):
+        assert torch.equal(neighbour["Q0"][row], stage.g["Q0"][row - 1])
+        found = [k for k in range(8) if all(torch.equal(shifted[n][row], stage.g[n][row].roll(k, 0)) for n in ALL)]
+        assert len(found) == 1  # the same shift for all matrices
+        shifts |= set(found)
+    assert 0 not in shifts
+    assert len(shifts) > 1
+    assert torch.equal(on["K1"], torch.tensor([1.0, 1.0, 0.0]).expand(SEQUENCES, 8, 3))
+
+
+def test_performance_agrees_with_the_evaluation(tmp_path):
+    recipe = toy_recipe("target.vocabulary=5", "slices.C=3", folder=tmp_path)
+    subject = toy_subject(recipe, loud_toy(recipe, seed=1))
+    decomposition = uneven_gates(start_decomposition(recipe, subject, ALL))
+    found = evaluate(subject, decomposition, 64, 0.0, seed=1)  # its stream of sequences is the scene's of seed 0
+    stage = scene(subject, decomposition, 64, 0.0, seed=0)
+    controls = gate_controls(stage, seed=0)
+    assert controls["own"]["all"]["accuracy"] == pytest.approx(found["accuracy"]["masked"])
+    assert controls["own"]["all"]["kl"] == pytest.approx(found["metrics"]["recon"], rel=1e-4)
+    masked = circuit_attention(stage, True)
+    for step in ("m_to_s1", "s2_to_m"):
+        assert controls["own"]["all"][step] == pytest.approx(masked[step], rel=1e-5)
+    assert controls["own"]["matrices"] == {}
+    assert controls["own"]["layers"] == []
+    first, second = (
+        {name: CONTROLS["always_on"](stage, torch.Generator())[name] for name in names} for names in (ALL[:3], ALL[3:])
+    )
+    assert controls["always_on"]["layers"] == [performance(stage, stage.g | part) for part in (first, second)]
+    own, on = controls["own"]["all"], controls["always_on"]["matrices"]["V1"]
+    assert on["m_to_s1"] == pytest.approx(own["m_to_s1"])  # V1 alone is changed: attention stays
+    assert on["s2_to_m"] == pytest.approx(own["s2_to_m"])
+    assert on["kl"] != own["kl"]
+    assert controls["always_on"]["importance"]["Q0"] == {"s1": 2, "m": 2, "s2": 2, "random": 2}
+
+
+def test_a_decomposition_of_the_second_layer_alone_has_the_targets_first_attention(tmp_path):
+    stage = small_stage(tmp_path, names=["K1", "V1"])
+    found = performance(stage, stage.g)
+    assert found["m_to_s1"] == pytest.approx(circuit_attention(stage, False)["m_to_s1"], rel=1e-5)
+    assert circuit(stage)["offsets"] is None
+
+
+# --- figures ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [ALL, ["V0", "Q1"]], ids=["all", "some"])
+def test_the_figures_are_readable_in_grey(tmp_path, names):
+    stage = small_stage(tmp_path, names=names)
+    shown = example(stage)
+    save_circuit(circuit(stage), shown, [str(token) for token in shown["tokens"]], tmp_path / "figures")
+    files = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    figures = ["attention", "importance", "mechanism", "sequence"]
+    if "K0" not in names:
+        figures.remove("mechanism")  # there is nothing to draw
+    assert files == [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
+    for name in figures:
+        pixels = imread(tmp_path / "figures" / f"{name}.png")[..., :3]
+        assert abs(pixels - pixels.mean(-1, keepdims=True)).max() < 0.01, name
+
+
+def test_the_example_is_one_of_the_sequences(tmp_path):
+    stage = small_stage(tmp_path)
+    shown = example(stage)
+    at = shown["at"]
+    assert shown["tokens"][at["s1"]] == shown["tokens"][at["s2"]] == 5
+    assert (at["m"], at["s2"]) == (at["s1"] + 1, 7)
+    for pattern in (*shown["target"], *shown["masked"]):
+        assert pattern.shape == (8, 8)
+        assert pattern.sum(1) == pytest.approx(torch.ones(8).numpy(), abs=1e-5)
