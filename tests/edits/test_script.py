@@ -144,5 +144,7 @@ def test_bounds(bounds, value, holds):
 
 
 def test_a_script_is_checked_without_torch():
-    code = "import sys, spdcli.edits.script, spdcli.edits.facts_file as f; sys.exit(len({'torch', 'numpy'} & {*sys.modules}))"
+    code = (
+        "import sys, spdcli.edits.script, spdcli.edits.facts_file; sys.exit(len({'torch', 'numpy'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.image import imread
 
-from spdcli.figures.curves import facts as figures_facts
+from spdcli.figures import facts as figures_facts
 from spdcli.figures.facts import save_trace, save_zeroed, shortened
 
 

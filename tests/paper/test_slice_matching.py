@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from small_circuits import ALL, small_stage, uneven_gates
 from small_runs import loud_toy, toy_recipe
-from test_circuit import ALL, small_stage, uneven_gates
 
 from spdcli.engine.subcomponents import Slices
 from spdcli.measures.circuit import scene

@@ -9,7 +9,7 @@ from twins import close, language_subject, matrix_inputs, toy_subject
 
 from spdcli.engine.target import Batch
 from spdcli.errors import SpdError
-from spdcli.runs.directory import subject as subjects
+from spdcli.runs import subject as subjects
 from spdcli.targets.broad_text import cut, draw_stream, ridged, sampled, second_moments
 from spdcli.targets.broad_text import matrix_inputs as quick_inputs
 from spdcli.targets.huggingface import load_model
