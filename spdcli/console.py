@@ -10,16 +10,15 @@
 from __future__ import annotations
 
 import json as jsonlib
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spdcli.errors import SpdError
+from spdcli.records import plain
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -133,25 +132,6 @@ class LiveLine:
             self._progress.reset(self._task, total=total)
         self._done = done
         self._progress.update(self._task, description=text, completed=done, total=total)
-
-
-def plain(value: Any) -> Any:
-    """`value` in the types of JSON: null for what is not finite, lists for arrays and sets, text for paths."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return [plain(item) for item in sorted(value)]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # numpy and torch, without importing either
-        return plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def _progress(console: RichConsole) -> Progress:

@@ -8,7 +8,8 @@ import torch
 from small_runs import loud_toy, model_recipe, toy_recipe
 
 from spdcli.edits.answer_changes import given_questions, own_questions
-from spdcli.runs.subject import language_subject, start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject, toy_subject
 
 CPU = torch.device("cpu")
 DOUBLE = {"rel": 1e-9, "abs": 1e-12}  # float64, sums in another order

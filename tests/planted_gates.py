@@ -6,7 +6,8 @@ import torch
 from small_runs import model_recipe
 from transformers import AutoModelForCausalLM
 
-from spdcli.runs.subject import language_subject, start_decomposition
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject
 
 CPU = torch.device("cpu")
 FC, PROJ = "h.0.mlp.c_fc", "h.1.mlp.c_proj"

@@ -8,7 +8,8 @@ import torch
 from small_runs import loud_toy, toy_recipe
 
 from spdcli.measures.circuit import scene
-from spdcli.runs.subject import start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import toy_subject
 
 ALL = ["Q0", "K0", "V0", "Q1", "K1", "V1"]
 SEQUENCES = 5

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from spdcli import cli
+from spdcli.files import save_tensors
 from spdcli.recipe.reading import load_recipe
 from spdcli.recipe.schema import Recipe
-from spdcli.runs.directory import TOY_WEIGHTS, save_tensors
+from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.subject import toy_shape
 from spdcli.targets.induction import InductionToy
 

@@ -81,7 +81,7 @@ def bench(
     sizes = parse_lengths(lengths)
     from spdcli.costs.bench import Conditions, measure
     from spdcli.costs.cases import Wanted, groups_of
-    from spdcli.costs.machine import describe
+    from spdcli.machine import describe
     from spdcli.runs.subject import choose_device
 
     chosen = choose_device(device or "auto")

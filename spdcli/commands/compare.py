@@ -50,8 +50,8 @@ def compare(
     machine that does nothing else: seconds are measured.
     """
     console = make_console(json, quiet, verbose)
+    from spdcli.files import write_json
     from spdcli.recipe.reading import load_recipe, parse_override
-    from spdcli.runs.directory import write_json
 
     settings, changes = list(set_ or []), [parse_override(one, "--with") for one in with_]
     given = [load_recipe(recipe, [*settings, one], seed=seed, device=device) for one in changes]  # errors come first

@@ -118,8 +118,9 @@ def prepare_subject(run: RunDirectory, loaded: LoadedRecipe, console: Console) -
     import shutil
 
     from spdcli.commands.train import train_into
+    from spdcli.files import write_atomically
     from spdcli.recipe.schema import InductionTarget
-    from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory, write_atomically
+    from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
     from spdcli.runs.subject import choose_device, load_toy, open_subject
 
     recipe = loaded.recipe
@@ -141,13 +142,13 @@ def prepare_subject(run: RunDirectory, loaded: LoadedRecipe, console: Console) -
 
 def learn(run: RunDirectory, loaded: LoadedRecipe, subject: Subject, console: Console) -> dict:
     """Train the decomposition of a run to its end, from its checkpoint where it has one; returns the last record."""
-    from spdcli.costs.machine import free_bytes
-    from spdcli.costs.states import unborn_bytes
     from spdcli.engine.fit import fit, start_fit, warm_up_faithfulness
+    from spdcli.machine import free_bytes, unborn_bytes
     from spdcli.recipe.reading import select_matrices
+    from spdcli.runs.decomposition import start_decomposition
     from spdcli.runs.directory import CHECKPOINT
     from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
-    from spdcli.runs.subject import start_decomposition, stream_batches
+    from spdcli.runs.subject import stream_batches
 
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)
@@ -226,9 +227,8 @@ def show_progress(live: LiveLine, record: Record, steps: int) -> None:
 
 def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
     """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
-    from spdcli.costs.machine import free_bytes
-    from spdcli.costs.states import training_bytes
-    from spdcli.runs.subject import parameter_counts
+    from spdcli.machine import free_bytes, training_bytes
+    from spdcli.runs.decomposition import parameter_counts
 
     slices, gates = parameter_counts(recipe, subject, names)
     element = subject.target.unembedding.element_size()

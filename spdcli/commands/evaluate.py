@@ -70,9 +70,10 @@ def evaluate(
 
 def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int) -> dict[str, Any]:
     """Measures a run into its eval.json and, for a toy of the paper's kind, its figures; returns what it wrote."""
+    from spdcli.files import write_json
     from spdcli.measures.circuit import has_circuit
     from spdcli.measures.evaluation import evaluate as measure
-    from spdcli.runs.directory import EVAL, write_json
+    from spdcli.runs.directory import EVAL
 
     found = measure(loaded.subject, loaded.decomposition, sequences, threshold, seed)
     run = loaded.directory

@@ -154,7 +154,7 @@ def write_notes(path: Path, source: Path, facts: Facts, report: list[dict[str, A
     """Write the facts of `source` with renewed notes; the comments at its head stay."""
     from spdcli.edits.facts_file import dump_facts, first_comments
     from spdcli.edits.known_facts import noted
-    from spdcli.runs.directory import write_atomically
+    from spdcli.files import write_atomically
 
     renewed = noted(facts, report, name).model_copy(update={"known": known})
     text = dump_facts(renewed, first_comments(source.read_text(encoding="utf-8")))

@@ -57,10 +57,10 @@ def report(
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, without=False)
     assert file is not None
+    from spdcli.files import write_atomically, write_json
     from spdcli.location.report import ReportSettings, make_report
     from spdcli.location.report_markdown import markdown
     from spdcli.location.tracing import TraceSettings
-    from spdcli.runs.directory import write_atomically, write_json
     from spdcli.runs.loading import load
 
     loaded = load(run, device)

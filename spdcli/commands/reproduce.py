@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -136,12 +135,3 @@ def finish_run(run: RunDirectory, loaded: LoadedRecipe, subject: Callable[[], Su
         raise Interrupted(
             f"stopped; {run.path} is as it was last saved", "the same command goes on from there"
         ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
-    try:
-        found = jsonlib.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

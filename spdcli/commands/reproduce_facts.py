@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spdcli.commands.reproduce import REPORT, claim_run, finish_run, read_json
+from spdcli.commands.reproduce import REPORT, claim_run, finish_run
 from spdcli.errors import SpdError, UsageError
+from spdcli.files import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,9 +42,9 @@ def reproduce_facts(
     force: bool,
 ) -> tuple[dict[str, Any], SpdError | None]:
     """Every pair under every seed, into OUT/PAIR/seed-N. The report, and the failure if there is one."""
+    from spdcli.files import write_json
     from spdcli.paper.fact_claims import fact_claims, method_rows
     from spdcli.paper.table1 import compare, passes
-    from spdcli.runs.directory import write_json
 
     wanted = [(pair, loaded) for pair in pairs for loaded in pair_recipes(recipe, settings, device, seeds, pair)]
     runs = [claim_run(out / pair / f"seed-{loaded.recipe.seed}", loaded, force) for pair, loaded in wanted]
@@ -90,10 +91,11 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Consol
         return found["table"]
     from spdcli.commands.decompose import prepare_subject
     from spdcli.edits.facts_file import load_facts
+    from spdcli.files import load_tensors, write_json
     from spdcli.paper.fact_claims import PAIRS
     from spdcli.paper.fact_table import fact_table, open_stage
-    from spdcli.runs.directory import DECOMPOSITION, load_tensors, write_json
-    from spdcli.runs.subject import load_decomposition
+    from spdcli.runs.decomposition import load_decomposition
+    from spdcli.runs.directory import DECOMPOSITION
 
     recipe = loaded.recipe
     subject = prepare_subject(run, loaded, console)

@@ -6,8 +6,9 @@ import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spdcli.commands.reproduce import REPORT, claim_run, decomposed_run, read_json
+from spdcli.commands.reproduce import REPORT, claim_run, decomposed_run
 from spdcli.errors import SpdError
+from spdcli.files import read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,8 +34,8 @@ def reproduce_induction(
 ) -> tuple[dict[str, Any], SpdError | None]:
     """Every seed of the induction experiment. The report, and the failure if there is one."""
     recipes = seed_recipes(recipe, settings, device, seeds, out.resolve() if same_toy else None)
+    from spdcli.files import write_json
     from spdcli.paper.table1 import compare, passes
-    from spdcli.runs.directory import write_json
 
     folders = [out / f"seed-{loaded.recipe.seed}" for loaded in recipes]
     runs = [claim_run(folder, loaded, force) for folder, loaded in zip(folders, recipes, strict=True)]
@@ -100,9 +101,10 @@ def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
 def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
     """Rank that every method of `spd svd` has left at its usual tolerance; the curves go into the run's figures."""
     from spdcli.figures.curves import save_rank_curves
+    from spdcli.files import write_json
     from spdcli.measures.greedy_svd import LEGEND, METHODS, compare
     from spdcli.measures.rank_curves import open_bench
-    from spdcli.runs.directory import FIGURES, write_json
+    from spdcli.runs.directory import FIGURES
 
     path = opened.directory / FIGURES / "svd.json"
     data = read_json(path)

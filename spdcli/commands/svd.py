@@ -69,9 +69,10 @@ def svd(
     if not math.isfinite(tolerance):
         raise UsageError(f"--tolerance {tolerance}: not a number of nats", "give a number such as 1e-3")
     from spdcli.figures.curves import save_rank_curves
+    from spdcli.files import write_json
     from spdcli.measures.greedy_svd import LEGEND, compare
     from spdcli.measures.rank_curves import open_bench
-    from spdcli.runs.directory import FIGURES, write_json
+    from spdcli.runs.directory import FIGURES
     from spdcli.runs.loading import load
 
     loaded = load(run, device)

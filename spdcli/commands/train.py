@@ -71,7 +71,8 @@ def train_into(run: RunDirectory, recipe: Recipe, console: Console) -> float:
     import torch
 
     from spdcli.figures.curves import save_training_curve
-    from spdcli.runs.directory import FIGURES, TOY_WEIGHTS, save_tensors
+    from spdcli.files import save_tensors
+    from spdcli.runs.directory import FIGURES, TOY_WEIGHTS
     from spdcli.runs.subject import choose_device, toy_training
     from spdcli.targets.induction import toy_accuracy
 

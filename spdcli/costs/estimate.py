@@ -10,19 +10,19 @@ import torch
 
 from spdcli.costs.dry import META, Dry, NoNoise
 from spdcli.costs.heap import Heap
-from spdcli.costs.machine import describe, free_bytes, used_bytes
 from spdcli.costs.random_targets import untrained_subject
-from spdcli.costs.states import STATES, unborn_bytes
 from spdcli.costs.timing import seconds_of_a_step, seconds_of_a_toy_step
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.step import LossSettings, backward_step
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
+from spdcli.machine import STATES, describe, free_bytes, unborn_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import InductionTarget, Recipe
+from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.settings import fit_settings
-from spdcli.runs.subject import Subject, stream_batches, untrained_decomposition
+from spdcli.runs.subject import Subject, stream_batches
 
 
 @dataclass(frozen=True)

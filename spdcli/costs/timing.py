@@ -10,12 +10,13 @@ from itertools import islice
 
 import torch
 
-from spdcli.costs.machine import synchronise
 from spdcli.costs.random_targets import untrained_subject
 from spdcli.engine.fit import FitSettings, fit, start_fit
+from spdcli.machine import synchronise
 from spdcli.recipe.schema import Recipe
+from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.settings import allow_tensor_cores, optimiser_settings
-from spdcli.runs.subject import stream_batches, toy_training, untrained_decomposition
+from spdcli.runs.subject import stream_batches, toy_training
 
 ENOUGH_SECONDS, ENOUGH_STEPS = 6.0, 20  # of measured steps; one is made whatever it takes
 FIRST_ENOUGH = 20.0  # seconds; where the first step takes longer, that is the answer

@@ -55,8 +55,7 @@ class Answers:
     def __init__(self, case: Case, device: str, threads: int | None) -> None:
         import torch
 
-        from spdcli.allocator import keep_freed_memory
-        from spdcli.costs.machine import used_bytes
+        from spdcli.machine import keep_freed_memory, used_bytes
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -69,8 +68,8 @@ class Answers:
 
     def of(self, asked: str) -> dict[str, float]:
         """The answer to `step`, `peak` or `count`."""
-        from spdcli.costs.machine import peak_bytes, synchronise
         from spdcli.costs.tally import Tally
+        from spdcli.machine import peak_bytes, synchronise
 
         if asked == "peak":
             return {"peak_bytes": peak_bytes(self.device)}
@@ -88,11 +87,11 @@ class Answers:
 
 def build(case: Case, device: Any) -> Callable[[], object]:
     """A function that makes one step of the case, optimizer included."""
-    from spdcli.costs.machine import product_inputs
     from spdcli.costs.random_targets import random_subject
+    from spdcli.machine import product_inputs
     from spdcli.recipe.reading import load_recipe, select_matrices
+    from spdcli.runs.decomposition import start_decomposition
     from spdcli.runs.settings import fit_settings, optimiser_settings
-    from spdcli.runs.subject import start_decomposition
 
     if case.way == "product":
         a, b = product_inputs(device)

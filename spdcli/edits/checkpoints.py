@@ -14,7 +14,8 @@ from torch import Tensor
 from spdcli.edits.patches import set_weights
 from spdcli.engine.target import Target
 from spdcli.errors import SpdError, UsageError
-from spdcli.runs.directory import TOY_WEIGHTS, remove, save_tensors, write_json
+from spdcli.files import remove, save_tensors, write_json
+from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.subject import Subject
 
 RECORD = "spd_edit.json"  # what was done to the model; it also marks a directory that --force may replace

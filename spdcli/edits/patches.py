@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spdcli.console import plain
 from spdcli.edits.suppression import Edit, Factors, subtract
 from spdcli.engine.target import Target
 from spdcli.errors import SpdError
-from spdcli.runs.directory import load_tensors, save_tensors
+from spdcli.files import load_tensors, save_tensors
+from spdcli.records import plain
 
 FORMAT = 1
 KEY = "spd.patch"  # of the metadata

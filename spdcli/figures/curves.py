@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from spdcli.runs.directory import write_atomically
+from spdcli.files import write_atomically
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:

@@ -13,67 +13,25 @@ Every file is written beside and renamed into place.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spdcli.console import plain
 from spdcli.engine.fit import FitState
 from spdcli.errors import SpdError, UsageError
+from spdcli.files import load_tensors, remove, save_tensors, write_atomically
 from spdcli.recipe.reading import dump_recipe, load_recipe
 from spdcli.recipe.schema import GENERATED, Recipe, Section
+from spdcli.records import plain
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
 TOY_WEIGHTS = "target.safetensors"
 HELD = (RECIPE, METRICS, EVAL, FIGURES, DECOMPOSITION, "checkpoint", TOY, TOY_WEIGHTS)  # what --force replaces
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it into place; a failure leaves `path` as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise SpdError(
-            f"{path}: cannot be written: {error.strerror or error}", "free some space, or use --out"
-        ) from error
-    except SafetensorError as error:
-        raise SpdError(f"{path}: cannot be written: {error}", "free some space, or use --out") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    text = json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda beside: save_file(kept, beside, dict(metadata or {})))
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; SpdError when it is missing or damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise SpdError(f"{path}: no such file", "is this a finished run?") from error
-    except (SafetensorError, OSError) as error:
-        raise SpdError(f"{path}: damaged: {error}", "go on from the checkpoint with --resume, or run again") from error
 
 
 def versions() -> dict[str, str]:
@@ -85,14 +43,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "source"
     return found
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there; of a link, the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def anchored(recipe: Recipe) -> Recipe:

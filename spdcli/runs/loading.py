@@ -7,9 +7,11 @@ from pathlib import Path
 
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import SpdError
+from spdcli.files import load_tensors
 from spdcli.recipe.schema import Recipe
-from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory, load_tensors
-from spdcli.runs.subject import Subject, choose_device, load_decomposition, open_subject
+from spdcli.runs.decomposition import load_decomposition
+from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory
+from spdcli.runs.subject import Subject, choose_device, open_subject
 
 
 @dataclass(frozen=True, eq=False)

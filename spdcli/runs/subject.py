@@ -6,7 +6,6 @@ are written, how its matrices hang on the residual stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,18 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from spdcli.allocator import keep_freed_memory
-from spdcli.engine.forward import clean_pass
-from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
-from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
+from spdcli.files import load_tensors
+from spdcli.machine import keep_freed_memory
 from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, Recipe
-from spdcli.runs.directory import TOY_WEIGHTS, load_tensors
+from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import optimiser_settings
-from spdcli.targets.broad_text import draw_stream, ridged, second_moments
+from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
 from spdcli.targets.routes import Route
 from spdcli.targets.sequences import induction_batch, token_name
@@ -182,98 +178,3 @@ def open_subject(recipe: Recipe, device: torch.device, toy_directory: Path | Non
         assert toy_directory is not None
         return toy_subject(recipe, load_toy(toy_directory, recipe.target, device))
     return language_subject(recipe, device)
-
-
-def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[str, Tensor]:
-    """The matrices' inputs at real positions, `[n, I]`: all prompts, or a draw of toy sequences."""
-    if subject.prompts is not None:
-        batch = subject.prompts.batch
-    else:
-        assert subject.toy is not None
-        generator = torch.Generator().manual_seed(recipe.seed)
-        shape = subject.toy.shape
-        batch = induction_batch(START_SEQUENCES, shape.length, shape.vocabulary, generator).to(subject.target.device)
-    clean = clean_pass(subject.target, batch, names)
-    return {name: clean.inputs[name][batch.valid] for name in names}
-
-
-def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> Decomposition:
-    """A decomposition of the matrices `names` as a recipe wants it, at step 0."""
-    matrices = {name: subject.target.matrices[name] for name in names}
-    spanned = recipe.importance.basis == "span"
-    section = recipe.slices
-    inputs = moments = None
-    if spanned or section.init in ("svd_span", "dual", "dual_whitened"):
-        inputs = _start_inputs(recipe, subject, names)
-    if section.init == "dual_whitened":
-        assert subject.stream is not None
-        found = second_moments(subject.target, subject.stream(), names)
-        moments = {name: ridged(moment, section.ridge) for name, moment in found.items()}
-    slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments)
-    bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
-    return _assemble(recipe, subject, slices, bases)
-
-
-def _importances(recipe: Recipe, subject: Subject, names: list[str], bases: dict[str, Tensor] | None) -> Importances:
-    widths = {name: subject.target.matrices[name].d_in for name in names}
-    settings = ImportanceSettings(**recipe.importance.model_dump(exclude={"basis"}), length=subject.length)
-    return Importances(widths, dict.fromkeys(names, recipe.slices.C), settings, bases)
-
-
-def _assemble(
-    recipe: Recipe, subject: Subject, slices: dict[str, Slices], bases: dict[str, Tensor] | None
-) -> Decomposition:
-    torch.manual_seed(recipe.seed)
-    made = Decomposition(slices, _importances(recipe, subject, list(slices), bases), recipe.slices.delta)
-    return made.to(subject.target.device, subject.target.unembedding.dtype)
-
-
-def untrained_decomposition(recipe: Recipe, subject: Subject, names: list[str], device: torch.device) -> Decomposition:
-    """The decomposition of the matrices `names` with random numbers, or on torch's `meta` device shapes alone.
-
-    A basis of the data's span is taken to have as many directions as there are real positions.
-    """
-    matrices = {name: subject.target.matrices[name] for name in names}
-    bases = None
-    with device:
-        C = recipe.slices.C
-        slices = {
-            name: Slices(torch.rand(m.d_in, C) / m.d_in, torch.rand(C, m.d_out) / C) for name, m in matrices.items()
-        }
-        if recipe.importance.basis == "span" and subject.prompts is not None:
-            rows = int(subject.prompts.batch.valid.sum())
-            bases = {name: torch.randn(min(m.d_in, rows), m.d_in) / math.sqrt(m.d_in) for name, m in matrices.items()}
-        importances = _importances(recipe, subject, names, bases)
-    return Decomposition(slices, importances, recipe.slices.delta).to(device, subject.target.unembedding.dtype)
-
-
-def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:
-    """How many parameters the slices and the importance functions of `names` will have."""
-    shapes = untrained_decomposition(recipe, subject, names, torch.device("meta"))
-    trained = [p for p in shapes.importances.parameters() if p.requires_grad]
-    return sum(p.numel() for p in shapes.slices.parameters()), sum(p.numel() for p in trained)
-
-
-def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tensor]) -> Decomposition:
-    """The decomposition that a run saved as `tensors`."""
-    slices = {}
-    for key in tensors:
-        if key.startswith("slices.") and key.endswith(".U"):
-            stem = key[: -len(".U")]
-            slices[stem[len("slices.") :].replace("/", ".")] = Slices(tensors[f"{stem}.U"], tensors[f"{stem}.V"])
-    unknown = [name for name in slices if name not in subject.target.matrices]
-    if unknown or not slices:
-        raise SpdError(f"the saved decomposition is of another target: it has {unknown[:1] or 'no slices'}")
-    ordered = {name: slices[name] for name in subject.target.matrices if name in slices}
-    bases = None
-    if recipe.importance.basis == "span":
-        bases = {name: tensors[f"importances.bases.{name.replace('.', '/')}"] for name in ordered}
-    made = _assemble(recipe, subject, ordered, bases)
-    try:
-        made.load_state_dict(tensors)
-    except RuntimeError as error:  # torch's own words are a page
-        raise SpdError(
-            "the saved decomposition does not fit its recipe: other slices or gates, or an older version of spd",
-            "run spd decompose again",
-        ) from error
-    return made.requires_grad_(False).eval()

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from spdcli.console import Console, plain
+from spdcli.console import Console
 from spdcli.errors import Interrupted, RecipeError, RecipeProblem, SpdError
+from spdcli.records import plain
 
 
 class Terminal(io.StringIO):

@@ -15,17 +15,16 @@ from torch import nn
 from spdcli.costs.dry import META, Dry, NoNoise
 from spdcli.costs.estimate import Need, changes, estimate
 from spdcli.costs.heap import Heap
-from spdcli.costs.machine import describe, free_bytes, peak_bytes, used_bytes
 from spdcli.costs.random_targets import random_subject, untrained_subject
-from spdcli.costs.states import training_bytes, unborn_bytes
 from spdcli.costs.tally import Tally
 from spdcli.costs.timing import ENOUGH_STEPS, seconds_of_a_step
 from spdcli.engine.fit import fit, start_fit
 from spdcli.engine.forward import Noise, clean_pass
 from spdcli.engine.step import backward_step
+from spdcli.machine import describe, free_bytes, peak_bytes, training_bytes, unborn_bytes, used_bytes
 from spdcli.recipe.reading import load_recipe
+from spdcli.runs.decomposition import parameter_counts, start_decomposition, untrained_decomposition
 from spdcli.runs.settings import fit_settings, optimiser_settings
-from spdcli.runs.subject import parameter_counts, start_decomposition, untrained_decomposition
 
 CPU = torch.device("cpu")
 KINDS = {"scalar": (), "vector": (), "shared": (), "attention": ("importance.relative=query",)}

@@ -25,7 +25,8 @@ from spdcli.edits.known_facts import (
 from spdcli.edits.suppression import find_slices
 from spdcli.engine.target import Batch
 from spdcli.errors import RecipeError
-from spdcli.runs.subject import language_subject, start_decomposition
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject
 from spdcli.targets.huggingface import build_target, load_model
 
 FEW = """\

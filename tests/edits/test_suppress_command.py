@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spdcli.edits.patches import KEY, load_patch, restored, shortfall, weight_hash
 from spdcli.edits.suppression import Factors, subtract
-from spdcli.runs.directory import load_tensors
+from spdcli.files import load_tensors
 from spdcli.runs.loading import load
 
 FC, UP = "h.1.mlp.c_fc", "layers.1.mlp.up_proj"

@@ -13,8 +13,9 @@ from spdcli.engine.attention import importance_attention
 from spdcli.engine.fit import fit, start_fit
 from spdcli.engine.forward import Noise, clean_pass
 from spdcli.engine.step import backward_step
+from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.settings import fit_settings, optimiser_settings
-from spdcli.runs.subject import open_subject, start_decomposition, toy_subject
+from spdcli.runs.subject import open_subject, toy_subject
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -10,10 +10,11 @@ from planted_gates import FC, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
 from spdcli.figures.facts import save_names, save_slices
+from spdcli.files import save_tensors
 from spdcli.location.report import most_needed
 from spdcli.location.report_markdown import markdown, percent, size, table
 from spdcli.location.report_rows import combined, traced_rows
-from spdcli.runs.directory import DECOMPOSITION, save_tensors
+from spdcli.runs.directory import DECOMPOSITION
 
 KOBE, TIGER = "Kobe Bryant plays professional basketball", "Tiger Woods plays the sport of golf"
 FACTS = f"""\

@@ -22,7 +22,8 @@ from spdcli.measures.circuit import (
 )
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance
-from spdcli.runs.subject import start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import toy_subject
 
 FLOAT32 = {"rel": 1e-4, "abs": 1e-6}  # sums in another order
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spdcli.engine.forward import clean_pass
 from spdcli.measures import evaluation
 from spdcli.measures.evaluation import EVALUATION_SEED, Mean, evaluate
-from spdcli.runs.subject import language_subject, start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject, toy_subject
 from spdcli.targets.sequences import induction_batch
 
 CPU = torch.device("cpu")

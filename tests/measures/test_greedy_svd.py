@@ -41,7 +41,8 @@ from spdcli.measures.rank_curves import (
     open_bench,
     within,
 )
-from spdcli.runs.subject import language_subject, start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject, toy_subject
 
 CPU = torch.device("cpu")
 ALL = ["Q0", "K0", "V0", "Q1", "K1", "V1"]

@@ -9,7 +9,8 @@ from small_runs import loud_toy, model_recipe, toy_recipe
 from spdcli.errors import UsageError
 from spdcli.measures.inspection import Query, given_texts, importances_of, inspect_slices, own_texts
 from spdcli.measures.labels import TokenLens
-from spdcli.runs.subject import language_subject, start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject, toy_subject
 
 
 @pytest.fixture(scope="module")

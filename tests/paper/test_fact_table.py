@@ -20,7 +20,8 @@ from spdcli.paper.fact_claims import PAIRS, Pair, fact_claims, method_rows
 from spdcli.paper.fact_table import METHODS, by_effect, by_rule, edits_of, fact_table, open_stage, positions_of
 from spdcli.paper.table1 import compare, passes
 from spdcli.recipe.reading import load_recipe
-from spdcli.runs.subject import language_subject, start_decomposition
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import language_subject
 
 UP, DOWN, GATE = "layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.0.mlp.gate_proj"
 SETTINGS = [

@@ -15,8 +15,8 @@ from spdcli import cli
 from spdcli.commands import decompose
 from spdcli.commands.reproduce_induction import number, seed_recipes
 from spdcli.errors import Interrupted
+from spdcli.files import load_tensors
 from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, Bound, claims, compare, passes
-from spdcli.runs.directory import load_tensors
 
 # Short sequences and few tokens: the whole experiment in about half a minute on one thread. Its own recipe, so that
 # tuning a shipped one for the full size does not decide whether the reduced one works.

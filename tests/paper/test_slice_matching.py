@@ -20,7 +20,8 @@ from spdcli.paper.slice_matching import (
     stability,
     weight_signature,
 )
-from spdcli.runs.subject import start_decomposition, toy_subject
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.subject import toy_subject
 
 ORDER = [3, 0, 4, 1, 2]
 

@@ -14,19 +14,11 @@ from small_runs import loud_toy, model_recipe, toy_recipe
 
 from spdcli.engine.fit import fit, start_fit
 from spdcli.errors import SpdError, UsageError
-from spdcli.runs.directory import (
-    CHECKPOINT,
-    HELD,
-    METRICS,
-    RECIPE,
-    RunDirectory,
-    load_tensors,
-    save_tensors,
-    write_atomically,
-    write_json,
-)
+from spdcli.files import load_tensors, save_tensors, write_atomically, write_json
+from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.directory import CHECKPOINT, HELD, METRICS, RECIPE, RunDirectory
 from spdcli.runs.settings import fit_settings, optimiser_settings
-from spdcli.runs.subject import start_decomposition, toy_subject
+from spdcli.runs.subject import toy_subject
 
 A_BUG = ZeroDivisionError("a bug")
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -330,7 +322,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, recip
         path.write_bytes(b"half")
         raise FULL
 
-    monkeypatch.setattr("spdcli.runs.directory.save_file", refuse)
+    monkeypatch.setattr("spdcli.files.save_file", refuse)
     learn(recipe, subject, decomposition, state, 1)
     with pytest.raises(SpdError, match=r"state\.safetensors: cannot be written: No space left on device"):
         run.save_checkpoint(decomposition, state)

@@ -8,19 +8,11 @@ from small_runs import loud_toy, model_recipe, save_toy, toy_recipe
 
 from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.errors import SpdError
-from spdcli.runs.directory import TOY_WEIGHTS, save_tensors
+from spdcli.files import save_tensors
+from spdcli.runs.decomposition import load_decomposition, parameter_counts, start_decomposition
+from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import fit_settings, loss_settings, optimiser_settings
-from spdcli.runs.subject import (
-    choose_device,
-    language_subject,
-    load_decomposition,
-    load_toy,
-    open_subject,
-    parameter_counts,
-    start_decomposition,
-    toy_shape,
-    toy_subject,
-)
+from spdcli.runs.subject import choose_device, language_subject, load_toy, open_subject, toy_shape, toy_subject
 from spdcli.targets.induction import InductionToy
 
 CPU = torch.device("cpu")

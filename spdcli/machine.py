@@ -1,7 +1,8 @@
-"""This machine: its name, its threads, how much memory this process uses and how much is left."""
+"""This machine: its name and threads, the memory that is used and left, what training asks of it, its allocator."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PRODUCT_SIZE = 1536  # of the square products that the matrix-product rate is measured on
 STATUS = Path("/proc/self/status")
+STATES = 3  # that training keeps of every parameter besides its value: its gradient and Adam's two moments
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BELOW = 1 << 30  # bytes; larger blocks still go back to the system at once
 
 
 def free_bytes(device: torch.device) -> int:
@@ -89,3 +93,24 @@ def product_inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> 
     """Two random `[PRODUCT_SIZE, PRODUCT_SIZE]` matrices: the product by which this machine's rate is measured."""
     a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device).unbind(0)
     return a, b
+
+
+def training_bytes(parameters: int, element: int) -> int:
+    """Bytes of so many trained parameters with all that is kept of them: what a run needs whatever its batch is."""
+    return (1 + STATES) * element * parameters
+
+
+def unborn_bytes(module: nn.Module) -> int:
+    """Bytes that training will still ask for: gradients and moments of a module that has its values."""
+    return STATES * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator to reuse freed blocks up to 1 GiB instead of returning them; True where it has heard it.
+
+    With its defaults every tensor above 32 MiB is mapped anew and cleared page by page by the kernel.
+    """
+    if not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BELOW)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_BELOW))

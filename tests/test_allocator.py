@@ -1,4 +1,4 @@
-"""The allocator's switch: heard by glibc, and freed memory really is used again."""
+"""The machine's switch: heard by glibc, and freed memory really is used again."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 GLIBC = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
 FAULTS = """
 import resource, sys, torch
-from spdcli.allocator import keep_freed_memory
+from spdcli.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(30):
@@ -28,7 +28,7 @@ def test_freed_memory_is_used_again():
 
 
 def test_elsewhere_it_says_no(monkeypatch):
-    from spdcli import allocator
+    from spdcli import machine
 
     monkeypatch.setattr(os, "confstr_names", {})
-    assert not allocator.keep_freed_memory()
+    assert not machine.keep_freed_memory()
