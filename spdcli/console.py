@@ -18,6 +18,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from spdcli.errors import SpdError
+from spdcli.progress import Progress as WorkProgress
+from spdcli.progress import Report
 from spdcli.records import plain
 
 if TYPE_CHECKING:
@@ -89,6 +91,21 @@ class Console:
             return
         with _progress(self._err) as progress:
             yield LiveLine(progress)
+
+    @contextmanager
+    def progress(self) -> Iterator[Report]:
+        """What work that takes a `Report` is given: steps move the live line, notes and warnings stay."""
+        with self.live() as line:
+
+            def report(progress: WorkProgress) -> None:
+                if progress.total:
+                    line.update(progress.text, progress.done, progress.total)
+                elif progress.warning:
+                    self.warn(progress.text)
+                else:
+                    self.note(progress.text)
+
+            yield report
 
     @cached_property
     def _out(self) -> RichConsole:
