@@ -7,7 +7,7 @@ import copy
 import torch
 from small_runs import loud_toy, model_recipe, toy_recipe
 
-from spdcli.edits.answer_changes import given_questions, own_questions
+from spdcli.edits.answer_changes import AnswerChange, given_questions, own_questions
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject, toy_subject
 
@@ -22,6 +22,12 @@ CASES = {
     "llama": ("tiny_llama_dir", [], ["layers.0.mlp.up_proj", "layers.1.self_attn.k_proj"], NORMED),
     "toy": (None, [], ["K0", "V0", "Q1"], DOUBLE),
 }
+
+
+def answer_change(ratio=1.0, **numbers):
+    """An answer of probability ½ that goes to `ratio` times that, and whatever else a test says of it."""
+    usual = {"group": "prompt", "prompt": f"{ratio}", "token": " x", "before": 0.5, "after": 0.5 * ratio}
+    return AnswerChange(**usual | {"ratio": ratio, "rank_before": 1, "rank_after": 1, "kl": 0.0} | numbers)
 
 
 def open_case(case, request, folder, *changes):

@@ -157,13 +157,13 @@ def take_away(
     way = others or Others.on.value
     found = ablate(loaded.subject, loaded.decomposition, questions, addresses, zeroed, way, samples, seed)
     if addresses:
-        mark_active(loaded, questions, addresses, found["effects"])
+        found["effects"] = mark_active(loaded, questions, addresses, found["effects"])
     summary = None
     if facts is not None:
         cut = (addresses, zeroed)
         moved = ablate_facts(loaded.subject, loaded.decomposition, facts.questions, cut, way, samples, seed)
         summary = facts.summary(moved, seed)
-        found["effects"] += moved
+        found["effects"] += facts.marked(moved)
     names = {"slices": [str(address) for address in addresses], "zeroed": [one.label for one in zeroed]}
     return {**names, "others": others, **found, "facts": summary}
 

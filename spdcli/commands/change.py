@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,15 +17,14 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spdcli.edits.answer_changes import Questions
+    from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, Questions
     from spdcli.edits.facts_file import Facts
-    from spdcli.edits.known_facts import AskedFacts
+    from spdcli.edits.known_facts import AskedFacts, Collateral
     from spdcli.edits.suppression import Address
     from spdcli.recipe.schema import Recipe
     from spdcli.runs.loading import LoadedRun
     from spdcli.runs.subject import Subject
 
-Effects = list[dict[str, Any]]
 SliceAddress = Annotated[
     list[str] | None,
     typer.Option("--slice", "-s", help="MATRIX:INDEX, as spd inspect shows it; may be repeated.", show_default=False),
@@ -112,30 +112,33 @@ def ask_facts(
     return asked
 
 
-def facts_tables(found: dict[str, Any] | None, effects: Effects, verbose: bool) -> list[RenderableType]:
+def facts_tables(facts: Collateral | None, effects: AnswerChanges, verbose: bool) -> list[RenderableType]:
     """What an edit does to the facts that the model knows, and with `-v` to each fact."""
     from rich.table import Table
 
-    if found is None:
+    if facts is None:
         return []
-    if not found["known"]:
-        return [f"Of {found['asked']} facts this model knows none."]
-    level = f"{found['level']:.0%} interval"
-    title = f"The {found['known']} known of {found['asked']} other facts: |after / before - 1| of each"
+    if not facts.known:
+        return [f"Of {facts.asked} facts this model knows none."]
+    assert facts.level
+    assert facts.interval
+    level = f"{facts.level:.0%} interval"
+    title = f"The {facts.known} known of {facts.asked} other facts: |after / before - 1| of each"
     table = Table()
     for name in ("", "change", level):
         table.add_column(name, justify="right" if name else "left")
-    for name, bounds in found["interval"].items():
+    for name, bounds in facts.interval.items():
+        assert bounds is not None
         low, high = bounds
-        table.add_row(name, f"{found[f'{name}_relative_change']:.2%}", f"{low:.2%} to {high:.2%}")
-    worst = ", ".join(f"{fact['prompt']} {fact['ratio'] - 1:+.1%}" for fact in found["worst"])
-    every = [effects_table("Facts", [e for e in effects if e["group"] == "fact"])] if verbose else []
+        table.add_row(name, f"{facts.relative_change[name]:.2%}", f"{low:.2%} to {high:.2%}")
+    worst = ", ".join(f"{fact.prompt} {fact.ratio - 1:+.1%}" for fact in facts.worst)
+    every = [effects_table("Facts", [e for e in effects if e.group == "fact"])] if verbose else []
     return [title, table, f"most moved: {worst}", *every]
 
 
-def prompts_only(effects: Effects) -> Effects:
+def prompts_only(effects: AnswerChanges) -> list[AnswerChange]:
     """The effects that are not on facts."""
-    return [effect for effect in effects if effect["group"] != "fact"]
+    return [effect for effect in effects if effect.group != "fact"]
 
 
 def warn_of_span(console: Console, recipe: Recipe, texts: Sequence[str]) -> None:
@@ -144,19 +147,20 @@ def warn_of_span(console: Console, recipe: Recipe, texts: Sequence[str]) -> None
         console.warn("this run's gates see only the span of its own prompts; on other text they are a projection")
 
 
-def mark_active(loaded: LoadedRun, questions: Questions, addresses: Sequence[Address], effects: Effects) -> None:
-    """Add to every effect which of the slices are active in its prompt; null for text too long for the gates."""
+def mark_active(
+    loaded: LoadedRun, questions: Questions, addresses: Sequence[Address], effects: AnswerChanges
+) -> list[AnswerChange]:
+    """The effects with `active` set: which of the slices are active in the prompt; None for text too long."""
     from spdcli.edits.answer_changes import active_on
 
     try:
-        found: Sequence[list[str] | None] = active_on(loaded.subject, loaded.decomposition, questions, addresses)
+        own: Sequence[list[str] | None] = active_on(loaded.subject, loaded.decomposition, questions, addresses)
     except UsageError:
-        found = [None] * len(effects)
-    for effect, active in zip(effects, found, strict=True):
-        effect["active"] = active
+        own = [None] * len(effects)
+    return [replace(effect, active=active) for effect, active in zip(effects, own, strict=True)]
 
 
-def effects_table(title: str, effects: Effects) -> RenderableType:
+def effects_table(title: str, effects: AnswerChanges) -> RenderableType:
     """One row a prompt; * marks those in which one of the slices is active."""
     from rich.table import Table
 
@@ -167,14 +171,14 @@ def effects_table(title: str, effects: Effects) -> RenderableType:
         table.add_column(name, justify="left" if name == "answer" else "right", no_wrap=True)
     for effect in effects:
         table.add_row(
-            effect["prompt"],
-            "*" if effect.get("active") else "",
-            repr(effect["token"]),
-            _probability(effect["before"]),
-            _probability(effect["after"]),
-            f"{effect['ratio'] - 1:+.1%}",
-            f"{effect['rank_before']} → {effect['rank_after']}",
-            f"{effect['kl']:.4f}",
+            effect.prompt,
+            "*" if effect.active else "",
+            repr(effect.token),
+            _probability(effect.before),
+            _probability(effect.after),
+            f"{effect.ratio - 1:+.1%}",
+            f"{effect.rank_before} → {effect.rank_after}",
+            f"{effect.kl:.4f}",
         )
     return table
 
@@ -188,7 +192,7 @@ def _probability(p: float) -> str:
     return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
 
 
-def alone_table(alone: Mapping[str, Effects]) -> list[RenderableType]:
+def alone_table(alone: Mapping[str, AnswerChanges]) -> list[RenderableType]:
     """What each change does by itself: a row a change, a column a prompt, or two columns over many prompts."""
     from rich.table import Table
 
@@ -198,17 +202,17 @@ def alone_table(alone: Mapping[str, Effects]) -> list[RenderableType]:
     table.add_column("", no_wrap=True)
     first = next(iter(alone.values()))
     few = len(first) <= SHOWN_ALONE
-    for name in [repr(effect["token"]) for effect in first] if few else ["median", "lowest", "highest"]:
+    for name in [repr(effect.token) for effect in first] if few else ["median", "lowest", "highest"]:
         table.add_column(name, justify="right")
     for label, effects in alone.items():
-        ratios = [effect["ratio"] for effect in effects]
+        ratios = [effect.ratio for effect in effects]
         shown = ratios if few else [statistics.median(ratios), min(ratios), max(ratios)]
         table.add_row(label, *(f"{ratio - 1:+.1%}" for ratio in shown))
     return [table]
 
 
-def quiet_lines(console: Console, effects: Effects) -> None:
+def quiet_lines(console: Console, effects: AnswerChanges) -> None:
     """With `-q`, a line a prompt: the answer's probability before and after, and the KL, apart by tabs. None a fact."""
     if console.quiet:
         for effect in prompts_only(effects):
-            console.result(f"{effect['before']:.6g}\t{effect['after']:.6g}\t{effect['kl']:.6g}")
+            console.result(f"{effect.before:.6g}\t{effect.after:.6g}\t{effect.kl:.6g}")

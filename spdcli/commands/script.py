@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from spdcli.console import Console
+    from spdcli.edits.answer_changes import AnswerChanges
     from spdcli.edits.expectations import Planned
     from spdcli.edits.script import Script
     from spdcli.recipe.reading import Source
@@ -82,13 +83,11 @@ def plan_report(planned: Planned) -> dict[str, Any]:
 def full_report(report: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of a measured script: what each edit does, and all together in the shape of one suppression."""
     expectations = [one for entry in report for one in entry["expectations"]]
-    effects = [{"edit": entry["name"], **effect} for entry in report for effect in entry["effects"]]
+    effects = [replace(effect, edit=entry["name"]) for entry in report for effect in entry["effects"]]
     return whole(report, expectations, effects)
 
 
-def whole(
-    edits: list[dict[str, Any]], expectations: list[dict[str, Any]], effects: list[dict[str, Any]]
-) -> dict[str, Any]:
+def whole(edits: list[dict[str, Any]], expectations: list[dict[str, Any]], effects: AnswerChanges) -> dict[str, Any]:
     """`spd.suppress/1` of several edits; what belongs to one edit alone stands at the top when there is only one."""
     only = edits[0] if len(edits) == 1 else {}
     return {

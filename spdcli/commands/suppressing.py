@@ -11,7 +11,9 @@ from spdcli.console import Console
 from spdcli.errors import SpdError
 
 if TYPE_CHECKING:
+    from spdcli.edits.answer_changes import AnswerChange
     from spdcli.edits.facts_file import Facts
+    from spdcli.edits.known_facts import Collateral
     from spdcli.edits.patches import Weights
     from spdcli.edits.suppression import Edit
     from spdcli.recipe.schema import Recipe
@@ -59,8 +61,7 @@ def suppress_slices(console: Console, given: Given, slices: list[str], together:
         edits |= {str(one): suppression(subject.target, decomposition, [one]) for one in addresses}
     measured = measure_edits(subject.target, questions, edits)
     warn_of_span(console, loaded.recipe, given.texts)
-    effects = measured.pop("")
-    mark_active(loaded, questions, addresses, effects)
+    effects = mark_active(loaded, questions, addresses, measured.pop(""))
     moved, summary = measure_facts(console, given, subject, loaded.recipe, edits[""], seed)
     names = [str(address) for address in addresses]
     matrices = describe(subject.target, decomposition, addresses, edits[""])
@@ -71,7 +72,7 @@ def suppress_slices(console: Console, given: Given, slices: list[str], together:
 
 def measure_facts(
     console: Console, given: Given, subject: Subject, recipe: Recipe, edit: Edit, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+) -> tuple[list[AnswerChange], Collateral | None]:
     """The effects of an edit on the facts, and their summary; nothing and None where none are measured."""
     from spdcli.edits.answer_changes import measure_edits
 
@@ -80,7 +81,7 @@ def measure_facts(
     if asked is None:
         return [], None
     effects = measure_edits(subject.target, asked.questions, {"": edit})[""]
-    return effects, asked.summary(effects, seed)
+    return asked.marked(effects), asked.summary(effects, seed)
 
 
 def use_patch(console: Console, given: Given, apply: Path | None, revert: Path | None, base: Path | None) -> Change:

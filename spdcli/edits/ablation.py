@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from spdcli.edits.answer_changes import (
     GROUP_TOKENS,
     PLAN_BYTES,
+    AnswerChange,
     Questions,
     compare_answers,
     divergence,
@@ -152,7 +153,6 @@ def masked_answers(
 
 
 Cut = tuple[Sequence[Address], Sequence[Zeroed]]  # what is taken away at once
-Effects = list[dict[str, Any]]
 
 
 @torch.no_grad()
@@ -187,11 +187,11 @@ def ablate_facts(
     others: str = "on",
     samples: int = 16,
     seed: int = 0,
-) -> Effects:
+) -> list[AnswerChange]:
     """The effects of one cut on many questions, in groups that bound the memory of their masks."""
     slices = sum(decomposition.of(name).U.shape[1] for name in decomposition.names)
     held = decomposition.of(decomposition.names[0]).U.element_size() * slices * (samples if others == "sampled" else 1)
-    effects: Effects = [{} for _ in questions.texts]
+    effects: list[AnswerChange | None] = [None] * len(questions.texts)
     for rows, batch in question_groups(questions.batch, min(GROUP_TOKENS, PLAN_BYTES // held)):
         numbers = rows.tolist()
         texts, tokens = ([column[row] for row in numbers] for column in (questions.texts, questions.tokens))
@@ -199,7 +199,7 @@ def ablate_facts(
         measured = measure_cuts(subject, decomposition, part, {"": cut}, others, samples, seed)[""]
         for row, effect in zip(numbers, measured, strict=True):
             effects[row] = effect
-    return effects
+    return [effect for effect in effects if effect is not None]
 
 
 def measure_cuts(
@@ -210,7 +210,7 @@ def measure_cuts(
     others: str,
     samples: int,
     seed: int,
-) -> dict[str, Effects]:
+) -> dict[str, list[AnswerChange]]:
     """The effects of every cut by name, each on the same model and the same draws (see `ablate`)."""
     target = subject.target
     clean = clean_pass(target, questions.batch, ())
@@ -228,11 +228,11 @@ def measure_cuts(
     assert answers is not None
     original = log_p.gather(1, answers[:, None]).exp()[:, 0].tolist()
 
-    def effects(removed: Sequence[Address], off: Sequence[Zeroed]) -> Effects:
+    def effects(removed: Sequence[Address], off: Sequence[Zeroed]) -> list[AnswerChange]:
         cut = [without(one, removed) for one in masks]
         after = masked_answers(target, decomposition, clean, cut, off)
         far = divergence(log_p, after).tolist()
         rows = compare_answers(questions, before, after)
-        return [row | {"target": p, "kl_target": kl} for row, p, kl in zip(rows, original, far, strict=True)]
+        return [replace(row, target=p, kl_target=kl) for row, p, kl in zip(rows, original, far, strict=True)]
 
     return {name: effects(*cut) for name, cut in cuts.items()}

@@ -21,6 +21,7 @@ from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Variant, chunks
 from spdcli.errors import UsageError
 from spdcli.measures.inspection import importances_of
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 from spdcli.targets.sequences import induction_batch, toy_tokens
 
@@ -43,6 +44,39 @@ class Questions:
     texts: list[str]
     tokens: list[str]
     group: str = "prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerChange:
+    """What becomes of one answer: an entry of `effects` in `spd.suppress/1`.
+
+    `before` and `after` are probabilities of the answer `token` of `prompt`, and `ratio` is after / before; ranks count
+    from 1, the likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution, in nats. `group` is
+    prompt or fact.
+
+    What does not apply is ABSENT. Of an edit of a script: `edit`, its name. Of an ablation: `target`, the probability
+    in the target (`before` is the decomposed model's), and `kl_target`, KL(target ‖ after). `active`: which of the
+    slices are active in the prompt; None for text too long for the gates. `known`: whether the unchanged model knows
+    the fact.
+    """
+
+    edit: str | Absent = ABSENT
+    group: str
+    prompt: str
+    token: str
+    before: float
+    after: float
+    ratio: float
+    rank_before: int
+    rank_after: int
+    kl: float
+    target: float | Absent = ABSENT
+    kl_target: float | Absent = ABSENT
+    active: Sequence[str] | Absent | None = ABSENT
+    known: bool | Absent = ABSENT
+
+
+AnswerChanges = Sequence[AnswerChange]
 
 
 def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
@@ -134,11 +168,7 @@ def predictions(
 
 
 def answer_columns(answers: Tensor, before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """What becomes of the answers `[n]` between log-probabilities `before` and `after` `[n, N]`, a column a number.
-
-    `before` and `after` are probabilities of the answer and `ratio` is after / before; ranks count from 1, the
-    likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution, in nats.
-    """
+    """The numbers of `AnswerChange`, each `[n]`, of answers `[n]` and log-probabilities `before`, `after` `[n, N]`."""
     before, after = before.double(), after.double()
     first, then = before.gather(1, answers[:, None]), after.gather(1, answers[:, None])
     return {
@@ -151,20 +181,24 @@ def answer_columns(answers: Tensor, before: Tensor, after: Tensor) -> dict[str, 
     }
 
 
-def effect_rows(questions: Questions, columns: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Effects in the shape of `spd.suppress/1`, one a question, from `answer_columns`."""
-    listed = {name: column.tolist() for name, column in columns.items()}
+def changes_of(questions: Questions, columns: Mapping[str, Tensor]) -> list[AnswerChange]:
+    """The change of every question's answer, from the columns `[B]` of `answer_columns`."""
+    values = {name: column.tolist() for name, column in columns.items()}
     return [
-        {"group": questions.group, "prompt": text, "token": token}
-        | {name: values[row] for name, values in listed.items()}
+        AnswerChange(
+            group=questions.group,
+            prompt=text,
+            token=token,
+            **{name: column[row] for name, column in values.items()},
+        )
         for row, (text, token) in enumerate(zip(questions.texts, questions.tokens, strict=True))
     ]
 
 
-def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list[dict[str, Any]]:
-    """The effects of a change; `before` and `after` are log-probabilities `[B, N]` (see `answer_columns`)."""
+def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list[AnswerChange]:
+    """The change of every answer between log-probabilities `before` and `after` `[B, N]`."""
     assert questions.batch.answers is not None
-    return effect_rows(questions, answer_columns(questions.batch.answers, before, after))
+    return changes_of(questions, answer_columns(questions.batch.answers, before, after))
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
@@ -196,11 +230,9 @@ def _cut(batch: Batch, length: int) -> Batch:
     return batch.map(lambda tensor: tensor[:, :length] if tensor.dim() > 1 else tensor)
 
 
-def measure_edits(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, list[dict[str, Any]]]:
-    """The effects of every edit by name, all in one plan on the unchanged model."""
-    return {
-        name: effect_rows(questions, columns) for name, columns in measure_columns(target, questions, edits).items()
-    }
+def measure_edits(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, list[AnswerChange]]:
+    """What every edit, by name, does to every answer, all in one plan on the unchanged model."""
+    return {name: changes_of(questions, columns) for name, columns in measure_columns(target, questions, edits).items()}
 
 
 def measure_columns(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, dict[str, Tensor]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from spdcli.edits.answer_changes import Questions, given_questions, measure_edits
-from spdcli.edits.known_facts import AskedFacts, collateral
+from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, Questions, given_questions, measure_edits
+from spdcli.edits.known_facts import AskedFacts, Collateral, collateral
 from spdcli.edits.prompts_and_answers import about_token, join, pick
 from spdcli.edits.script import Edit as Written
 from spdcli.edits.script import Expect, Script, Select
@@ -24,12 +24,12 @@ from spdcli.recipe.reading import Source
 from spdcli.recipe.toml_lines import KeyPath
 from spdcli.runs.subject import Subject
 
-MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "probability": lambda effect: effect["after"],
-    "ratio": lambda effect: effect["ratio"],
-    "change": lambda effect: abs(effect["ratio"] - 1),
-    "kl": lambda effect: effect["kl"],
-    "rank": lambda effect: effect["rank_after"],
+MEASURES: dict[str, Callable[[AnswerChange], float]] = {
+    "probability": lambda effect: effect.after,
+    "ratio": lambda effect: effect.ratio,
+    "change": lambda effect: abs(effect.ratio - 1),
+    "kl": lambda effect: effect.kl,
+    "rank": lambda effect: effect.rank_after,
 }
 
 
@@ -150,6 +150,8 @@ def measure_script(
     report = []
     for edit, slices, rows in zip(script.edit, planned.slices, planned.rows, strict=True):
         effects, on_facts = measured[edit.name], moved.get(edit.name, [])
+        if facts is not None:
+            on_facts = facts.marked(on_facts)
         summaries = _summaries(facts, on_facts, subject, seed)
         report.append(
             {
@@ -168,24 +170,22 @@ def measure_script(
     return report, edits
 
 
-def _summaries(
-    facts: AskedFacts | None, effects: list[dict[str, Any]], subject: Subject, seed: int
-) -> dict[str, dict[str, Any]]:
+def _summaries(facts: AskedFacts | None, effects: AnswerChanges, subject: Subject, seed: int) -> dict[str, Collateral]:
     if facts is None:
         return {}
     own = subject.prompts.texts if subject.prompts is not None else []
     every = facts.summary(effects, seed)
-    others = [effect for effect in effects if effect["prompt"] not in own]
+    others = [effect for effect in effects if effect.prompt not in own]
     return {"all": every, "others": collateral(others, seed)}
 
 
 def _value(
-    expect: Expect, row: int | None, effects: Sequence[Mapping[str, Any]], summaries: Mapping[str, Mapping[str, Any]]
+    expect: Expect, row: int | None, effects: AnswerChanges, summaries: Mapping[str, Collateral]
 ) -> float | None:
     if row is not None:
         return MEASURES[expect.measure](effects[row])
     assert expect.facts is not None
-    return summaries[expect.facts][f"{expect.measure}_relative_change"] if summaries else None
+    return summaries[expect.facts].relative_change[expect.measure] if summaries else None
 
 
 def promise(edit: Written, expect: Expect, questions: Questions, row: int | None) -> dict[str, Any]:

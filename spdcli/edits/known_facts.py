@@ -8,15 +8,16 @@ a bootstrap over those facts. Side effects have heavy tails, so that none of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spdcli.edits.answer_changes import Questions, present_answers, prompt_questions
+from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, Questions, present_answers, prompt_questions
 from spdcli.edits.facts_file import Fact, Facts, Known, Related
 from spdcli.engine.target import Target
+from spdcli.records import ABSENT, Absent, spread
 from spdcli.runs.subject import Subject
 from spdcli.targets.prompts import encode
 
@@ -33,10 +34,38 @@ class AskedFacts:
     questions: Questions
     known: Known
 
-    def summary(self, effects: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-        """The `collateral` of an edit's effects on these facts, which are marked as known or not."""
-        mark_known(effects, self.known)
-        return collateral(effects, seed)
+    def marked(self, effects: AnswerChanges) -> list[AnswerChange]:
+        """An edit's effects on these facts, with `known` set."""
+        return mark_known(effects, self.known)
+
+    def summary(self, effects: AnswerChanges, seed: int) -> Collateral:
+        """The `collateral` of an edit's effects on these facts, marked or not."""
+        return collateral(self.marked(effects), seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeSizes:
+    """How large relative changes |after / before - 1| are.
+
+    `relative_change` by statistic, and `interval`, the bootstrap percentile interval (low, high) of each at `level`;
+    None of each where nothing was measured. The last two are ABSENT where no interval was drawn.
+    """
+
+    relative_change: Mapping[str, float | None] = field(metadata=spread("{}_relative_change"))
+    interval: Mapping[str, tuple[float, float] | None] | Absent = ABSENT
+    level: float | Absent = ABSENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collateral(ChangeSizes):
+    """How far an edit moves the facts that a model knows (`facts` of `spd.suppress/1`).
+
+    The sizes are over the `known` of `asked` facts, and `worst` are the ones that moved most.
+    """
+
+    asked: int
+    known: int
+    worst: AnswerChanges
 
 
 def fact_questions(
@@ -70,10 +99,12 @@ def known_mask(p: Tensor, rank: Tensor, known: Known) -> Tensor:
     return (p > known.probability) & (rank <= known.rank)
 
 
-def mark_known(effects: Sequence[dict[str, Any]], known: Known) -> None:
-    """Add to every effect whether the unchanged model knows its answer."""
-    for effect in effects:
-        effect["known"] = effect["before"] > known.probability and effect["rank_before"] <= known.rank
+def mark_known(effects: AnswerChanges, known: Known) -> list[AnswerChange]:
+    """The effects with `known` set: whether the unchanged model knows the answer."""
+    return [
+        replace(effect, known=effect.before > known.probability and effect.rank_before <= known.rank)
+        for effect in effects
+    ]
 
 
 def relative_change(ratio: Tensor) -> Tensor:
@@ -81,35 +112,33 @@ def relative_change(ratio: Tensor) -> Tensor:
     return (ratio - 1).abs()
 
 
-def collateral(effects: Sequence[Mapping[str, Any]], seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
-    """How far the known facts among `effects` moved (shape `facts` of `spd.suppress/1`).
-
-    `known` of `asked` facts count; `median_relative_change`, `mean_…` and `max_…` are over those, `interval` has the
-    bootstrap percentile interval `[low, high]` of each at `level`, and `worst` names the facts that moved most. All
-    numbers are None where no fact is known.
-    """
-    facts = [effect for effect in effects if effect["group"] == "fact"]
-    known = [effect for effect in facts if effect["known"]]
-    changes = relative_change(torch.tensor([effect["ratio"] for effect in known], dtype=torch.float64))
-    summary = summarise(changes, seed, draws)
+def collateral(effects: AnswerChanges, seed: int = 0, draws: int = DRAWS) -> Collateral:
+    """How far those facts among `effects` moved that are marked as known."""
+    facts = [effect for effect in effects if effect.group == "fact"]
+    known = [effect for effect in facts if effect.known]
+    changes = relative_change(torch.tensor([effect.ratio for effect in known], dtype=torch.float64))
+    sizes = summarise(changes, seed, draws)
     order = changes.argsort(descending=True, stable=True)[:WORST].tolist()
-    keys = ("prompt", "token", "before", "after", "ratio", "kl")
-    worst = [{key: known[row][key] for key in keys} for row in order]
-    return {"asked": len(facts), "known": len(known), **summary, "worst": worst}
+    return Collateral(
+        asked=len(facts),
+        known=len(known),
+        relative_change=sizes.relative_change,
+        interval=sizes.interval,
+        level=sizes.level,
+        worst=[known[row] for row in order],
+    )
 
 
-def summarise(changes: Tensor, seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
-    """Median, mean and max of relative changes `[n]` with their bootstrap intervals; None of each where n is 0."""
+def summarise(changes: Tensor, seed: int = 0, draws: int = DRAWS) -> ChangeSizes:
+    """The statistics of relative changes `[n]` with their bootstrap intervals; None of each where n is 0."""
     if not len(changes):
-        return {f"{name}_relative_change": None for name in STATISTICS} | {
-            "interval": dict.fromkeys(STATISTICS),
-            "level": LEVEL,
-        }
-    intervals = bootstrap(changes, seed, draws)
-    return {f"{name}_relative_change": value.item() for name, value in statistics(changes).items()} | {
-        "interval": {name: bounds.tolist() for name, bounds in intervals.items()},
-        "level": LEVEL,
-    }
+        return ChangeSizes(relative_change=dict.fromkeys(STATISTICS), interval=dict.fromkeys(STATISTICS), level=LEVEL)
+    intervals = {name: tuple(bounds.tolist()) for name, bounds in bootstrap(changes, seed, draws).items()}
+    return ChangeSizes(
+        relative_change={name: value.item() for name, value in statistics(changes).items()},
+        interval=intervals,
+        level=LEVEL,
+    )
 
 
 def statistics(changes: Tensor) -> dict[str, Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from spdcli.edits.answer_changes import AnswerChanges
 from spdcli.figures.curves import save
 
 PANELS = {"state": "one hidden state", "mlp": "a window of MLPs", "attention": "a window of attention"}
@@ -41,21 +42,21 @@ def save_trace(traced: Mapping[str, Any], directory: Path, name: str) -> list[Pa
     return save(figure, directory, name)
 
 
-def save_zeroed(alone: Mapping[str, Sequence[Mapping[str, Any]]], directory: Path) -> list[Path]:
+def save_zeroed(alone: Mapping[str, AnswerChanges], directory: Path) -> list[Path]:
     """Figure 9: P(answer) with each MLP layer zeroed, a panel a prompt; the dashed line is the whole model's.
 
-    `alone` are effects by layer, in the shape of `spd.suppress/1`; the labels `mlp N` say which.
+    `alone` are effects by layer; the labels `mlp N` say which.
     """
     layers = [int(label.removeprefix("mlp ")) for label in alone]
     prompts = list(zip(*alone.values(), strict=True))  # by prompt, its effects in the order of the layers
     figure = Figure(figsize=(3.6 * min(len(prompts), 3) + 0.4, 2.6 * -(-len(prompts) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(prompts) // 3), min(len(prompts), 3), squeeze=False).flatten()
     for axes, effects in zip(panels, prompts, strict=False):
-        whole = effects[0]["before"]
-        axes.plot(layers, [effect["after"] for effect in effects], color="black", marker="o", markersize=3)
+        whole = effects[0].before
+        axes.plot(layers, [effect.after for effect in effects], color="black", marker="o", markersize=3)
         axes.axhline(whole, color="0.4", linestyle="--", linewidth=1)
-        axes.set(xlabel="MLP layer zeroed", ylabel=f"P({effects[0]['token'].strip()})", ylim=(0, None))
-        axes.set_title(shortened(effects[0]["prompt"]), fontsize="small")
+        axes.set(xlabel="MLP layer zeroed", ylabel=f"P({effects[0].token.strip()})", ylim=(0, None))
+        axes.set_title(shortened(effects[0].prompt), fontsize="small")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[len(prompts) :]:
         axes.set_axis_off()

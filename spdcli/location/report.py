@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spdcli.edits.ablation import Cut, Effects, ablate_facts, measure_cuts, zeroed_mlp
-from spdcli.edits.answer_changes import own_questions, present_answers
+from spdcli.edits.ablation import Cut, ablate_facts, measure_cuts, zeroed_mlp
+from spdcli.edits.answer_changes import AnswerChanges, own_questions, present_answers
 from spdcli.edits.facts_file import Facts
 from spdcli.edits.known_facts import AskedFacts, facts_beside, known_mask
 from spdcli.edits.prompts_and_answers import pick
@@ -127,7 +127,7 @@ def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> 
     return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, ((), [every[n]])) for n in asked}, needed)
 
 
-def most_needed(row: int, by_layer: Sequence[Effects]) -> int:
+def most_needed(row: int, by_layer: Sequence[AnswerChanges]) -> int:
     """The layer other than 0 that lowers the answer of prompt `row` most, without halving that of another prompt.
 
     A layer that does destroys the model and tells no fact's place, as layer 0 does; where all are so, all count.
@@ -135,7 +135,7 @@ def most_needed(row: int, by_layer: Sequence[Effects]) -> int:
     later = range(1, len(by_layer))
 
     def spares(layer: int) -> bool:
-        return all(effect["ratio"] > HALVED for other, effect in enumerate(by_layer[layer]) if other != row)
+        return all(effect.ratio > HALVED for other, effect in enumerate(by_layer[layer]) if other != row)
 
     fair = [layer for layer in later if spares(layer)] or later
-    return min(fair, key=lambda layer: by_layer[layer][row]["ratio"], default=0)
+    return min(fair, key=lambda layer: by_layer[layer][row].ratio, default=0)

@@ -49,8 +49,8 @@ def cells(row: Mapping[str, Any], intervals: bool = False) -> list[str]:
     found = [row["name"], show(row["own"]), show(row["others"])]
     facts = row["facts"]
     for name in STATISTICS:
-        value = None if facts is None else facts[f"{name}_relative_change"]
-        bounds = facts["interval"][name] if intervals and facts is not None and "interval" in facts else None
+        value = None if facts is None else facts.relative_change[name]
+        bounds = facts.interval[name] if intervals and facts is not None and facts.interval else None
         found.append(size(value) + (f" ({bounds[0]:.1%} to {bounds[1]:.1%})" if bounds else ""))
     return found
 

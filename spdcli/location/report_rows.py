@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdcli.edits.ablation import Effects
-from spdcli.edits.answer_changes import measure_edits
+from spdcli.edits.answer_changes import AnswerChanges, measure_edits
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import STATISTICS, AskedFacts, fact_questions
+from spdcli.edits.known_facts import STATISTICS, AskedFacts, ChangeSizes, fact_questions
 from spdcli.edits.suppression import Address
 from spdcli.location.fact_edits import Place, Scene, SideBySide, fact_edits
 
@@ -25,8 +24,8 @@ class ZeroedLayers:
     """Effects of each zeroed MLP layer: on the run's `prompts` by its label, on the known `facts` by its number where
     they were asked; `needed` is, by prompt, the layer other than 0 that the answer needs most."""
 
-    prompts: dict[str, Effects]
-    facts: dict[int, Effects]
+    prompts: Mapping[str, AnswerChanges]
+    facts: Mapping[int, AnswerChanges]
     needed: list[int]
 
 
@@ -51,7 +50,7 @@ def fact_entry(
     for place in side.places:
         rows += place_rows(place, on_prompts, on_facts, row, known)
     return {
-        "before": on_prompts["direct"][row]["before"],
+        "before": on_prompts["direct"][row].before,
         "chosen": {"rule": [str(one) for one in side.rule], "effect": [str(one) for one in side.effect]},
         "named_at": side.positions,
         "rows": rows,
@@ -85,15 +84,15 @@ def traced_rows(entry: Mapping[str, Any]) -> list[Row]:
 
 
 def one_row(
-    name: str, kind: str, on_prompts: Effects, on_facts: Effects | None, row: int, known: AskedFacts | None
+    name: str, kind: str, on_prompts: AnswerChanges, on_facts: AnswerChanges | None, row: int, known: AskedFacts | None
 ) -> Row:
     """The row of one intervention from its effects on the run's prompts and on the known facts."""
-    others = [effect["ratio"] - 1 for number, effect in enumerate(on_prompts) if number != row]
+    others = [effect.ratio - 1 for number, effect in enumerate(on_prompts) if number != row]
     summary = None if known is None or on_facts is None else known.summary(on_facts, seed=0)
     return {
         "name": name,
         "kind": kind,
-        "own": on_prompts[row]["ratio"] - 1,
+        "own": on_prompts[row].ratio - 1,
         "others": max(others, key=abs, default=None),
         "facts": summary,
     }
@@ -101,8 +100,8 @@ def one_row(
 
 def place_rows(
     place: Place,
-    on_prompts: Mapping[str, Effects],
-    on_facts: Mapping[str, Effects],
+    on_prompts: Mapping[str, AnswerChanges],
+    on_facts: Mapping[str, AnswerChanges],
     row: int,
     known: AskedFacts | None,
 ) -> list[Row]:
@@ -123,19 +122,21 @@ def combined(rows: Sequence[Row], join: Any) -> Row:
         return join(sizes) if sizes else None
 
     found: Row = {key: over([row[key] for row in rows]) for key in ("own", "others")}
-    keys = [f"{name}_relative_change" for name in STATISTICS]
-    told = [row["facts"] for row in rows if row["facts"] is not None]
-    found["facts"] = {key: over([one[key] for one in told]) for key in keys} if told else None
+    sizes = [row["facts"].relative_change for row in rows if row["facts"] is not None]
+    joined = {name: over([one[name] for one in sizes]) for name in STATISTICS}
+    found["facts"] = ChangeSizes(relative_change=joined) if sizes else None
     return found | {"sizes": True}
 
 
-def slice_effects(side: SideBySide, on_prompts: Mapping[str, Effects], tokens: Sequence[str]) -> list[dict[str, Any]]:
+def slice_effects(
+    side: SideBySide, on_prompts: Mapping[str, AnswerChanges], tokens: Sequence[str]
+) -> list[dict[str, Any]]:
     """The rule's slices, each suppressed alone and then all together, on every prompt (Figures 3 and 4)."""
 
     def told(name: str, addresses: Sequence[Address], at: Sequence[int]) -> dict[str, Any]:
         effects = on_prompts[name]
         where = {"slices": [str(one) for one in addresses], "tokens": [tokens[position] for position in at]}
-        return where | {key: [effect[key] for effect in effects] for key in ("before", "after", "ratio")}
+        return where | {key: [getattr(effect, key) for effect in effects] for key in ("before", "after", "ratio")}
 
     placed = sorted(side.rule.items(), key=lambda pair: pair[1])  # in the order of the prompt
     alone = [told(str(address), [address], [position]) for address, position in placed]
@@ -158,7 +159,8 @@ def related_effects(
     for number, one in enumerate(related):
         effects = {name: rows[number] for name, rows in measured.items()}
         first = next(iter(effects.values()))
-        entry = {"kind": one.kind, "prompt": one.prompt, "token": first["token"], "before": first["before"]}
-        after = {name: {key: e[key] for key in ("after", "ratio", "rank_after")} for name, e in effects.items()}
-        found.append(entry | {"rank_before": first["rank_before"], "edits": after})
+        entry = {"kind": one.kind, "prompt": one.prompt, "token": first.token, "before": first.before}
+        keys = ("after", "ratio", "rank_after")
+        after = {name: {key: getattr(effect, key) for key in keys} for name, effect in effects.items()}
+        found.append(entry | {"rank_before": first.rank_before, "edits": after})
     return found

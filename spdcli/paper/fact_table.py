@@ -41,6 +41,7 @@ from spdcli.location.baselines import (
     static_duals,
 )
 from spdcli.measures.inspection import matching
+from spdcli.records import plain
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import ridged, second_moments
 
@@ -166,18 +167,18 @@ def fact_table(stage: Stage) -> list[dict[str, Any]]:
         beside = measure_edits(stage.subject.target, stage.facts, edits)
         entry: dict[str, Any] = {"prompt": text, "token": stage.own.tokens[row], "edits": {}}
         for method in (name for name in METHODS if name in edits):
-            changes = [effect["ratio"] - 1 for effect in own[method]]
-            entry["before"] = own[method][row]["before"]
-            facts = torch.tensor([abs(effect["ratio"] - 1) for effect in beside[method]], dtype=torch.float64)
-            worst = max(beside[method], key=lambda effect: abs(effect["ratio"] - 1))
+            changes = [effect.ratio - 1 for effect in own[method]]
+            entry["before"] = own[method][row].before
+            facts = torch.tensor([abs(effect.ratio - 1) for effect in beside[method]], dtype=torch.float64)
+            worst = max(beside[method], key=lambda effect: abs(effect.ratio - 1))
             entry["edits"][method] = {
                 "slices": chosen.get(method),
                 "own": changes[row],
                 "others": max((abs(change) for i, change in enumerate(changes) if i != row), default=0.0),
                 "norm": edit_norm(edits[method]),
-                "worst": {"prompt": worst["prompt"], "ratio": worst["ratio"]},
+                "worst": {"prompt": worst.prompt, "ratio": worst.ratio},
                 "known": len(facts),
-                **summarise(facts, stage.seed),
+                **plain(summarise(facts, stage.seed)),
             }
         told.append(entry)
     return told

@@ -37,9 +37,9 @@ def test_ablated_slices_are_subtracted(case, request, tmp_path):
         effects = found["alone"][name] if name else found["effects"]
         for effect, wanted in zip(effects, compare_answers(questions, before, after), strict=True):
             for key in ("before", "after", "kl"):
-                assert effect[key] == pytest.approx(wanted[key], **tolerance)
-            assert effect["target"] == pytest.approx(effect["before"])
-            assert effect["kl_target"] == pytest.approx(effect["kl"], **tolerance)
+                assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
+            assert effect.target == pytest.approx(effect.before)
+            assert effect.kl_target == pytest.approx(effect.kl, **tolerance)
 
 
 @torch.no_grad()
@@ -73,10 +73,10 @@ def test_all_kept_is_the_whole_decomposition(delta, request, tmp_path):
         found, compare_answers(questions, whole, cut), compare_answers(questions, own, cut), strict=True
     ):
         for key in ("before", "after", "kl"):
-            assert effect[key] == pytest.approx(wanted[key], **tolerance)
-        assert (effect["target"], effect["kl_target"]) == (
-            pytest.approx(far["before"], **tolerance),
-            pytest.approx(far["kl"], **tolerance),
+            assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
+        assert (effect.target, effect.kl_target) == (
+            pytest.approx(far.before, **tolerance),
+            pytest.approx(far.kl, **tolerance),
         )
 
 
@@ -97,7 +97,7 @@ def test_others_at_their_importance(others, request, tmp_path, monkeypatch):
     after = by_masks(subject, decomposition, questions, g, 0.0)
     for effect, wanted in zip(found, compare_answers(questions, before, after), strict=True):
         for key in ("before", "after", "kl"):
-            assert effect[key] == pytest.approx(wanted[key], **tolerance)
+            assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
 
 
 def test_sampled_masks_lie_between_g_and_one(request, tmp_path):
@@ -133,7 +133,7 @@ def test_a_zeroed_mlp_is_a_forward_without_it(case, request, tmp_path, monkeypat
         effects = found["effects"] if len(labels) == 2 else found["alone"][labels[0]]
         for effect, wanted in zip(effects, compare_answers(questions, before, after), strict=True):
             for key in ("before", "after", "kl"):
-                assert effect[key] == pytest.approx(wanted[key], **tolerance)
+                assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
     torch.testing.assert_close(answers_of(subject, questions), before, rtol=0, atol=0)  # no hook is left
 
 
@@ -165,8 +165,8 @@ def test_a_zeroed_matrix_keeps_its_bias(case, name, request, tmp_path):
     after = in_place(subject, questions, lambda: subject.target.matrices[name].weight.zero_())
     assert found["alone"] == {}
     for effect, wanted in zip(found["effects"], compare_answers(questions, before, after), strict=True):
-        assert effect["after"] == pytest.approx(wanted["after"], **tolerance)
-        assert effect["kl"] == pytest.approx(wanted["kl"], **tolerance)
+        assert effect.after == pytest.approx(wanted.after, **tolerance)
+        assert effect.kl == pytest.approx(wanted.kl, **tolerance)
 
 
 def test_slices_and_an_earlier_mlp_together(request, tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_slices_and_an_earlier_mlp_together(request, tmp_path, monkeypatch):
     monkeypatch.setattr(subject.target.blocks[0].mlp, "forward", lambda x: torch.zeros_like(x))
     after = in_place(subject, questions, change)
     for effect, wanted in zip(found, compare_answers(questions, before, after), strict=True):
-        assert effect["after"] == pytest.approx(wanted["after"], **tolerance)
+        assert effect.after == pytest.approx(wanted.after, **tolerance)
 
 
 def test_hooks_go_even_when_the_model_fails(request, tmp_path):

@@ -8,6 +8,7 @@ import statistics
 
 import pytest
 import torch
+from edited_models import answer_change
 from small_runs import MODEL, model_recipe, one_line, spd_here
 
 from spdcli.edits import ablation
@@ -25,6 +26,7 @@ from spdcli.edits.known_facts import (
 from spdcli.edits.suppression import find_slices
 from spdcli.engine.target import Batch
 from spdcli.errors import RecipeError
+from spdcli.records import plain
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject
 from spdcli.targets.huggingface import build_target, load_model
@@ -226,43 +228,34 @@ def test_known_is_both_thresholds():
     p, rank = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64), torch.tensor([1, 2, 1, 1])
     assert known_mask(p, rank, Known()).tolist() == [True, False, False, False]
     assert known_mask(p, rank, Known(probability=0.1, rank=2)).tolist() == [True, True, True, False]
-    effects = [{"before": a, "rank_before": b} for a, b in zip(p.tolist(), rank.tolist(), strict=True)]
-    mark_known(effects, Known(rank=2))
-    assert [effect["known"] for effect in effects] == [True, True, False, False]
+    effects = [answer_change(before=a, rank_before=b) for a, b in zip(p.tolist(), rank.tolist(), strict=True)]
+    assert [effect.known for effect in mark_known(effects, Known(rank=2))] == [True, True, False, False]
 
 
 # --- collateral ------------------------------------------------------------------------------------------
 
 
-def effect(ratio, known=True, group="fact", prompt=""):
-    return {
-        "group": group,
-        "prompt": prompt or f"{ratio}",
-        "token": " x",
-        "before": 0.5,
-        "after": 0.5 * ratio,
-        "ratio": ratio,
-        "kl": 0.0,
-        "known": known,
-    }
+def effect(ratio, known=True, group="fact"):
+    return answer_change(ratio, known=known, group=group)
 
 
 def test_collateral_by_hand():
     effects = [effect(1.1), effect(0.5), effect(1.0), effect(3.0), effect(9.0, known=False)]
-    found = collateral([*effects, effect(7.0, group="prompt")])
-    assert (found["known"], found["asked"]) == (4, 5)
-    assert found["median_relative_change"] == pytest.approx(0.3)  # of 0, 0.1, 0.5, 2
-    assert found["mean_relative_change"] == pytest.approx(0.65)
-    assert found["max_relative_change"] == pytest.approx(2.0)
-    assert [worst["prompt"] for worst in found["worst"]] == ["3.0", "0.5", "1.1"]
+    facts = collateral([*effects, effect(7.0, group="prompt")])
+    assert (facts.known, facts.asked) == (4, 5)
+    written = plain(facts)
+    assert written["median_relative_change"] == pytest.approx(0.3)  # of 0, 0.1, 0.5, 2
+    assert written["mean_relative_change"] == pytest.approx(0.65)
+    assert written["max_relative_change"] == pytest.approx(2.0)
+    assert [worst["prompt"] for worst in written["worst"]] == ["3.0", "0.5", "1.1"]
     assert torch.equal(relative_change(torch.tensor([0.0, 1.0, 2.0])), torch.tensor([1.0, 0.0, 1.0]))
 
 
 def test_nothing_known_is_no_number():
-    found = collateral([effect(2.0, known=False)])
-    assert (found["known"], found["asked"], found["worst"]) == (0, 1, [])
-    assert found["median_relative_change"] is found["mean_relative_change"] is found["max_relative_change"] is None
-    assert found["interval"] == {"median": None, "mean": None, "max": None}
+    written = plain(collateral([effect(2.0, known=False)]))
+    assert (written["known"], written["asked"], written["worst"]) == (0, 1, [])
+    assert {written[f"{name}_relative_change"] for name in ("median", "mean", "max")} == {None}
+    assert written["interval"] == {"median": None, "mean": None, "max": None}
 
 
 def test_intervals_are_those_of_a_slow_bootstrap():
@@ -444,8 +437,8 @@ def test_masks_of_many_facts_are_drawn_in_groups(tiny_gpt2_dir, tmp_path, monkey
             subject, decomposition, given_questions(subject, [text], False), {"": cut}, "importance", 1, 0
         )[""][0]
         for found in (one, other):
-            assert found["prompt"] == text
-            assert found["after"] == pytest.approx(alone["after"], rel=1e-9)
+            assert found.prompt == text
+            assert found.after == pytest.approx(alone.after, rel=1e-9)
 
 
 def test_facts_that_are_too_long_are_left_out_aloud(spd, run, few):

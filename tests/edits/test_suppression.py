@@ -26,6 +26,7 @@ from spdcli.edits.suppression import (
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.errors import UsageError
 from spdcli.measures.inspection import importances_of
+from spdcli.records import plain
 
 
 def weight_target(**weights):
@@ -199,11 +200,11 @@ def test_effects_equal_those_of_edited_weights(case, request, tmp_path):
     for name, own in chosen.items():
         after = in_place(subject, questions, cut_in_place(subject, decomposition, own))
         expected = compare_answers(questions, before, after)
-        assert max(effect["kl"] for effect in expected) > 1e-4  # something to see
+        assert max(effect.kl for effect in expected) > 1e-4  # something to see
         for effect, wanted in zip(measured[name], expected, strict=True):
             for key in ("before", "after", "ratio", "kl"):
-                assert effect[key] == pytest.approx(wanted[key], **tolerance), (name, key)
-            assert (effect["rank_before"], effect["rank_after"]) == (wanted["rank_before"], wanted["rank_after"])
+                assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance), (name, key)
+            assert (effect.rank_before, effect.rank_after) == (wanted.rank_before, wanted.rank_after)
 
 
 def test_an_edit_is_held_once_a_matrix(tiny_gpt2_dir, request, tmp_path):
@@ -220,7 +221,7 @@ def test_compare_answers_by_hand():
     before, after = torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([[0.5, 0.125, 0.375]])
     (effect,) = compare_answers(questions, before.log(), after.log())
     kl = 0.25 * torch.tensor(0.5).log() + 0.5 * torch.tensor(4.0).log() + 0.25 * torch.tensor(2 / 3).log()
-    assert effect == {
+    assert plain(effect) == {
         "group": "prompt",
         "prompt": "x",
         "token": "y",
@@ -282,7 +283,7 @@ def test_order_does_not_matter_for_the_model(request, tmp_path):
     measured = list(measure_edits(subject.target, questions, edits).values())
     for effects in measured[1:]:
         for effect, first in zip(effects, measured[0], strict=True):
-            assert effect["after"] == pytest.approx(first["after"], **tolerance)
+            assert effect.after == pytest.approx(first.after, **tolerance)
     fresh = AutoModelForCausalLM.from_pretrained(request.getfixturevalue("tiny_gpt2_dir"), dtype=torch.float64).eval()
     W = fresh.transformer.get_submodule(names[0]).weight
     with torch.no_grad():
@@ -290,4 +291,4 @@ def test_order_does_not_matter_for_the_model(request, tmp_path):
         for row, effect in enumerate(measured[0]):
             tokens = questions.batch.tokens[row][questions.batch.valid[row]][None]
             p = fresh(tokens).logits[0, -1].softmax(-1)[questions.batch.answers[row]].item()
-            assert effect["after"] == pytest.approx(p, rel=1e-9)
+            assert effect.after == pytest.approx(p, rel=1e-9)

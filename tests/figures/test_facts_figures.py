@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
+from edited_models import answer_change
 from matplotlib.image import imread
 
 from spdcli.figures import facts as figures_facts
@@ -64,7 +65,7 @@ def test_a_trace_names_its_tokens_and_its_kinds(tmp_path, monkeypatch):
 
 
 def test_zeroed_layers_are_a_line_under_a_dashed_one(tmp_path, monkeypatch):
-    effect = lambda token, after: {"prompt": f"a b{token}", "token": token, "before": 0.5, "after": after}  # noqa: E731
+    effect = lambda token, after: answer_change(prompt=f"a b{token}", token=token, after=after)  # noqa: E731
     alone = {f"mlp {layer}": [effect(" c", 0.1 * layer), effect(" d", 0.4)] for layer in (0, 1, 3)}
     grey(save_zeroed(alone, tmp_path)[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlp-zeroed.png", "mlp-zeroed.svg"]

@@ -115,8 +115,8 @@ def test_an_optimised_edit_takes_its_answer_and_leaves_the_other(subject, count)
         effects = measure_edits(subject.target, questions, {"": edit})[""]
         random_one = random_edit(subject.target, NAME, edit_norm(edit), count, seed=1)
         control = measure_edits(subject.target, questions, {"": random_one})[""]
-        assert effects[row]["ratio"] < 0.5 * control[row]["ratio"]
-        assert effects[1 - row]["kl"] < 0.2 * effects[row]["kl"]
+        assert effects[row].ratio < 0.5 * control[row].ratio
+        assert effects[1 - row].kl < 0.2 * effects[row].kl
 
 
 def test_an_optimised_edit_follows_the_gradient_of_its_whole_objective(subject):

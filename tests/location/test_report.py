@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from edited_models import answer_change
 from matplotlib.image import imread
 from planted_gates import FC, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
+from spdcli.edits.answer_changes import AnswerChange
+from spdcli.edits.known_facts import STATISTICS, ChangeSizes
 from spdcli.figures.facts import save_names, save_slices
 from spdcli.files import save_tensors
 from spdcli.location.report import most_needed
 from spdcli.location.report_markdown import markdown, percent, size, table
 from spdcli.location.report_rows import combined, traced_rows
+from spdcli.records import plain
 from spdcli.runs.directory import DECOMPOSITION
 
 KOBE, TIGER = "Kobe Bryant plays professional basketball", "Tiger Woods plays the sport of golf"
@@ -115,7 +119,7 @@ def test_the_rows_are_what_the_other_commands_say(spd, run, facts):
             assert row["facts"]["interval"][name] == pytest.approx(suppressed["facts"]["interval"][name], abs=1e-6)
     zeroed = answer(spd, "ablate", run, "--mlp", "all")["alone"]
     assert data["mlp_zeroed"].keys() == zeroed.keys() == {"mlp 0", "mlp 1", "mlp 2"}
-    needed = most_needed(0, [zeroed[f"mlp {layer}"] for layer in range(3)])
+    needed = most_needed(0, [[AnswerChange(**effect) for effect in effects] for effects in zeroed.values()])
     for layer in (0, needed):
         ratios = [effect["ratio"] - 1 for effect in zeroed[f"mlp {layer}"]]
         row = row_of(kobe, f"MLP {layer} zeroed")
@@ -201,7 +205,7 @@ def test_what_cannot_be_reported(spd, run, tmp_path):
 
 def test_the_needed_layer_destroys_nothing_else():
     ratios = [(0.0, 0.0), (0.1, 0.3), (0.6, 0.9), (0.5, 0.6), (0.9, 0.1)]  # of two prompts, by layer
-    effects = [[{"ratio": ratio} for ratio in row] for row in ratios]
+    effects = [[answer_change(ratio) for ratio in row] for row in ratios]
     assert most_needed(0, effects) == 3  # 1 lowers it further, and the other prompt to less than half
     assert most_needed(1, effects) == 4
     assert most_needed(0, effects[:2]) == 1  # there is no better one
@@ -213,10 +217,10 @@ def test_the_needed_layer_destroys_nothing_else():
 
 
 def test_rows_of_several_edits_are_sizes():
-    facts = lambda x: {f"{name}_relative_change": x for name in ("median", "mean", "max")}  # noqa: E731
+    facts = lambda x: ChangeSizes(relative_change=dict.fromkeys(STATISTICS, x))  # noqa: E731
     rows = [{"own": -0.5, "others": None, "facts": facts(0.1)}, {"own": 0.1, "others": -0.2, "facts": facts(0.3)}]
     largest = combined(rows, max)
-    assert (largest["own"], largest["others"], largest["facts"]["max_relative_change"]) == (0.5, 0.2, 0.3)
+    assert (largest["own"], largest["others"], plain(largest["facts"])["max_relative_change"]) == (0.5, 0.2, 0.3)
     assert combined([{"own": 0.1, "others": None, "facts": None}], max)["facts"] is None
 
 
