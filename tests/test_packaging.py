@@ -31,7 +31,7 @@ def test_the_wheel_carries_the_package_and_its_recipes(wheel: zipfile.ZipFile) -
     names = set(wheel.namelist())
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "spdcli").rglob("*.py")}
     assert sources <= names
-    assert wheel.read("spdcli/facts.toml") == (ROOT / "spdcli/facts.toml").read_bytes()
+    assert wheel.read("spdcli/edits/facts.toml") == (ROOT / "spdcli/edits/facts.toml").read_bytes()
     for recipe in (ROOT / "recipes").glob("*.toml"):
         assert wheel.read(f"spdcli/recipes/{recipe.name}") == recipe.read_bytes()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"spdcli", "spd_cli"}

@@ -134,7 +134,7 @@ def draw_layers(loaded: LoadedRun, alone: dict[str, Any]) -> list[Path]:
     layers = {label: effects for label, effects in alone.items() if label.startswith("mlp ")}
     if not layers:
         raise UsageError("--figure needs several layers, and this target has one")
-    return save_zeroed(layers, loaded.directory / FIGURES)
+    return save_zeroed(layers, loaded.home / FIGURES)
 
 
 def take_away(

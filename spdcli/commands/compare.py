@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spdcli.commands.options import Device, Force, Json, Quiet, Seed, Set, Verbose, make_console
-from spdcli.commands.train import RecipeName
+from spdcli.commands.options import Device, Force, Json, Quiet, RecipeName, Seed, Set, Verbose, make_console
 from spdcli.console import Console
 from spdcli.errors import UsageError
 
@@ -79,12 +78,14 @@ def measure(
     folder: Path, name: str, loaded: LoadedRecipe, sequences: int, force: bool, console: Console
 ) -> dict[str, Any]:
     """One run, trained and evaluated unless it is there already."""
-    from spdcli.commands.reproduce import claim_run, decomposed_run
+    from spdcli.api import finished
     from spdcli.measures.evaluation import evaluate
+    from spdcli.runs.training import claimed_run
 
     console.note(f"{name}, {loaded.recipe.decompose.steps} steps, in {folder}")
-    opened = decomposed_run(claim_run(folder, loaded, force), loaded, console)
-    last = opened.directory.metrics()[-1]
+    with console.progress() as report:
+        opened = finished(claimed_run(folder, loaded, force), loaded, report)
+    last = opened.home.metrics()[-1]
     found = evaluate(opened.subject, opened.decomposition, sequences, 0.0, loaded.recipe.seed)
     return {
         "with": name,

@@ -76,7 +76,7 @@ def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int)
     from spdcli.runs.directory import EVAL
 
     found = measure(loaded.subject, loaded.decomposition, sequences, threshold, seed)
-    run = loaded.directory
+    run = loaded.home
     settings = {"run": str(run.path), "target": loaded.recipe.target.kind, "seed": seed, "threshold": threshold}
     data: dict[str, Any] = {"schema": "spd.eval/1", **settings, **found}
     if has_circuit(loaded.subject):
@@ -96,7 +96,7 @@ def explain(loaded: LoadedRun, threshold: float, seed: int) -> dict[str, Any]:
     stage = circuit.scene(subject, loaded.decomposition, circuit.SEQUENCES, threshold, seed)
     found = circuit.circuit(stage) | {"controls": controls.gate_controls(stage, seed)}
     shown = circuit.example(stage)
-    save_circuit(found, shown, [subject.token_text(token) for token in shown["tokens"]], loaded.directory / FIGURES)
+    save_circuit(found, shown, [subject.token_text(token) for token in shown["tokens"]], loaded.home / FIGURES)
     return found
 
 

@@ -27,6 +27,7 @@ Set = Annotated[
         show_default=False,
     ),
 ]
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The run directory to write.")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory, as spd decompose writes it.", metavar="RUN")]
 Threshold = Annotated[

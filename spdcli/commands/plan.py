@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spdcli.commands.options import Device, Json, Quiet, Set, Verbose, make_console
-from spdcli.commands.train import RecipeName
+from spdcli.commands.options import Device, Json, Quiet, RecipeName, Set, Verbose, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table

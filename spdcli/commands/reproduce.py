@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from spdcli.commands.options import Device, Force, Json, Quiet, Set, Verbose, make_console
-from spdcli.errors import Interrupted, UsageError
+from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from spdcli.console import Console
-    from spdcli.recipe.reading import LoadedRecipe
-    from spdcli.runs.directory import RunDirectory
-    from spdcli.runs.loading import LoadedRun
-    from spdcli.runs.subject import Subject
+    pass
 
 REPORT = "reproduce.json"
 
@@ -90,48 +85,3 @@ def reproduce(
     console.result(out)
     if failed is not None:
         raise failed
-
-
-def claim_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
-    """The run at `path`, there already by the same recipe, or new; UsageError when it is by another one."""
-    from spdcli.commands.decompose import changed_settings
-    from spdcli.runs.directory import RECIPE, RunDirectory
-
-    if force or not (path / RECIPE).exists():
-        return RunDirectory.create(path, loaded.recipe, force)
-    run = RunDirectory.open(path)
-    for key, (before, after) in changed_settings(run, loaded.recipe).items():
-        if key == "device":
-            continue
-        raise UsageError(
-            f"{path} was made with {key} = {before!r}, not {after!r}",
-            "--force replaces it, --out names another directory",
-        )
-    return run
-
-
-def decomposed_run(run: RunDirectory, loaded: LoadedRecipe, console: Console) -> LoadedRun:
-    """Trains what is not yet trained of a run, toy and decomposition, and opens it."""
-    from spdcli.commands.decompose import prepare_subject
-    from spdcli.runs.loading import load
-
-    finish_run(run, loaded, lambda: prepare_subject(run, loaded, console), console)
-    return load(run.path, loaded.recipe.device)
-
-
-def finish_run(run: RunDirectory, loaded: LoadedRecipe, subject: Callable[[], Subject], console: Console) -> None:
-    """Trains the decomposition of a run to its end, unless that was done before."""
-    from spdcli.commands.decompose import learn
-    from spdcli.runs.directory import DECOMPOSITION
-
-    try:
-        records = run.metrics()
-        done = (run / DECOMPOSITION).exists() and records and records[-1]["step"] == loaded.recipe.decompose.steps
-        if done:
-            console.note(f"{run.path} is decomposed already")
-        else:
-            learn(run, loaded, subject(), console)
-    except (Interrupted, KeyboardInterrupt):
-        raise Interrupted(
-            f"stopped; {run.path} is as it was last saved", "the same command goes on from there"
-        ) from None

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spdcli.commands.reproduce import REPORT, claim_run, finish_run
+from spdcli.commands.reproduce import REPORT
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import read_json
 
@@ -45,9 +45,10 @@ def reproduce_facts(
     from spdcli.files import write_json
     from spdcli.paper.fact_claims import fact_claims, method_rows
     from spdcli.paper.table1 import compare, passes
+    from spdcli.runs.training import claimed_run
 
     wanted = [(pair, loaded) for pair in pairs for loaded in pair_recipes(recipe, settings, device, seeds, pair)]
-    runs = [claim_run(out / pair / f"seed-{loaded.recipe.seed}", loaded, force) for pair, loaded in wanted]
+    runs = [claimed_run(out / pair / f"seed-{loaded.recipe.seed}", loaded, force) for pair, loaded in wanted]
     tables: dict[int, dict[str, Any]] = {}
     for nth, (run, (pair, loaded)) in enumerate(zip(runs, wanted, strict=True), 1):
         console.note(f"{pair}, seed {loaded.recipe.seed} ({nth} of {len(runs)}) in {run.path}")
@@ -89,17 +90,19 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Consol
     if found.get("schema") == "spd.facts.table/1" and (run / "decomposition.safetensors").exists():
         console.note(f"{run.path} is measured already")
         return found["table"]
-    from spdcli.commands.decompose import prepare_subject
+    from spdcli.api import prepared
     from spdcli.edits.facts_file import load_facts
     from spdcli.files import load_tensors, write_json
     from spdcli.paper.fact_claims import PAIRS
     from spdcli.paper.fact_table import fact_table, open_stage
     from spdcli.runs.decomposition import load_decomposition
     from spdcli.runs.directory import DECOMPOSITION
+    from spdcli.runs.training import finish_run
 
     recipe = loaded.recipe
-    subject = prepare_subject(run, loaded, console)
-    finish_run(run, loaded, lambda: subject, console)
+    with console.progress() as report:
+        subject = prepared(run, loaded, report)
+        finish_run(run, loaded, lambda: subject, report)
     decomposition = load_decomposition(recipe, subject, load_tensors(run / DECOMPOSITION)[0])
     ridge, seed = recipe.slices.ridge, recipe.seed
     stage = open_stage(subject, decomposition, load_facts(), PAIRS[pair].subjects, ridge, seed)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spdcli.commands.reproduce import REPORT, claim_run, decomposed_run
+from spdcli.commands.reproduce import REPORT
 from spdcli.errors import SpdError
 from spdcli.files import read_json
 
@@ -34,15 +35,18 @@ def reproduce_induction(
 ) -> tuple[dict[str, Any], SpdError | None]:
     """Every seed of the induction experiment. The report, and the failure if there is one."""
     recipes = seed_recipes(recipe, settings, device, seeds, out.resolve() if same_toy else None)
+    from spdcli.api import finished as finished_run
     from spdcli.files import write_json
     from spdcli.paper.table1 import compare, passes
+    from spdcli.runs.training import claimed_run
 
     folders = [out / f"seed-{loaded.recipe.seed}" for loaded in recipes]
-    runs = [claim_run(folder, loaded, force) for folder, loaded in zip(folders, recipes, strict=True)]
+    runs = [claimed_run(folder, loaded, force) for folder, loaded in zip(folders, recipes, strict=True)]
     finished, evaluations, baselines = [], [], []
     for nth, (run, loaded) in enumerate(zip(runs, recipes, strict=True), 1):
         console.note(f"seed {loaded.recipe.seed} ({nth} of {seeds}) in {run.path}")
-        finished.append(decomposed_run(run, loaded, console))
+        with console.progress() as report:
+            finished.append(finished_run(run, loaded, report))
         evaluations.append(evaluation_of(finished[-1], sequences))
         baselines.append(svd_baseline(finished[-1], console))
     rows, broken = compare(evaluations)
@@ -92,7 +96,7 @@ def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
 
     seed = opened.recipe.seed
     wanted = {"schema": "spd.eval/1", "sequences": sequences, "threshold": 0.0, "seed": seed}
-    before = read_json(opened.directory / EVAL)
+    before = read_json(opened.home / EVAL)
     if "circuit" in before and all(before.get(key) == value for key, value in wanted.items()):
         return before
     return evaluate_run(opened, sequences, 0.0, seed)
@@ -106,7 +110,7 @@ def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
     from spdcli.measures.rank_curves import open_bench
     from spdcli.runs.directory import FIGURES
 
-    path = opened.directory / FIGURES / "svd.json"
+    path = opened.home / FIGURES / "svd.json"
     data = read_json(path)
     wanted = {"schema": "spd.svd/1", "tolerance": SVD_TOLERANCE, "looked_at": SVD_SEQUENCES}
     if any(data.get(key) != value for key, value in wanted.items()) or set(data["result"]) != set(METHODS):
@@ -115,8 +119,8 @@ def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
             found = compare(
                 bench, list(METHODS), SVD_TOLERANCE, report=lambda name, done, of: line.update(LEGEND[name], done, of)
             )
-        data = {"schema": "spd.svd/1", "run": str(opened.directory.path), **found}
-        save_rank_curves(found["curves"], LEGEND, found["tolerance"], opened.directory / FIGURES)
+        data = {"schema": "spd.svd/1", "run": str(opened.home.path), **found}
+        save_rank_curves(found["curves"], LEGEND, found["tolerance"], opened.home / FIGURES)
         write_json(path, data)
     ranks = {name: None if result is None else result["total_rank"] for name, result in data["result"].items()}
     return {"tolerance": data["tolerance"], "rank": ranks}
@@ -129,11 +133,11 @@ def seed_report(
     circuit = evaluation["circuit"]
     return {
         "seed": opened.recipe.seed,
-        "run": str(opened.directory.path),
+        "run": str(opened.home.path),
         "passed": not broken,
         "broken": broken,
         "toy_accuracy": evaluation["accuracy"]["target"],
-        "minutes": opened.directory.metrics()[-1]["seconds"] / 60,  # that the decomposition trained
+        "minutes": opened.home.metrics()[-1]["seconds"] / 60,  # that the decomposition trained
         "attention_kl_split": evaluation["attention_kl_split"],
         "attention": circuit["attention"],
         "controls": {name: one["all"] for name, one in circuit["controls"].items()},
@@ -141,7 +145,7 @@ def seed_report(
     }
 
 
-def slice_stability(runs: list[LoadedRun], same_toy: bool) -> dict[str, Any]:
+def slice_stability(runs: Sequence[LoadedRun], same_toy: bool) -> dict[str, Any]:
     """How well each seed's slices are found again by the others: as weights on one toy, by their effects on several."""
     from spdcli.measures.circuit import scene
     from spdcli.paper.slice_matching import effect_signatures, stability, weight_signature

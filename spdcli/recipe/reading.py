@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -85,14 +85,29 @@ def load_recipe(
     """
     path = find_recipe(path_or_name)
     text = read_toml(path)
-    raw = parse_toml(text, str(path))
+    return checked_recipe(parse_toml(text, str(path)), str(path), key_lines(text), overrides, seed=seed, device=device)
+
+
+def checked_recipe(
+    raw: dict[str, Any],
+    name: str,
+    lines: Mapping[KeyPath, int],
+    overrides: Iterable[str | Override] = (),
+    *,
+    seed: int | None = None,
+    device: str | None = None,
+) -> LoadedRecipe:
+    """The recipe that the tables `raw` write, with the overrides of `load_recipe` on top, which are put into `raw`.
+
+    Mistakes blame the file (or whatever else) called `name`, and `lines` says where its keys stand.
+    """
     applied = [parse_override(one) if isinstance(one, str) else one for one in overrides]
     if seed is not None:
         applied.append(Override(f"--seed {seed}", ("seed",), seed))
     if device is not None:
         applied.append(Override(f"--device {device}", ("device",), device))
     problems = [problem for override in applied if (problem := _apply(override, raw))]
-    source = Source(str(path), key_lines(text), tuple(applied))
+    source = Source(name, dict(lines), tuple(applied))
     try:
         recipe = Recipe.model_validate(raw)
         if not problems:

@@ -104,8 +104,15 @@ class RunDirectory:
     def recipe(self) -> Recipe:
         return load_recipe(str(self.path / RECIPE), []).recipe
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self / CHECKPOINT).exists()
+
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def start_metrics(self, after: int = 0) -> None:
         """Keep the metrics up to step `after` (all of an interrupted run's, up to its checkpoint) and drop the rest."""
@@ -133,6 +140,11 @@ class RunDirectory:
             except json.JSONDecodeError:
                 continue
         return found
+
+    def save(self, decomposition: nn.Module, state: FitState) -> None:
+        """The checkpoint to go on from, then the decomposition for readers."""
+        self.save_checkpoint(decomposition, state)
+        self.save_decomposition(decomposition)
 
     def save_decomposition(self, decomposition: nn.Module) -> None:
         save_tensors(self / DECOMPOSITION, decomposition.state_dict())

@@ -1,4 +1,4 @@
-"""`spdcli.load`: a finished run with everything the commands use."""
+"""A finished run with everything that the commands and Python use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.errors import SpdError
+from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.decomposition import load_decomposition
@@ -14,19 +14,38 @@ from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.subject import Subject, choose_device, open_subject
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LoadedRun:
-    """A run: its directory, recipe, subject (target, data, names of tokens) and decomposition."""
+    """A run: its recipe, subject (target, data, names of tokens) and decomposition; its directory unless in memory."""
 
-    directory: RunDirectory
+    directory: RunDirectory | None
     recipe: Recipe
     subject: Subject
     decomposition: Decomposition
 
+    @property
+    def home(self) -> RunDirectory:
+        """The run directory; UsageError for a run in memory."""
+        if self.directory is None:
+            raise UsageError("this run is kept in memory and has no directory", "run.save(path) gives it one")
+        return self.directory
+
+    @property
+    def begin_token(self) -> bool:
+        """Whether the run's prompts begin with the tokenizer's begin-of-sequence token."""
+        return self.recipe.data is not None and self.recipe.data.begin_token
+
+    def seed_or(self, seed: int | None) -> int:
+        """`seed` where one is given, else the recipe's."""
+        return self.recipe.seed if seed is None else seed
+
     def __str__(self) -> str:
         names, device = self.decomposition.names, self.subject.target.device
         slices = sum(self.decomposition.of(name).U.shape[1] for name in names)
-        return f"{self.directory.path}: {len(names)} matrices, {slices} slices, on {device}"
+        return f"{self.directory or 'in memory'}: {len(names)} matrices, {slices} slices, on {device}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
 
 
 def load(path: str | Path, device: str | None = None) -> LoadedRun:

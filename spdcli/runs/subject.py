@@ -172,9 +172,13 @@ def some_of(batch: Batch, size: int, generator: torch.Generator) -> Batch:
     return batch.select(torch.randperm(len(batch.tokens), generator=generator)[:size])
 
 
-def open_subject(recipe: Recipe, device: torch.device, toy_directory: Path | None = None) -> Subject:
-    """The subject of a recipe. A toy is read from `toy_directory` (a run of `spd train`)."""
+def open_subject(
+    recipe: Recipe, device: torch.device, toy_directory: Path | None = None, toy: InductionToy | None = None
+) -> Subject:
+    """The subject of a recipe. Unless `toy` is one, a toy is read from `toy_directory` (a run of `spd train`)."""
     if isinstance(recipe.target, InductionTarget):
-        assert toy_directory is not None
-        return toy_subject(recipe, load_toy(toy_directory, recipe.target, device))
+        if toy is None:
+            assert toy_directory is not None
+            toy = load_toy(toy_directory, recipe.target, device)
+        return toy_subject(recipe, toy)
     return language_subject(recipe, device)

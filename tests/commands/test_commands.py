@@ -17,10 +17,10 @@ import torch
 from small_runs import MODEL, ROOT, TOY, one_line, save_toy, spd_here, spd_process, toy_recipe
 
 import spdcli
-from spdcli.commands.decompose import flat
 from spdcli.engine.forward import clean_pass
 from spdcli.files import load_tensors
 from spdcli.runs.directory import CHECKPOINT, DECOMPOSITION, TOY_WEIGHTS, RunDirectory
+from spdcli.runs.training import flat
 
 GIB = 2**30
 
@@ -202,8 +202,8 @@ def test_a_refused_run_does_not_stand_in_the_way_of_the_next(spd, recipe, tmp_pa
 
 def test_too_large_a_decomposition_is_refused_before_it_is_made(spd, recipe, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("spdcli.runs.decomposition.start_decomposition", lambda *_: made.append(1))
-    monkeypatch.setattr("spdcli.machine.free_bytes", lambda device: 3 * GIB)
+    monkeypatch.setattr("spdcli.runs.training.start_decomposition", lambda *_: made.append(1))
+    monkeypatch.setattr("spdcli.runs.training.free_bytes", lambda device: 3 * GIB)
     code, _, err = spd("decompose", recipe, "--out", tmp_path / "run", "--set", "slices.C=4000000")
     assert (code, made) == (1, [])
     slices = 6 * 4_000_000 * 16  # six matrices, 8 + 8 numbers a slice
@@ -314,7 +314,7 @@ def heard(number):
 def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch, heard(signal.SIGINT):
-        patch.setattr("spdcli.runs.decomposition.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("spdcli.runs.training.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
         code, _, err = spd("decompose", recipe, "--out", out)
     assert code == 130
     assert err.splitlines()[0].startswith("interrupted: ")

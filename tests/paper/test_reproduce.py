@@ -6,17 +6,18 @@ import json
 import math
 import shutil
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from small_runs import TOY, one_line, spd_here
 
-from spdcli import cli
-from spdcli.commands import decompose
+from spdcli import api, cli
 from spdcli.commands.reproduce_induction import number, seed_recipes
 from spdcli.errors import Interrupted
 from spdcli.files import load_tensors
 from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, Bound, claims, compare, passes
+from spdcli.runs import training
 
 # Short sequences and few tokens: the whole experiment in about half a minute on one thread. Its own recipe, so that
 # tuning a shipped one for the full size does not decide whether the reduced one works.
@@ -279,8 +280,8 @@ def without_training(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("nothing is to be trained")
 
-    monkeypatch.setattr(decompose, "learn", refuse)
-    monkeypatch.setattr(decompose, "prepare_subject", refuse)
+    monkeypatch.setattr(training, "learned", refuse)
+    monkeypatch.setattr(api, "prepared_subject", refuse)
 
 
 def test_a_finished_seed_is_reused_and_can_pass(tiny, monkeypatch):
@@ -349,18 +350,18 @@ def test_force_starts_anew(tiny):
 def test_an_interruption_goes_on_where_it_was(tiny, monkeypatch):
     out, again = tiny
     whole, _ = load_tensors(out / "seed-3" / "decomposition.safetensors")
-    learn = decompose.learn
+    learned = training.learned
 
-    def stopped(run, loaded, subject, console):
+    def stopped(run, loaded, subject, report):
         with monkeypatch.context() as patch:
-            patch.setattr(decompose, "stop_asked", decompose.contextmanager(lambda: iter([[1]])))  # after one step
-            learn(run, loaded, subject, console)
+            patch.setattr(training, "stop_signals", contextmanager(lambda: iter([[1]])))  # after one step
+            learned(run, loaded, subject, report)
 
-    monkeypatch.setattr(decompose, "learn", stopped)
+    monkeypatch.setattr(training, "learned", stopped)
     code, text, err = again("--force")
     assert (code, text) == (Interrupted.exit_code, "")
     assert "the same command goes on from there" in err
-    monkeypatch.setattr(decompose, "learn", learn)
+    monkeypatch.setattr(training, "learned", learned)
     code, _, err = again()
     assert code == 1
     assert "going on from step 1" in err

@@ -1,0 +1,153 @@
+"""The Python door: what `import spdcli` offers. Every command is a thin shell over these functions and over `Run`.
+
+Nothing here prints, and nothing needs a run directory: with `out=None` all stays in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spdcli.errors import Interrupted, UsageError
+from spdcli.figures.curves import save_training_curve
+from spdcli.progress import Report, silent
+from spdcli.recipe.reading import LoadedRecipe, Override, checked_recipe, load_recipe
+from spdcli.recipe.schema import Recipe
+from spdcli.recipe.toml_lines import split_key
+from spdcli.run import Run
+from spdcli.runs import loading
+from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory
+from spdcli.runs.memory import MemoryRun
+from spdcli.runs.subject import Subject
+from spdcli.runs.training import (
+    Store,
+    TrainedToy,
+    finish_run,
+    learned,
+    new_run,
+    prepared_subject,
+    require_toy,
+    train_toy_of,
+)
+
+RecipeLike = str | Path | Recipe | Mapping[str, Any] | LoadedRecipe
+
+
+def load(path: str | Path, device: str | None = None) -> Run:
+    """Open the run directory at `path`. SpdError when there is none, or it has no decomposition yet.
+
+    `device` is auto, cpu or cuda; the recipe's own when left out.
+    """
+    loaded = loading.load(path, device)
+    return Run(loaded.directory, loaded.recipe, loaded.subject, loaded.decomposition)
+
+
+def decompose(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    progress: Report | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    **settings: Any,
+) -> Run:
+    """Take a target apart by a recipe (Algorithm 3), as `spd decompose` does, and give the run.
+
+    `recipe` is a file, a shipped recipe's name, or its sections as a dict; `settings` change single values, as in
+    `**{"decompose.steps": 200}`. With `out` the run directory is written there (`force` replaces another run, `resume`
+    goes on with this one); without, nothing is. `progress` is called with what there is to tell: `print` will do.
+    RecipeError with every mistake of the recipe; Interrupted after Ctrl-C, with everything saved.
+    """
+    loaded = recipe_of(recipe, settings, seed, device)
+    report = progress or silent
+    if out is None:
+        if resume or force:
+            raise UsageError("resume and force are about a run directory", "give out=")
+        store: Store = MemoryRun()
+    else:
+        store = new_run(Path(out), loaded.recipe, force, resume, report)
+    try:
+        subject = prepared(store, loaded, report)
+        decomposition = learned(store, loaded, subject, report)
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C that would not wait
+        raise Interrupted(
+            f"stopped at once; {out} is as it was last saved" if out else "stopped; nothing was kept",
+            "the same command with --resume goes on from there" if out else None,
+        ) from None
+    return Run(store if isinstance(store, RunDirectory) else None, loaded.recipe, subject, decomposition)
+
+
+def train_toy(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    progress: Report | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    force: bool = False,
+    **settings: Any,
+) -> TrainedToy:
+    """Train the induction toy of a recipe (section 5.1, Table 3), as `spd train` does.
+
+    With `out` its weights, metrics and loss curve (Figure 5) are written there; without, nothing is.
+    """
+    loaded = recipe_of(recipe, settings, seed, device)
+    require_toy(loaded)
+    if out is None:
+        return train_toy_of(loaded.recipe, MemoryRun(), progress or silent)
+    directory = RunDirectory.create(Path(out), loaded.recipe, force)
+    try:
+        trained = train_toy_of(loaded.recipe, directory, progress or silent)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {out} has the metrics so far and no toy", "--force starts it anew") from None
+    save_training_curve(trained.records, directory / FIGURES)
+    return trained
+
+
+def recipe_of(
+    recipe: RecipeLike, settings: Mapping[str, Any] | None = None, seed: int | None = None, device: str | None = None
+) -> LoadedRecipe:
+    """A recipe from a file, a shipped recipe's name, its sections as a dict, or one that is read already.
+
+    `settings` map dotted keys to values. RecipeError with every mistake.
+    """
+    changes = [override(key, value) for key, value in (settings or {}).items()]
+    if isinstance(recipe, LoadedRecipe):
+        assert not changes
+        return recipe
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, changes, seed=seed, device=device)
+    raw = recipe.model_dump(exclude_none=True) if isinstance(recipe, Recipe) else _tables(recipe)
+    return checked_recipe(raw, "recipe", {}, changes, seed=seed, device=device)
+
+
+def override(key: str, value: Any) -> Override:
+    """The setting `key` (dotted) as `value`."""
+    path = split_key(key)
+    if path is None:
+        raise UsageError(f"{key!r} is no setting", "a setting is dotted, as in **{'decompose.steps': 200}")
+    return Override(f"{key}={value!r}", path, str(value) if isinstance(value, Path) else value)
+
+
+def _tables(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that overrides can be written into."""
+    return {key: _tables(value) if isinstance(value, Mapping) else value for key, value in sections.items()}
+
+
+def prepared(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Subject:
+    """The target and data of a run; where its toy had to be trained, the toy's loss curve is drawn (Figure 5)."""
+    subject = prepared_subject(store, loaded, report)
+    if isinstance(store, RunDirectory) and (store / TOY / METRICS).exists():
+        toy = RunDirectory(store / TOY)
+        if not (toy / FIGURES).exists():
+            save_training_curve(toy.metrics(), toy / FIGURES)
+    return subject
+
+
+def finished(run: RunDirectory, loaded: LoadedRecipe, report: Report = silent) -> Run:
+    """The run in a directory, with what is not yet trained of it trained now: toy and decomposition."""
+    finish_run(run, loaded, lambda: prepared(run, loaded, report), report)
+    return load(run.path, loaded.recipe.device)

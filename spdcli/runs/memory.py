@@ -1,0 +1,37 @@
+"""A run that lies nowhere: what training needs of a run directory, kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from spdcli.engine.fit import FitState
+
+
+class MemoryRun:
+    """Metrics in a list, and no file: what is interrupted is lost."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return False
+
+    def start_metrics(self, after: int = 0) -> None:
+        """Keep the records up to step `after`."""
+        self._records = [record for record in self._records if record["step"] <= after]
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        self._records.append(dict(record))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(self._records)
+
+    def save(self, decomposition: nn.Module, state: FitState) -> None:
+        """Nothing: the caller holds the decomposition."""
+
+    def __str__(self) -> str:
+        return "memory"
