@@ -7,7 +7,7 @@ import math
 import torch
 from small_runs import loud_toy, toy_recipe
 
-from spdcli.measures.circuit import scene
+from spdcli.measures.circuit_data import circuit_data
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import toy_subject
 
@@ -27,13 +27,13 @@ def uneven_gates(decomposition, seed=5):
     return decomposition
 
 
-def small_stage(tmp_path, *settings, names=ALL, sequences=SEQUENCES):
+def small_circuit(tmp_path, *settings, names=ALL, sequences=SEQUENCES):
     recipe = toy_recipe("target.d_model=4", "target.vocabulary=5", "slices.C=3", *settings, folder=tmp_path)
     subject = toy_subject(recipe, loud_toy(recipe, seed=1))
-    return scene(subject, uneven_gates(start_decomposition(recipe, subject, names)), sequences, 0.0, seed=0)
+    return circuit_data(subject, uneven_gates(start_decomposition(recipe, subject, names)), sequences, 0.0, seed=0)
 
 
-def planted_stage(tmp_path):
+def planted_circuit(tmp_path):
     """Layer 1 attends to the previous position by its encoding alone: keys are turned one position further."""
     recipe = toy_recipe("target.d_model=8", "slices.C=8", "importance.gate_bias=2.0", folder=tmp_path)
     toy = loud_toy(recipe)
@@ -50,4 +50,4 @@ def planted_stage(tmp_path):
     decomposition = start_decomposition(recipe, subject, ALL)
     for gate in decomposition.importances.gates.values():
         gate.w2.zero_()  # every slice fully on
-    return scene(subject, decomposition, 40, 0.0, seed=0)
+    return circuit_data(subject, decomposition, 40, 0.0, seed=0)

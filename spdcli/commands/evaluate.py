@@ -71,7 +71,7 @@ def evaluate(
 def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int) -> dict[str, Any]:
     """Measures a run into its eval.json and, for a toy of the paper's kind, its figures; returns what it wrote."""
     from spdcli.files import write_json
-    from spdcli.measures.circuit import has_circuit
+    from spdcli.measures.circuit_data import has_circuit
     from spdcli.measures.evaluation import evaluate as measure
     from spdcli.runs.directory import EVAL
 
@@ -88,12 +88,12 @@ def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int)
 def explain(loaded: LoadedRun, threshold: float, seed: int) -> dict[str, Any]:
     """The mechanism of the toy and what its gates know (section 6.1), with the figures of both."""
     from spdcli.figures.circuit import save_circuit
-    from spdcli.measures import circuit
+    from spdcli.measures import circuit, circuit_data
     from spdcli.measures import gate_knowledge as controls
     from spdcli.runs.directory import FIGURES
 
     subject = loaded.subject
-    stage = circuit.scene(subject, loaded.decomposition, circuit.SEQUENCES, threshold, seed)
+    stage = circuit_data.circuit_data(subject, loaded.decomposition, circuit.SEQUENCES, threshold, seed)
     found = circuit.circuit(stage) | {"controls": controls.gate_controls(stage, seed)}
     shown = circuit.example(stage)
     save_circuit(found, shown, [subject.token_text(token) for token in shown["tokens"]], loaded.home / FIGURES)

@@ -46,7 +46,8 @@ def inspect(
     A slice marked * is unique: active in this prompt and in no other.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.measures.inspection import Query, given_texts, inspect_slices, own_texts
+    from spdcli.measures.inspection import Query, inspect_slices
+    from spdcli.measures.texts import given_texts, own_texts
     from spdcli.runs.loading import load
 
     loaded = load(run, device)

@@ -150,7 +150,7 @@ def given(console: Console, loaded: LoadedRun, texts: list[str]) -> tuple[Activi
     from spdcli.commands.change import warn_of_span
     from spdcli.edits.answer_changes import given_questions
     from spdcli.edits.selection import activity_of
-    from spdcli.measures.inspection import Texts
+    from spdcli.measures.texts import Texts
 
     warn_of_span(console, loaded.recipe, texts)
     begin_token = loaded.recipe.data is not None and loaded.recipe.data.begin_token

@@ -107,14 +107,14 @@ def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
     from spdcli.figures.curves import save_rank_curves
     from spdcli.files import write_json
     from spdcli.measures.greedy_svd import LEGEND, METHODS, compare
-    from spdcli.measures.rank_curves import open_bench
+    from spdcli.measures.rank_curves import curve_data
     from spdcli.runs.directory import FIGURES
 
     path = opened.home / FIGURES / "svd.json"
     data = read_json(path)
     wanted = {"schema": "spd.svd/1", "tolerance": SVD_TOLERANCE, "looked_at": SVD_SEQUENCES}
     if any(data.get(key) != value for key, value in wanted.items()) or set(data["result"]) != set(METHODS):
-        bench = open_bench(opened.subject, opened.decomposition, SVD_SEQUENCES, opened.recipe.seed)
+        bench = curve_data(opened.subject, opened.decomposition, SVD_SEQUENCES, opened.recipe.seed)
         with console.live() as line:
             found = compare(
                 bench, list(METHODS), SVD_TOLERANCE, report=lambda name, done, of: line.update(LEGEND[name], done, of)
@@ -147,13 +147,13 @@ def seed_report(
 
 def slice_stability(runs: Sequence[LoadedRun], same_toy: bool) -> dict[str, Any]:
     """How well each seed's slices are found again by the others: as weights on one toy, by their effects on several."""
-    from spdcli.measures.circuit import scene
+    from spdcli.measures.circuit_data import circuit_data
     from spdcli.paper.slice_matching import effect_signatures, stability, weight_signature
 
     signatures = []
     for opened in runs:
         decomposition = opened.decomposition
-        stage = scene(opened.subject, decomposition, STABILITY_SEQUENCES, 0.0, runs[0].recipe.seed)
+        stage = circuit_data(opened.subject, decomposition, STABILITY_SEQUENCES, 0.0, runs[0].recipe.seed)
         if same_toy:
             signatures.append({name: weight_signature(decomposition.of(name), stage.active[name]) for name in stage.g})
         else:

@@ -71,13 +71,13 @@ def svd(
     from spdcli.figures.curves import save_rank_curves
     from spdcli.files import write_json
     from spdcli.measures.greedy_svd import LEGEND, compare
-    from spdcli.measures.rank_curves import open_bench
+    from spdcli.measures.rank_curves import curve_data
     from spdcli.runs.directory import FIGURES
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    bench = open_bench(loaded.subject, loaded.decomposition, sequences, loaded.recipe.seed if seed is None else seed)
+    bench = curve_data(loaded.subject, loaded.decomposition, sequences, loaded.recipe.seed if seed is None else seed)
     methods = [name.value for name in Method if not method or name in method]
     with console.live() as line:
         found = compare(bench, methods, tolerance, step, lambda name, done, of: line.update(LEGEND[name], done, of))

@@ -37,7 +37,7 @@ from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Matrix, Target
 from spdcli.engine.variants import Piece, Variant
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import importances_of
+from spdcli.measures.importances import importances_of
 from spdcli.runs.subject import Subject
 
 OTHERS = ("on", "importance", "sampled")

@@ -20,7 +20,7 @@ from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Variant, chunks
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import importances_of
+from spdcli.measures.importances import importances_of
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 from spdcli.targets.sequences import induction_batch, toy_tokens

@@ -27,7 +27,9 @@ from spdcli.edits.suppression import Address, Edit, suppression, suppressions
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import TOY_SEQUENCES, Texts, importances_of, matching, own_texts
+from spdcli.measures.importances import importances_of
+from spdcli.measures.inspection import matching
+from spdcli.measures.texts import TOY_SEQUENCES, Texts, own_texts
 from spdcli.runs.subject import Subject
 
 RULES = ("importance", "written", "weight", "effect")

@@ -24,7 +24,7 @@ from spdcli.errors import UsageError
 from spdcli.location.fact_edits import Scene, chosen_matrix, matrix_like
 from spdcli.location.report_rows import ZeroedLayers, best_site, fact_entry
 from spdcli.location.tracing import TraceSettings, find_questions, trace
-from spdcli.measures.inspection import own_texts
+from spdcli.measures.texts import own_texts
 from spdcli.recipe.schema import GENERATED, Data
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.subject import Subject

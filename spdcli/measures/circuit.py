@@ -13,101 +13,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdcli.engine.forward import Clean, clean_pass
-from spdcli.engine.subcomponents import Decomposition, masked_product
-from spdcli.engine.target import Target
-from spdcli.measures.evaluation import EVALUATION_SEED, attention_patterns
-from spdcli.runs.subject import Subject
-from spdcli.targets.induction import InductionToy, ToyBlock
-from spdcli.targets.sequences import POSITION_CLASSES, induction_batch
+from spdcli.measures.circuit_data import CircuitData
+from spdcli.measures.evaluation import attention_patterns
+from spdcli.targets.sequences import POSITION_CLASSES
 
 SEQUENCES = 1024
 REACH = 8  # offsets and distances are told up to this many positions either way
 DIRECTIONS = 16  # how far the decoding of tokens is followed
 
 
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """Fresh sequences as target and decomposition see them: what every measurement of the circuit starts from.
-
-    `clean` holds what all matrices read, decomposed or not; `g[m]` `[B, T, C]` are the importances; `at[kind]` `[B]`
-    says where s1, m and s2 stand; `active[m]` lists the slices of m that are active somewhere.
-    """
-
-    toy: InductionToy
-    target: Target
-    decomposition: Decomposition
-    clean: Clean
-    g: dict[str, Tensor]
-    at: dict[str, Tensor]
-    active: dict[str, list[int]]
-
-    @property
-    def rows(self) -> Tensor:
-        return torch.arange(len(self.clean.batch.tokens), device=self.clean.batch.tokens.device)
-
-    def block(self, index: int) -> ToyBlock:
-        block = self.toy.blocks[index]
-        assert isinstance(block, ToyBlock)
-        return block
-
-    def product(self, name: str, x: Tensor, masked: bool) -> Tensor:
-        """x `[B, T, D]` through matrix `name`: the target's, or its active slices alone."""
-        weight = self.target.matrices[name].weight
-        if not masked or name not in self.g:
-            return x @ weight
-        own = self.decomposition.of(name)
-        return masked_product(x, weight, own.U, own.V, self.g[name], None)
-
-
-def has_circuit(subject: Subject) -> bool:
-    """Whether the subject is a toy of the paper's kind: two layers, one head, nothing but attention (Table 3)."""
-    if subject.toy is None:
-        return False
-    shape = subject.toy.shape
-    return (shape.layers, shape.heads) == (2, 1) and not (
-        shape.layer_norm or shape.feed_forward or shape.output_projection
-    )
-
-
 @torch.no_grad()
-def scene(subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int) -> Scene:
-    """`sequences` fresh sequences; the same for every toy of one length and vocabulary."""
-    toy, target = subject.toy, subject.target
-    assert toy is not None
-    generator = torch.Generator().manual_seed(EVALUATION_SEED + 1 + seed)
-    batch = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator).to(target.device)
-    clean = clean_pass(target, batch, target.matrices)
-    g, _ = decomposition.importance({name: clean.inputs[name] for name in decomposition.names})
-    at = {kind: batch.classes[kind].int().argmax(1) for kind in ("s1", "m", "s2")}
-    active = {name: (values > threshold).flatten(0, 1).any(0).nonzero()[:, 0].tolist() for name, values in g.items()}
-    return Scene(toy, target, decomposition, clean, g, at, active)
-
-
-@torch.no_grad()
-def circuit(stage: Scene) -> dict[str, Any]:
+def circuit(data: CircuitData) -> dict[str, Any]:
     """The mechanism as numbers: `{sequences, attention, offsets, identity, importance}`.
 
     `offsets` is None unless Q0 and K0 are decomposed, `identity` unless V1 is.
     """
-    decomposed = stage.decomposition.names
+    decomposed = data.decomposition.names
     return {
-        "sequences": len(stage.rows),
-        "attention": {kind: circuit_attention(stage, kind == "masked") for kind in ("target", "masked")},
-        "offsets": offset_profiles(stage) if {"Q0", "K0"} <= set(decomposed) else None,
-        "identity": identity(stage) if "V1" in decomposed else None,
-        "importance": importance_profile(stage),
+        "sequences": len(data.rows),
+        "attention": {kind: circuit_attention(data, kind == "masked") for kind in ("target", "masked")},
+        "offsets": offset_profiles(data) if {"Q0", "K0"} <= set(decomposed) else None,
+        "identity": identity(data) if "V1" in decomposed else None,
+        "importance": importance_profile(data),
     }
 
 
-def circuit_attention(stage: Scene, masked: bool) -> dict[str, float]:
+def circuit_attention(data: CircuitData, masked: bool) -> dict[str, float]:
     """Mean attention probabilities of the circuit's two steps, in the target or in the model of active slices alone.
 
     `m_to_s1` with everything; then without the position encodings in what Q0 reads at m
@@ -115,17 +52,17 @@ def circuit_attention(stage: Scene, masked: bool) -> dict[str, float]:
     (`m_to_s1_unplaced_query_and_s1`), and without them on any key (`m_to_s1_content_only`). The masks stay those of
     the unchanged sequence. `s2_to_m` is the second step's.
     """
-    batch, at, rows = stage.clean.batch, stage.at, stage.rows
-    placed = stage.clean.inputs["Q0"]
-    content = stage.block(0).norm(stage.toy.embed(batch.tokens))
+    batch, at, rows = data.clean.batch, data.at, data.rows
+    placed = data.clean.inputs["Q0"]
+    content = data.block(0).norm(data.toy.embed(batch.tokens))
     half = torch.where(batch.classes["s1"][..., None], content, placed)
 
     def to_s1(query: Tensor, key: Tensor) -> float:
-        q, k = stage.product("Q0", query, masked), stage.product("K0", key, masked)
-        pattern = stage.block(0).scores(q, k).log_softmax(-1)
+        q, k = data.product("Q0", query, masked), data.product("K0", key, masked)
+        pattern = data.block(0).scores(q, k).log_softmax(-1)
         return pattern[rows, 0, at["m"], at["s1"]].exp().mean().item()
 
-    original, replaced = attention_patterns(stage.toy, stage.target, stage.decomposition, stage.clean, stage.g)
+    original, replaced = attention_patterns(data.toy, data.target, data.decomposition, data.clean, data.g)
     second = (replaced if masked else original)[1]
     return {
         "m_to_s1": to_s1(placed, placed),
@@ -141,7 +78,7 @@ def by_offset(scores: Tensor, offsets: Sequence[int]) -> list[float]:
     return [torch.diagonal(scores, -offset).mean().item() for offset in offsets]
 
 
-def offset_profiles(stage: Scene) -> dict[str, Any]:
+def offset_profiles(data: CircuitData) -> dict[str, Any]:
     """What the encodings alone say: how well the query of position n' matches the key of position n, by `n' - n`.
 
     For a slice c of K0 the key of position n is `(p_n U_c) V_c` and the query of n' is `p_n' W_Q0`; for a slice of Q0
@@ -150,11 +87,11 @@ def offset_profiles(stage: Scene) -> dict[str, Any]:
     that only as far as they rise and fall together. `cosine` is the mean of cos(key(n), query(n + 1));
     `contrast` the score at +1 less the mean over other offsets from 0 on; `aligns` the K0 slice where it is largest.
     """
-    positions = stage.toy.positions
-    length, root = positions.shape[0], math.sqrt(stage.toy.shape.d_model)
+    positions = data.toy.positions
+    length, root = positions.shape[0], math.sqrt(data.toy.shape.d_model)
     reach = min(REACH, length - 1)
     offsets = list(range(-reach, reach + 1))
-    queries, keys = positions @ stage.target.matrices["Q0"].weight, positions @ stage.target.matrices["K0"].weight
+    queries, keys = positions @ data.target.matrices["Q0"].weight, positions @ data.target.matrices["K0"].weight
 
     def profile(query: Tensor, key: Tensor) -> dict[str, Any]:
         scores = query @ key.t() / root
@@ -169,11 +106,11 @@ def offset_profiles(stage: Scene) -> dict[str, Any]:
 
     slices = []
     for name in ("Q0", "K0"):
-        own = stage.decomposition.of(name)
-        for c in stage.active[name]:
+        own = data.decomposition.of(name)
+        for c in data.active[name]:
             made = (positions @ own.U[:, c : c + 1]) @ own.V[c : c + 1]
             pair = (made, keys) if name == "Q0" else (queries, made)
-            slices.append({"slice": f"{name}:{c}", "reads": reads(stage, own.U[:, c])} | profile(*pair))
+            slices.append({"slice": f"{name}:{c}", "reads": reads(data, own.U[:, c])} | profile(*pair))
     of_keys = [entry for entry in slices if entry["slice"].startswith("K0")]
     best = max(of_keys, key=lambda entry: entry["contrast"], default=None)
     return {
@@ -184,18 +121,18 @@ def offset_profiles(stage: Scene) -> dict[str, Any]:
     }
 
 
-def reads(stage: Scene, u: Tensor) -> dict[str, Any]:
+def reads(data: CircuitData, u: Tensor) -> dict[str, Any]:
     """What a slice with read direction u gets from the s token, from ordinary tokens and from the encodings.
 
     Inner activations `x . u`: one number for s, mean and standard deviation over tokens and over positions. A slice
     that reads a position has a large deviation there; one that only notices that a position is there has none.
     """
-    tokens, places = stage.toy.embed.weight @ u, stage.toy.positions @ u
+    tokens, places = data.toy.embed.weight @ u, data.toy.positions @ u
     spread = lambda values: {"mean": values.mean().item(), "std": values.std(correction=0).item()}  # noqa: E731
     return {"s": tokens[-1].item(), "tokens": spread(tokens[:-1]), "positions": spread(places)}
 
 
-def identity(stage: Scene) -> dict[str, Any]:
+def identity(data: CircuitData) -> dict[str, Any]:
     """How V1 carries m's identity to s2.
 
     `singular_values` of the active part of `U V` and, for comparison, of W; their participation ratio
@@ -203,19 +140,19 @@ def identity(stage: Scene) -> dict[str, Any]:
     m is the token nearest by the toy's own unembedding when s2 gets from m the first k principal directions
     of what the masked V1 writes there, and nothing else.
     """
-    own, active = stage.decomposition.of("V1"), stage.active["V1"]
-    weight = stage.target.matrices["V1"].weight
+    own, active = data.decomposition.of("V1"), data.active["V1"]
+    weight = data.target.matrices["V1"].weight
     values = torch.linalg.svdvals(own.U[:, active] @ own.V[active])
     squares = values.square()
-    written = stage.product("V1", stage.clean.inputs["V1"], masked=True)[stage.rows, stage.at["m"]]
-    base = stage.clean.entries[-1][stage.rows, stage.at["s2"]]
+    written = data.product("V1", data.clean.inputs["V1"], masked=True)[data.rows, data.at["m"]]
+    base = data.clean.entries[-1][data.rows, data.at["s2"]]
     directions = torch.linalg.svd(written, full_matrices=False).Vh
-    answers = stage.clean.batch.answers
+    answers = data.clean.batch.answers
     assert answers is not None
     decoding = []
     for k in range(1, min(DIRECTIONS, len(directions)) + 1):
         arriving = base + (written @ directions[:k].t()) @ directions[:k]
-        decoding.append(_guessed(stage, arriving).eq(answers).float().mean().item())
+        decoding.append(_guessed(data, arriving).eq(answers).float().mean().item())
     return {
         "singular_values": values.tolist(),
         "singular_values_target": torch.linalg.svdvals(weight).tolist(),
@@ -225,18 +162,18 @@ def identity(stage: Scene) -> dict[str, Any]:
     }
 
 
-def _guessed(stage: Scene, hidden: Tensor) -> Tensor:
-    return F.linear(stage.target.finish(hidden), stage.target.unembedding).argmax(-1)
+def _guessed(data: CircuitData, hidden: Tensor) -> Tensor:
+    return F.linear(data.target.finish(hidden), data.target.unembedding).argmax(-1)
 
 
-def importance_profile(stage: Scene) -> dict[str, Any]:
+def importance_profile(data: CircuitData) -> dict[str, Any]:
     """Summed importances of each matrix: mean by position class, and by distance from s1 (s2 left out)."""
-    classes, length = stage.clean.batch.classes, stage.clean.batch.tokens.shape[1]
+    classes, length = data.clean.batch.classes, data.clean.batch.tokens.shape[1]
     distances = list(range(max(-REACH, 3 - length), min(REACH, length - 2) + 1))  # s1 stands at T - 3 at the latest
-    place = torch.arange(length, device=stage.rows.device) - stage.at["s1"][:, None]  # [B, T]
+    place = torch.arange(length, device=data.rows.device) - data.at["s1"][:, None]  # [B, T]
     inner = ~classes["s2"]
     found: dict[str, Any] = {"distances": distances, "classes": {}, "by_distance": {}}
-    for name, g in stage.g.items():
+    for name, g in data.g.items():
         total = g.sum(-1)
         found["classes"][name] = {kind: total[classes[kind]].mean().item() for kind in POSITION_CLASSES}
         found["by_distance"][name] = [total[inner & (place == d)].mean().item() for d in distances]
@@ -244,18 +181,18 @@ def importance_profile(stage: Scene) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def example(stage: Scene) -> dict[str, Any]:
+def example(data: CircuitData) -> dict[str, Any]:
     """One sequence to draw, its s1 about in the middle: `{tokens, at: {s1, m, s2}, target, masked}`.
 
     `target` and `masked` are the attention probabilities `[T, T]` of both layers, in the target and in the model of
     active slices alone.
     """
-    length = stage.clean.batch.tokens.shape[1]
-    row = int((stage.at["s1"] - length // 2).abs().argmin())
-    original, masked = attention_patterns(stage.toy, stage.target, stage.decomposition, stage.clean, stage.g)
+    length = data.clean.batch.tokens.shape[1]
+    row = int((data.at["s1"] - length // 2).abs().argmin())
+    original, masked = attention_patterns(data.toy, data.target, data.decomposition, data.clean, data.g)
     return {
-        "tokens": stage.clean.batch.tokens[row].tolist(),
-        "at": {kind: int(places[row]) for kind, places in stage.at.items()},
+        "tokens": data.clean.batch.tokens[row].tolist(),
+        "at": {kind: int(places[row]) for kind, places in data.at.items()},
         "target": [pattern[row, 0].exp().cpu().numpy() for pattern in original],
         "masked": [pattern[row, 0].exp().cpu().numpy() for pattern in masked],
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spdcli.engine.forward import importance_masks, masked_logits
 from spdcli.engine.importance import AttentionMixer
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.measures.circuit import Scene
+from spdcli.measures.circuit_data import CircuitData
 from spdcli.targets.induction import recorded_patterns
 from spdcli.targets.sequences import POSITION_CLASSES
 
@@ -47,46 +47,46 @@ def blind_gates(decomposition: Decomposition) -> Iterator[None]:
             handle.remove()
 
 
-def without_context(stage: Scene) -> dict[str, Tensor]:
+def without_context(data: CircuitData) -> dict[str, Tensor]:
     """Importances `[B, T, C]` a matrix from each position's own input."""
-    inputs = {name: stage.clean.inputs[name] for name in stage.decomposition.names}
-    with blind_gates(stage.decomposition):
-        return stage.decomposition.importance(inputs)[0]
+    inputs = {name: data.clean.inputs[name] for name in data.decomposition.names}
+    with blind_gates(data.decomposition):
+        return data.decomposition.importance(inputs)[0]
 
 
-def from_other_sequences(stage: Scene, generator: torch.Generator) -> dict[str, Tensor]:
+def from_other_sequences(data: CircuitData, generator: torch.Generator) -> dict[str, Tensor]:
     """Every sequence gets the importances of its neighbour: the sequences were drawn independently."""
-    return {name: g.roll(1, 0) for name, g in stage.g.items()}
+    return {name: g.roll(1, 0) for name, g in data.g.items()}
 
 
-def from_other_positions(stage: Scene, generator: torch.Generator) -> dict[str, Tensor]:
+def from_other_positions(data: CircuitData, generator: torch.Generator) -> dict[str, Tensor]:
     """Every sequence's importances move on by 1 .. T-1 positions, drawn once a sequence, round its end."""
-    count, length = stage.clean.batch.tokens.shape
+    count, length = data.clean.batch.tokens.shape
     shift = torch.randint(1, length, (count, 1), generator=generator)
-    source = ((torch.arange(length) - shift) % length).to(stage.rows.device)
-    return {name: g[stage.rows[:, None], source] for name, g in stage.g.items()}
+    source = ((torch.arange(length) - shift) % length).to(data.rows.device)
+    return {name: g[data.rows[:, None], source] for name, g in data.g.items()}
 
 
-def always_on(stage: Scene) -> dict[str, Tensor]:
+def always_on(data: CircuitData) -> dict[str, Tensor]:
     """1 for every slice that is active somewhere, at every position; 0 for the others."""
     made = {}
-    for name, g in stage.g.items():
+    for name, g in data.g.items():
         made[name] = torch.zeros_like(g)
-        made[name][..., stage.active[name]] = 1.0
+        made[name][..., data.active[name]] = 1.0
     return made
 
 
-CONTROLS: dict[str, Callable[[Scene, torch.Generator], Mapping[str, Tensor]]] = {
-    "own": lambda stage, generator: stage.g,
-    "no_context": lambda stage, generator: without_context(stage),
+CONTROLS: dict[str, Callable[[CircuitData, torch.Generator], Mapping[str, Tensor]]] = {
+    "own": lambda data, generator: data.g,
+    "no_context": lambda data, generator: without_context(data),
     "other_sequences": from_other_sequences,
     "other_positions": from_other_positions,
-    "always_on": lambda stage, generator: always_on(stage),
+    "always_on": lambda data, generator: always_on(data),
 }
 
 
 @torch.no_grad()
-def gate_controls(stage: Scene, seed: int) -> dict[str, dict[str, Any]]:
+def gate_controls(data: CircuitData, seed: int) -> dict[str, dict[str, Any]]:
     """What the model of active slices alone does under every control.
 
     `{control: {all, layers, matrices, importance}}`: `all` replaces every matrix's importances, `layers[i]` those of
@@ -97,32 +97,32 @@ def gate_controls(stage: Scene, seed: int) -> dict[str, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, dict[str, Any]] = {}
     for control, change in CONTROLS.items():
-        changed = change(stage, generator)
-        names = [] if control == "own" else list(stage.g)
-        layers = [[name for name in names if stage.target.matrices[name].block == layer] for layer in range(2)]
+        changed = change(data, generator)
+        names = [] if control == "own" else list(data.g)
+        layers = [[name for name in names if data.target.matrices[name].block == layer] for layer in range(2)]
         found[control] = {
-            "all": performance(stage, changed),
-            "layers": [performance(stage, stage.g | {n: changed[n] for n in group}) for group in layers if group],
-            "matrices": {name: performance(stage, stage.g | {name: changed[name]}) for name in names},
+            "all": performance(data, changed),
+            "layers": [performance(data, data.g | {n: changed[n] for n in group}) for group in layers if group],
+            "matrices": {name: performance(data, data.g | {name: changed[name]}) for name in names},
             "importance": {
-                name: {kind: g.sum(-1)[stage.clean.batch.classes[kind]].mean().item() for kind in POSITION_CLASSES}
+                name: {kind: g.sum(-1)[data.clean.batch.classes[kind]].mean().item() for kind in POSITION_CLASSES}
                 for name, g in changed.items()
             },
         }
     return found
 
 
-def performance(stage: Scene, g: Mapping[str, Tensor]) -> dict[str, float]:
+def performance(data: CircuitData, g: Mapping[str, Tensor]) -> dict[str, float]:
     """How the model with masks `g` answers, and how strongly its circuit attends (see `gate_controls`)."""
-    masks = importance_masks(g, stage.decomposition.delta)
-    with recorded_patterns(stage.toy) as patterns:
-        if all(stage.target.matrices[name].block > 0 for name in g):  # the first block is not run again below
-            stage.target.run(stage.clean.batch.tokens)
+    masks = importance_masks(g, data.decomposition.delta)
+    with recorded_patterns(data.toy) as patterns:
+        if all(data.target.matrices[name].block > 0 for name in g):  # the first block is not run again below
+            data.target.run(data.clean.batch.tokens)
             patterns.pop()
-        log_q = masked_logits(stage.target, stage.decomposition, stage.clean, masks).log_softmax(-1)
-    log_p, answers = stage.clean.log_probs, stage.clean.batch.answers
+        log_q = masked_logits(data.target, data.decomposition, data.clean, masks).log_softmax(-1)
+    log_p, answers = data.clean.log_probs, data.clean.batch.answers
     assert answers is not None
-    rows, at = stage.rows, stage.at
+    rows, at = data.rows, data.at
     return {
         "accuracy": log_q.argmax(-1).eq(answers).float().mean().item(),
         "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),

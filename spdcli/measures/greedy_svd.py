@@ -23,7 +23,7 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, ask, clean_pass, replaced
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.variants import Piece, fixed_variant
-from spdcli.measures.rank_curves import Bench, Point, by_kept_and_masked, by_mean_importance, by_threshold, within
+from spdcli.measures.rank_curves import CurveData, Point, by_kept_and_masked, by_mean_importance, by_threshold, within
 
 ROUNDS = 128  # of a greedy method by default, or four a matrix where that is more
 SPAN_CUTOFF = 1e-5  # of the largest singular value of the inputs: below it, the data does not go that way
@@ -65,17 +65,17 @@ def _as_slices(left: Tensor, values: Tensor, right: Tensor, weight: Tensor) -> S
     return Slices((left[:, :rank] * root).to(weight.dtype), (root[:, None] * right[:rank]).to(weight.dtype))
 
 
-def plain_set(bench: Bench) -> SliceSet:
+def plain_set(data: CurveData) -> SliceSet:
     """`plain_triples` of every matrix of the run."""
-    return SliceSet({name: plain_triples(bench.target.matrices[name].weight) for name in bench.names}, delta=False)
+    return SliceSet({name: plain_triples(data.target.matrices[name].weight) for name in data.names}, delta=False)
 
 
-def weighted_set(bench: Bench) -> SliceSet:
+def weighted_set(data: CurveData) -> SliceSet:
     """`weighted_triples` of every matrix of the run, C over all real positions of the data."""
     triples = {}
-    for name in bench.names:
-        inputs = torch.cat([clean.inputs[name][clean.batch.valid] for clean in bench.cleans])
-        triples[name] = weighted_triples(bench.target.matrices[name].weight, inputs)
+    for name in data.names:
+        inputs = torch.cat([clean.inputs[name][clean.batch.valid] for clean in data.cleans])
+        triples[name] = weighted_triples(data.target.matrices[name].weight, inputs)
     return SliceSet(triples, delta=False)
 
 
@@ -84,7 +84,7 @@ def default_step(total_rank: int, matrices: int) -> int:
     return max(1, -(-total_rank // max(ROUNDS, 4 * matrices)))
 
 
-def greedy(bench: Bench, slices: SliceSet, step: int | None, report: Report) -> list[Point]:
+def greedy(data: CurveData, slices: SliceSet, step: int | None, report: Report) -> list[Point]:
     """Algorithm 2, gone on with beyond its tolerance until every rank is 0; `within` says where it would stop.
 
     In the listing, lines 10 to 16 are indented into the loop over matrices. To pick the j of the lowest loss takes
@@ -98,20 +98,20 @@ def greedy(bench: Bench, slices: SliceSet, step: int | None, report: Report) -> 
     curve = [Point(dict(ranks), 0.0)]
     for done in range(rounds):
         report(done, rounds)
-        losses = _candidate_losses(bench, slices, ranks, step)
+        losses = _candidate_losses(data, slices, ranks, step)
         best = min(losses, key=losses.__getitem__)
         ranks[best] = max(0, ranks[best] - step)
         curve.append(Point(dict(ranks), losses[best]))
     return curve
 
 
-def _candidate_losses(bench: Bench, slices: SliceSet, ranks: Mapping[str, int], step: int) -> dict[str, float]:
+def _candidate_losses(data: CurveData, slices: SliceSet, ranks: Mapping[str, int], step: int) -> dict[str, float]:
     """The mean KL of every candidate of a round, by the matrix that it takes `step` values from: one plan.
 
     Before the block of its matrix a candidate is the model as pruned so far. That one runs once, and the candidate
     enters there, as a copy of its hidden state.
     """
-    blocks = bench.blocks
+    blocks = data.blocks
     pruned = {n: _largest(slices, n, rank) for n, rank in ranks.items() if rank < slices.of(n).U.shape[1]}
     candidates = []
     for name in (name for name, rank in ranks.items() if rank > 0):
@@ -119,8 +119,8 @@ def _candidate_losses(bench: Bench, slices: SliceSet, ranks: Mapping[str, int], 
         masks[name] = _largest(slices, name, max(0, ranks[name] - step))
         candidates.append(fixed_variant(name, masks, blocks, delta=0.0))
     candidates.sort(key=lambda variant: variant.entry)
-    starts = (_pruned_pass(bench, slices, clean, pruned) for clean in bench.cleans)
-    return bench.mean_kl([bench.kl_sums(slices, start, candidates, {}) for start in starts])
+    starts = (_pruned_pass(data, slices, clean, pruned) for clean in data.cleans)
+    return data.mean_kl([data.kl_sums(slices, start, candidates, {}) for start in starts])
 
 
 def _largest(slices: SliceSet, name: str, rank: int) -> Tensor:
@@ -129,20 +129,20 @@ def _largest(slices: SliceSet, name: str, rank: int) -> Tensor:
     return (torch.arange(U.shape[1], device=U.device) < rank).to(U.dtype)
 
 
-def _pruned_pass(bench: Bench, slices: SliceSet, clean: Clean, masks: Mapping[str, Tensor]) -> Clean:
+def _pruned_pass(data: CurveData, slices: SliceSet, clean: Clean, masks: Mapping[str, Tensor]) -> Clean:
     """`clean` with the hidden states of the model that `masks` cut; the predictions in it stay the target's."""
     if not masks:
         return clean
-    whole = [Piece(fixed_variant("pruned", masks, bench.blocks, delta=0.0), 0, len(clean.batch.tokens))]
-    asked = {name: a for name in masks if (a := ask(whole, name, None, False, bench.noise)) is not None}
-    with replaced(bench.target, slices, asked):
-        ran = clean_pass(bench.target, clean.batch, ())
+    whole = [Piece(fixed_variant("pruned", masks, data.blocks, delta=0.0), 0, len(clean.batch.tokens))]
+    asked = {name: a for name in masks if (a := ask(whole, name, None, False, data.noise)) is not None}
+    with replaced(data.target, slices, asked):
+        ran = clean_pass(data.target, clean.batch, ())
     return replace(clean, entries=ran.entries, calls=ran.calls)
 
 
 @torch.no_grad()
 def compare(
-    bench: Bench,
+    data: CurveData,
     methods: Sequence[str],
     tolerance: float,
     step: int | None = None,
@@ -156,7 +156,7 @@ def compare(
     curves: dict[str, list[dict[str, float]]] = {}
     results: dict[str, dict[str, Any] | None] = {}
     for method in methods:
-        curve = METHODS[method](bench, step, partial(report, method))
+        curve = METHODS[method](data, step, partial(report, method))
         stop = within(curve, tolerance)
         curves[method] = [{"rank": point.rank, "kl": point.kl} | _cut(point) for point in curve]
         if stop is None:
@@ -165,7 +165,7 @@ def compare(
             results[method] = {"ranks": dict(stop.ranks), "total_rank": stop.rank, "kl": stop.kl} | _cut(stop)
     return {
         "tolerance": tolerance,
-        "looked_at": bench.looked_at,
+        "looked_at": data.looked_at,
         "legend": {method: LEGEND[method] for method in methods},
         "curves": curves,
         "result": results,
@@ -176,12 +176,12 @@ def _cut(point: Point) -> dict[str, float]:
     return {} if point.threshold is None else {"threshold": point.threshold}
 
 
-METHODS: dict[str, Callable[[Bench, int | None, Report], list[Point]]] = {
-    "greedy_svd": lambda bench, step, report: greedy(bench, plain_set(bench), step, report),
-    "weighted_svd": lambda bench, step, report: greedy(bench, weighted_set(bench), step, report),
-    "spd": lambda bench, step, report: by_mean_importance(bench),
-    "spd_masked": lambda bench, step, report: by_kept_and_masked(bench, report),
-    "spd_per_position": lambda bench, step, report: by_threshold(bench, report),
+METHODS: dict[str, Callable[[CurveData, int | None, Report], list[Point]]] = {
+    "greedy_svd": lambda data, step, report: greedy(data, plain_set(data), step, report),
+    "weighted_svd": lambda data, step, report: greedy(data, weighted_set(data), step, report),
+    "spd": lambda data, step, report: by_mean_importance(data),
+    "spd_masked": lambda data, step, report: by_kept_and_masked(data, report),
+    "spd_per_position": lambda data, step, report: by_threshold(data, report),
 }
 LEGEND = {  # what rank means to each
     "greedy_svd": "greedy SVD: total rank",

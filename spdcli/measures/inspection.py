@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,96 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
+from spdcli.measures.importances import active_in, importances_of
 from spdcli.measures.labels import TokenLens
+from spdcli.measures.texts import Texts
 from spdcli.runs.subject import Subject
-from spdcli.targets.sequences import find_toy_token, induction_batch, toy_tokens
 
 TOY_SEQUENCES = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Sequences to look at: `batch`, and for people the text and the tokens of each; `find` finds a token's places."""
-
-    batch: Batch
-    texts: list[str]
-    pieces: list[list[str]]
-    find: Callable[[str], list[tuple[int, int]]]
-
-
-def own_texts(subject: Subject, seed: int) -> Texts:
-    """The prompts a language model was decomposed on, or a few seeded sequences of the toy."""
-    if subject.prompts is not None:
-        return _language_texts(subject.prompts)
-    assert subject.toy is not None
-    shape = subject.toy.shape
-    generator = torch.Generator().manual_seed(seed)
-    return _toy_texts(subject, induction_batch(TOY_SEQUENCES, shape.length, shape.vocabulary, generator))
-
-
-def given_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Texts:
-    """Texts of the user's own, fed whole. For the toy a text is its tokens, as in `3 s 17 4 s`.
-
-    Raises UsageError for a text of the toy that it cannot take.
-    """
-    if subject.prompts is not None:
-        from spdcli.targets.prompts import encode
-
-        made = _language_texts(encode(subject.prompts.tokenizer, list(prompts), "fed", begin_token))
-    else:
-        assert subject.toy is not None
-        rows = [toy_tokens(text, subject.toy.shape.vocabulary) for text in prompts]
-        if len({len(row) for row in rows}) > 1:
-            raise UsageError("the toy's prompts must be of one length")
-        if len(rows[0]) > subject.length:
-            raise UsageError(f"{len(rows[0])} tokens, but the toy takes {subject.length}", "give a shorter prompt")
-        tokens = torch.tensor(rows)
-        everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        made = _toy_texts(subject, Batch(tokens, everywhere, everywhere))
-    return made
-
-
-def _language_texts(prompts: Any) -> Texts:
-    from spdcli.targets.prompts import find_token
-
-    return Texts(prompts.batch, prompts.texts, prompts.pieces, lambda query: find_token(prompts, query))
-
-
-def _toy_texts(subject: Subject, batch: Batch) -> Texts:
-    pieces = [[subject.token_text(token) for token in row] for row in batch.tokens.tolist()]
-    vocabulary = subject.toy.shape.vocabulary  # type: ignore[union-attr]
-    return Texts(
-        batch, [" ".join(row) for row in pieces], pieces, lambda query: find_toy_token(pieces, query, vocabulary)
-    )
-
-
-@torch.no_grad()
-def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch) -> tuple[dict, dict]:
-    """Importances g and inner activations x U of every matrix on `batch`, `[B, T, C]` each, 0 at padding.
-
-    Raises UsageError for a text that the importance functions cannot see: too long for the run's attention tables.
-    """
-    batch = batch.to(subject.target.device)
-    limit = decomposition.importances.settings.length
-    if decomposition.importances.settings.kind == "attention" and batch.tokens.shape[1] > limit:
-        raise UsageError(
-            f"{batch.tokens.shape[1]} tokens, but this run's importance attention covers {limit}",
-            "give a shorter prompt",
-        )
-    clean = clean_pass(subject.target, batch, decomposition.names)
-    g, _ = decomposition.importance(clean.inputs, clean.padding)
-    real = batch.valid[..., None]
-    inner = {name: (clean.inputs[name] @ decomposition.of(name).U) * real for name in g}
-    return {name: values * real for name, values in g.items()}, inner
-
-
-def active_in(g: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    """Whether each slice is active anywhere in each sequence, `[B, C]` bool a matrix."""
-    return {name: (values > threshold).any(1) for name, values in g.items()}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def within(curve: Sequence[Point], tolerance: float) -> Point | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class CurveData:
     """What all methods share: the target, the run's decomposition, and what the target does on the data."""
 
     target: Target
@@ -98,61 +98,61 @@ class Bench:
         return {name: sum(part[name] for part in sums) / self.looked_at for name in sums[0]}
 
 
-def open_bench(subject: Subject, decomposition: Decomposition, sequences: int, seed: int) -> Bench:
+def curve_data(subject: Subject, decomposition: Decomposition, sequences: int, seed: int) -> CurveData:
     """The data of `spd eval`, drawn once for all methods, and one clean pass over it."""
     batches = evaluation_batches(subject, sequences, seed)
     cleans = [clean_pass(subject.target, batch, decomposition.names) for batch in batches]
-    return Bench(subject.target, decomposition, cleans)
+    return CurveData(subject.target, decomposition, cleans)
 
 
-def by_mean_importance(bench: Bench) -> list[Point]:
+def by_mean_importance(data: CurveData) -> list[Point]:
     """Slices kept everywhere, with mask 1, in the order of their mean importance over all real positions of the data.
 
     The least important go first, over all matrices together; of equal ones, the first in order. A matrix is the sum
     of its kept slices: without the delta, even where it keeps them all. One plan for the whole curve.
     """
-    order = removal_order(bench)
+    order = removal_order(data)
     total = sum(len(places) for places in order.values())
-    dtype = bench.target.unembedding.dtype
+    dtype = data.target.unembedding.dtype
     variants, ranks = [], {}
     for kept in counts(total):
         masks = {name: (places >= total - kept).to(dtype) for name, places in order.items()}
-        variants.append(fixed_variant(str(kept), masks, bench.blocks, delta=0.0))
+        variants.append(fixed_variant(str(kept), masks, data.blocks, delta=0.0))
         ranks[str(kept)] = {name: int(mask.sum()) for name, mask in masks.items()}
-    kl = bench.mean_kl([bench.kl_sums(bench.decomposition, clean, variants, {}) for clean in bench.cleans])
+    kl = data.mean_kl([data.kl_sums(data.decomposition, clean, variants, {}) for clean in data.cleans])
     return [Point(ranks[kept], value) for kept, value in kl.items()]
 
 
-def by_kept_and_masked(bench: Bench, report: Callable[[int, int], None]) -> list[Point]:
+def by_kept_and_masked(data: CurveData, report: Callable[[int, int], None]) -> list[Point]:
     """The masked model with fewer and fewer slices: a kept slice's mask is g, in the order of `by_mean_importance`.
 
     Rank is the number of slices kept, from all that are active anywhere on the data (the unique slices of Table 1): the
     model there is the one whose `recon` `spd eval` reports.
     """
-    order = removal_order(bench)
+    order = removal_order(data)
     total = sum(len(places) for places in order.values())
     active = {name: torch.zeros_like(places, dtype=torch.bool) for name, places in order.items()}
-    for clean, g in bench.importances():
+    for clean, g in data.importances():
         for name, values in g.items():
             active[name] |= (values[clean.batch.valid] > 0).any(0)
     kept_counts = counts(sum(int(somewhere.sum()) for somewhere in active.values()))
-    variants = draw_variants(["recon"], bench.blocks, 1, "forward", (0, 0), torch.Generator())
+    variants = draw_variants(["recon"], data.blocks, 1, "forward", (0, 0), torch.Generator())
     kl = dict.fromkeys(kept_counts, 0.0)
-    for done, (clean, g) in enumerate(bench.importances()):
-        report(done, len(bench.cleans))
+    for done, (clean, g) in enumerate(data.importances()):
+        report(done, len(data.cleans))
         for kept in kept_counts:
             cut = {name: values * (order[name] >= total - kept) for name, values in g.items()}
-            kl[kept] += bench.kl_sums(bench.decomposition, clean, variants, cut)["recon"]
+            kl[kept] += data.kl_sums(data.decomposition, clean, variants, cut)["recon"]
     return [
-        Point({n: int((places >= total - kept).sum()) for n, places in order.items()}, kl[kept] / bench.looked_at)
+        Point({n: int((places >= total - kept).sum()) for n, places in order.items()}, kl[kept] / data.looked_at)
         for kept in kept_counts
     ]
 
 
-def removal_order(bench: Bench) -> dict[str, Tensor]:
+def removal_order(data: CurveData) -> dict[str, Tensor]:
     """When each slice goes, `[C]` a matrix: first, 0, is that of the smallest mean importance over real positions."""
     means: dict[str, Tensor] = {}
-    for clean, g in bench.importances():
+    for clean, g in data.importances():
         for name, values in g.items():
             total = values[clean.batch.valid].double().sum(0)
             means[name] = means[name] + total if name in means else total
@@ -167,27 +167,27 @@ def counts(total: int) -> list[int]:
     return sorted({*range(dense + 1), *spread}, reverse=True)
 
 
-def by_threshold(bench: Bench, report: Callable[[int, int], None]) -> list[Point]:
+def by_threshold(data: CurveData, report: Callable[[int, int], None]) -> list[Point]:
     """The masked model at importance thresholds: a slice's mask is g where g is above the threshold, and 0 elsewhere.
 
     Rank is the mean over real positions of the number of slices above it, summed over matrices. At threshold 0 this
     is the model whose `recon` `spd eval` reports, and its active slices. Thresholds that cut nothing more are left out.
     """
-    variants = draw_variants(["recon"], bench.blocks, 1, "forward", (0, 0), torch.Generator())
+    variants = draw_variants(["recon"], data.blocks, 1, "forward", (0, 0), torch.Generator())
     kl = dict.fromkeys(THRESHOLDS, 0.0)
-    active = {threshold: dict.fromkeys(bench.names, 0) for threshold in THRESHOLDS}
-    for done, (clean, g) in enumerate(bench.importances()):
-        report(done, len(bench.cleans))
+    active = {threshold: dict.fromkeys(data.names, 0) for threshold in THRESHOLDS}
+    for done, (clean, g) in enumerate(data.importances()):
+        report(done, len(data.cleans))
         for threshold in THRESHOLDS:
             cut = {name: torch.where(values > threshold, values, 0.0) for name, values in g.items()}
-            kl[threshold] += bench.kl_sums(bench.decomposition, clean, variants, cut)["recon"]
+            kl[threshold] += data.kl_sums(data.decomposition, clean, variants, cut)["recon"]
             for name, values in cut.items():
                 active[threshold][name] += int(values[clean.batch.valid].count_nonzero())
-    positions = sum(int(clean.batch.valid.sum()) for clean in bench.cleans)
+    positions = sum(int(clean.batch.valid.sum()) for clean in data.cleans)
     curve: list[Point] = []
     for threshold in THRESHOLDS:
         ranks = {name: count / positions for name, count in active[threshold].items()}
-        point = Point(ranks, kl[threshold] / bench.looked_at, threshold)
+        point = Point(ranks, kl[threshold] / data.looked_at, threshold)
         if not curve or point.rank < curve[-1].rank:
             curve.append(point)
     return curve

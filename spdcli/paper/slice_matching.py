@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdcli.engine.subcomponents import Slices
-from spdcli.measures.circuit import Scene
+from spdcli.measures.circuit_data import CircuitData
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def stability(runs: Sequence[dict[str, Signature]]) -> list[dict]:
 
 
 @torch.no_grad()
-def effect_signatures(stage: Scene) -> dict[str, Signature]:
+def effect_signatures(stage: CircuitData) -> dict[str, Signature]:
     """Effects of the active slices of every decomposed matrix (module docstring), `[n, B * T]` or `[n, B * N]`."""
     made = {}
     for name in stage.decomposition.names:
@@ -102,14 +102,14 @@ def effect_signatures(stage: Scene) -> dict[str, Signature]:
     return made
 
 
-def _masked_inner(stage: Scene, name: str) -> Tensor:
+def _masked_inner(stage: CircuitData, name: str) -> Tensor:
     """`g (x . u)` of the active slices of a matrix at every position, `[n, B, T]`."""
     chosen = stage.active[name]
     inner = stage.clean.inputs[name] @ stage.decomposition.of(name).U[:, chosen]
     return (inner * stage.g[name][..., chosen]).movedim(-1, 0)
 
 
-def _score_effects(stage: Scene, name: str) -> Tensor:
+def _score_effects(stage: CircuitData, name: str) -> Tensor:
     """What slices of Q0, K0, V0, Q1 or K1 add to the scores of the query that matters, by key: `[n, B, T]`."""
     layer = 0 if name in ("Q0", "K0") else 1
     query_at = stage.at["m" if layer == 0 else "s2"]
@@ -131,7 +131,7 @@ def _score_effects(stage: Scene, name: str) -> Tensor:
     return (scores - mean) * seen / math.sqrt(stage.toy.shape.d_model)
 
 
-def _logit_effects(stage: Scene) -> Tensor:
+def _logit_effects(stage: CircuitData) -> Tensor:
     """What slices of V1 add to the logits at s2, `[n, B, N]`."""
     to_s2 = _target_pattern(stage, 1)[stage.rows, stage.at["s2"]]  # [B, T]
     arriving = torch.einsum("bt,nbt->nb", to_s2, _masked_inner(stage, "V1"))
@@ -139,7 +139,7 @@ def _logit_effects(stage: Scene) -> Tensor:
     return arriving[..., None] * (logits - logits.mean(-1, keepdim=True))[:, None]
 
 
-def _target_pattern(stage: Scene, layer: int) -> Tensor:
+def _target_pattern(stage: CircuitData, layer: int) -> Tensor:
     """The target's attention probabilities `[B, T, T]` in a layer (one head)."""
     q, k = (stage.product(f"{letter}{layer}", stage.clean.inputs[f"{letter}{layer}"], False) for letter in "QK")
     return stage.block(layer).scores(q, k).softmax(-1)[:, 0]

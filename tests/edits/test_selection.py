@@ -28,7 +28,7 @@ from spdcli.edits.suppression import Address, suppression, suppressions
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import Texts
+from spdcli.measures.texts import Texts
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from spdcli.edits.suppression import (
 )
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import importances_of
+from spdcli.measures.importances import importances_of
 from spdcli.records import plain
 
 

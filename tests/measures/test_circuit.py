@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from matplotlib.image import imread
-from small_circuits import ALL, SEQUENCES, planted_stage, small_stage, uneven_gates
+from small_circuits import ALL, SEQUENCES, planted_circuit, small_circuit, uneven_gates
 from small_runs import loud_toy, toy_recipe
 
 from spdcli.figures.circuit import save_circuit
@@ -14,12 +14,11 @@ from spdcli.measures.circuit import (
     circuit,
     circuit_attention,
     example,
-    has_circuit,
     identity,
     importance_profile,
     offset_profiles,
-    scene,
 )
+from spdcli.measures.circuit_data import circuit_data, has_circuit
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance
 from spdcli.runs.decomposition import start_decomposition
@@ -38,28 +37,28 @@ def no_gradients():
 
 
 def test_a_planted_previous_token_head_loses_everything_with_the_querys_position(tmp_path):
-    stage = planted_stage(tmp_path)
-    uniform = (1 / (stage.at["m"] + 1.0)).mean().item()
+    data = planted_circuit(tmp_path)
+    uniform = (1 / (data.at["m"] + 1.0)).mean().item()
     for kind in (False, True):
-        found = circuit_attention(stage, kind)
+        found = circuit_attention(data, kind)
         assert found["m_to_s1"] == pytest.approx(1.0, abs=1e-4)
         for name in ("unplaced_query", "unplaced_query_and_s1", "content_only"):
             assert found[f"m_to_s1_{name}"] == pytest.approx(uniform, rel=1e-5)
         assert found["s2_to_m"] == pytest.approx(1 / 8, rel=1e-5)  # nothing planted in the second layer
 
 
-def slow_first_attention(stage, row, masked, placed_query, placed_key):
+def slow_first_attention(data, row, masked, placed_query, placed_key):
     """Attention of m to s1 in one sequence, slice by slice."""
-    toy, tokens = stage.toy, stage.clean.batch.tokens[row]
-    m, s1 = int(stage.at["m"][row]), int(stage.at["s1"][row])
+    toy, tokens = data.toy, data.clean.batch.tokens[row]
+    m, s1 = int(data.at["m"][row]), int(data.at["s1"][row])
 
     def through(name, t, place):
         x = toy.embed.weight[tokens[t]] + (toy.positions[t] if place else 0)
-        weight = stage.target.matrices[name].weight
-        if not masked or name not in stage.g:
+        weight = data.target.matrices[name].weight
+        if not masked or name not in data.g:
             return x @ weight
-        own = stage.decomposition.of(name)
-        return sum(stage.g[name][row, t, c] * (x @ own.U[:, c]) * own.V[c] for c in range(3))
+        own = data.decomposition.of(name)
+        return sum(data.g[name][row, t, c] * (x @ own.U[:, c]) * own.V[c] for c in range(3))
 
     query = through("Q0", m, placed_query)
     scores = torch.stack([through("K0", t, placed_key(t, s1)) @ query / 2 for t in range(m + 1)])
@@ -69,8 +68,8 @@ def slow_first_attention(stage, row, masked, placed_query, placed_key):
 @pytest.mark.parametrize("names", [ALL, ["K0", "V1"]], ids=["all", "some"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
-    stage = small_stage(tmp_path, names=names)
-    found = circuit_attention(stage, masked)
+    data = small_circuit(tmp_path, names=names)
+    found = circuit_attention(data, masked)
     cases = {
         "m_to_s1": (True, lambda t, s1: True),
         "m_to_s1_unplaced_query": (False, lambda t, s1: True),
@@ -78,19 +77,19 @@ def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
         "m_to_s1_content_only": (False, lambda t, s1: False),
     }
     for key, (query, placed) in cases.items():
-        slow = sum(slow_first_attention(stage, row, masked, query, placed) for row in range(SEQUENCES)) / SEQUENCES
+        slow = sum(slow_first_attention(data, row, masked, query, placed) for row in range(SEQUENCES)) / SEQUENCES
         assert found[key] == pytest.approx(slow, **FLOAT32), key
     assert len({round(found[key], 5) for key in cases}) == 4  # the cases differ on this toy
 
 
 def test_positions_added_to_the_embedding_are_taken_away_too(tmp_path):
-    stage = small_stage(tmp_path, "target.positions='added'")
-    found = circuit_attention(stage, False)
+    data = small_circuit(tmp_path, "target.positions='added'")
+    found = circuit_attention(data, False)
     row_values = []
     for row in range(SEQUENCES):
-        tokens, m = stage.clean.batch.tokens[row], int(stage.at["m"][row])
-        x = stage.toy.embed.weight[tokens]
-        scores = (x @ stage.target.matrices["K0"].weight) @ (x[m] @ stage.target.matrices["Q0"].weight) / 2
+        tokens, m = data.clean.batch.tokens[row], int(data.at["m"][row])
+        x = data.toy.embed.weight[tokens]
+        scores = (x @ data.target.matrices["K0"].weight) @ (x[m] @ data.target.matrices["Q0"].weight) / 2
         row_values.append(scores[: m + 1].softmax(0)[m - 1].item())
     assert found["m_to_s1_content_only"] == pytest.approx(sum(row_values) / SEQUENCES, **FLOAT32)
 
@@ -104,8 +103,8 @@ def test_scores_by_offset_by_hand():
 
 
 def test_the_planted_keys_peak_one_position_on(tmp_path):
-    stage = planted_stage(tmp_path)
-    found = offset_profiles(stage)
+    data = planted_circuit(tmp_path)
+    found = offset_profiles(data)
     assert found["whole"]["peak"] == 1
     assert found["whole"]["cosine"] == pytest.approx(1.0, abs=1e-5)
     assert found["aligns"].startswith("K0:")
@@ -118,12 +117,12 @@ def test_the_planted_keys_peak_one_position_on(tmp_path):
 
 
 def test_a_slices_offset_profile_by_hand(tmp_path):
-    stage = small_stage(tmp_path)
-    found = offset_profiles(stage)
-    positions, own = stage.toy.positions, stage.decomposition.of("K0")
+    data = small_circuit(tmp_path)
+    found = offset_profiles(data)
+    positions, own = data.toy.positions, data.decomposition.of("K0")
     assert [entry["slice"] for entry in found["slices"] if entry["slice"][0] == "K"] == ["K0:0", "K0:1"]
     entry = next(entry for entry in found["slices"] if entry["slice"] == "K0:1")
-    query = positions @ stage.target.matrices["Q0"].weight
+    query = positions @ data.target.matrices["Q0"].weight
     for offset, score in zip(found["offsets"], entry["scores"], strict=True):
         pairs = [(n + offset, n) for n in range(8) if 0 <= n + offset < 8]
         slow = [(positions[n] @ own.U[:, 1]) * (own.V[1] @ query[later]) / 2 for later, n in pairs]
@@ -133,7 +132,7 @@ def test_a_slices_offset_profile_by_hand(tmp_path):
         key = (positions[n] @ own.U[:, 1]) * own.V[1]
         cosines.append((key @ query[n + 1] / key.norm() / query[n + 1].norm()).item())
     assert entry["cosine"] == pytest.approx(sum(cosines) / 7, **FLOAT32)
-    tokens = stage.toy.embed.weight @ own.U[:, 1]
+    tokens = data.toy.embed.weight @ own.U[:, 1]
     assert entry["reads"]["s"] == pytest.approx(tokens[5].item())
     assert entry["reads"]["tokens"]["mean"] == pytest.approx(tokens[:5].mean().item(), abs=1e-6)
     assert entry["reads"]["positions"]["std"] == pytest.approx((positions @ own.U[:, 1]).std(correction=0).item())
@@ -143,10 +142,10 @@ def test_a_slices_offset_profile_by_hand(tmp_path):
 
 
 def test_identity_by_hand(tmp_path):
-    stage = small_stage(tmp_path)
-    found = identity(stage)
-    own = stage.decomposition.of("V1")
-    assert stage.active["V1"] == [0, 1]
+    data = small_circuit(tmp_path)
+    found = identity(data)
+    own = data.decomposition.of("V1")
+    assert data.active["V1"] == [0, 1]
     values = torch.linalg.svdvals(own.U[:, :2] @ own.V[:2])
     assert found["singular_values"] == pytest.approx(values.tolist(), abs=1e-5)
     a, b = (value.item() ** 2 for value in values[:2])
@@ -154,25 +153,25 @@ def test_identity_by_hand(tmp_path):
     assert found["above_one_percent"] == 2
     written = []
     for row in range(SEQUENCES):
-        m = stage.at["m"][row]
-        x, g = stage.clean.inputs["V1"][row, m], stage.g["V1"][row, m]
+        m = data.at["m"][row]
+        x, g = data.clean.inputs["V1"][row, m], data.g["V1"][row, m]
         written.append(sum(g[c] * (x @ own.U[:, c]) * own.V[c] for c in range(3)))
     right = 0
     for row, one in enumerate(written):  # all directions: nothing is cut away
-        logits = stage.toy.unembed.weight @ (stage.clean.entries[1][row, -1] + one)
-        right += int(logits.argmax() == stage.clean.batch.answers[row])
+        logits = data.toy.unembed.weight @ (data.clean.entries[1][row, -1] + one)
+        right += int(logits.argmax() == data.clean.batch.answers[row])
     assert found["decoding"][-1] == pytest.approx(right / SEQUENCES)
     assert len(found["decoding"]) == 4
 
 
 def test_importance_by_class_and_by_distance_by_hand(tmp_path):
-    stage = small_stage(tmp_path, sequences=40)
-    found = importance_profile(stage)
-    total = stage.g["V1"].sum(-1)
+    data = small_circuit(tmp_path, sequences=40)
+    found = importance_profile(data)
+    total = data.g["V1"].sum(-1)
     by_class: dict[str, list] = {"s1": [], "m": [], "s2": [], "random": []}
     by_distance: dict[int, list] = {distance: [] for distance in found["distances"]}
     for row in range(40):
-        s1 = int(stage.at["s1"][row])
+        s1 = int(data.at["s1"][row])
         for t in range(8):
             kind = "s2" if t == 7 else {s1: "s1", s1 + 1: "m"}.get(t, "random")
             by_class[kind].append(total[row, t].item())
@@ -200,36 +199,36 @@ def test_only_the_papers_kind_of_toy_has_the_circuit(tmp_path):
 
 @pytest.mark.parametrize("relative", ["scalar", "query"])
 def test_blind_gates_are_those_that_may_attend_to_themselves_alone(tmp_path, relative):
-    stage = small_stage(tmp_path, f"importance.relative={relative}")
-    changed = CONTROLS["no_context"](stage, torch.Generator())
+    data = small_circuit(tmp_path, f"importance.relative={relative}")
+    changed = CONTROLS["no_context"](data, torch.Generator())
     for t in range(8):
         only = torch.zeros(SEQUENCES, 8, dtype=torch.bool)
         only[:, t] = True
-        slow, _ = stage.decomposition.importance(stage.clean.inputs, only)
+        slow, _ = data.decomposition.importance(data.clean.inputs, only)
         for name in ALL:
             torch.testing.assert_close(changed[name][:, t], slow[name][:, t], atol=1e-5, rtol=1e-4)
-    assert any(not torch.allclose(changed[name], stage.g[name], atol=1e-2) for name in ALL)
-    again, _ = stage.decomposition.importance(stage.clean.inputs)
-    assert all(torch.equal(again[name], stage.g[name]) for name in ALL)  # their sight is back
+    assert any(not torch.allclose(changed[name], data.g[name], atol=1e-2) for name in ALL)
+    again, _ = data.decomposition.importance(data.clean.inputs)
+    assert all(torch.equal(again[name], data.g[name]) for name in ALL)  # their sight is back
 
 
 def test_gates_without_attention_are_blind_already(tmp_path):
-    stage = small_stage(tmp_path, "importance.kind=vector")
-    with blind_gates(stage.decomposition):
-        g, _ = stage.decomposition.importance(stage.clean.inputs)
-    assert all(torch.equal(g[name], stage.g[name]) for name in ALL)
+    data = small_circuit(tmp_path, "importance.kind=vector")
+    with blind_gates(data.decomposition):
+        g, _ = data.decomposition.importance(data.clean.inputs)
+    assert all(torch.equal(g[name], data.g[name]) for name in ALL)
 
 
 def test_importances_come_from_where_the_controls_say(tmp_path):
-    stage = small_stage(tmp_path)
+    data = small_circuit(tmp_path)
     generator = torch.Generator().manual_seed(0)
     neighbour, shifted, on = (
-        CONTROLS[name](stage, generator) for name in ("other_sequences", "other_positions", "always_on")
+        CONTROLS[name](data, generator) for name in ("other_sequences", "other_positions", "always_on")
     )
     shifts = set()
     for row in range(SEQUENCES):
-        assert torch.equal(neighbour["Q0"][row], stage.g["Q0"][row - 1])
-        found = [k for k in range(8) if all(torch.equal(shifted[n][row], stage.g[n][row].roll(k, 0)) for n in ALL)]
+        assert torch.equal(neighbour["Q0"][row], data.g["Q0"][row - 1])
+        found = [k for k in range(8) if all(torch.equal(shifted[n][row], data.g[n][row].roll(k, 0)) for n in ALL)]
         assert len(found) == 1  # the same shift for all matrices
         shifts |= set(found)
     assert 0 not in shifts
@@ -241,20 +240,20 @@ def test_performance_agrees_with_the_evaluation(tmp_path):
     recipe = toy_recipe("target.vocabulary=5", "slices.C=3", folder=tmp_path)
     subject = toy_subject(recipe, loud_toy(recipe, seed=1))
     decomposition = uneven_gates(start_decomposition(recipe, subject, ALL))
-    found = evaluate(subject, decomposition, 64, 0.0, seed=1)  # its stream of sequences is the scene's of seed 0
-    stage = scene(subject, decomposition, 64, 0.0, seed=0)
-    controls = gate_controls(stage, seed=0)
+    found = evaluate(subject, decomposition, 64, 0.0, seed=1)  # its stream of sequences is the circuit_data's of seed 0
+    data = circuit_data(subject, decomposition, 64, 0.0, seed=0)
+    controls = gate_controls(data, seed=0)
     assert controls["own"]["all"]["accuracy"] == pytest.approx(found["accuracy"]["masked"])
     assert controls["own"]["all"]["kl"] == pytest.approx(found["metrics"]["recon"], rel=1e-4)
-    masked = circuit_attention(stage, True)
+    masked = circuit_attention(data, True)
     for step in ("m_to_s1", "s2_to_m"):
         assert controls["own"]["all"][step] == pytest.approx(masked[step], rel=1e-5)
     assert controls["own"]["matrices"] == {}
     assert controls["own"]["layers"] == []
     first, second = (
-        {name: CONTROLS["always_on"](stage, torch.Generator())[name] for name in names} for names in (ALL[:3], ALL[3:])
+        {name: CONTROLS["always_on"](data, torch.Generator())[name] for name in names} for names in (ALL[:3], ALL[3:])
     )
-    assert controls["always_on"]["layers"] == [performance(stage, stage.g | part) for part in (first, second)]
+    assert controls["always_on"]["layers"] == [performance(data, data.g | part) for part in (first, second)]
     own, on = controls["own"]["all"], controls["always_on"]["matrices"]["V1"]
     assert on["m_to_s1"] == pytest.approx(own["m_to_s1"])  # V1 alone is changed: attention stays
     assert on["s2_to_m"] == pytest.approx(own["s2_to_m"])
@@ -263,10 +262,10 @@ def test_performance_agrees_with_the_evaluation(tmp_path):
 
 
 def test_a_decomposition_of_the_second_layer_alone_has_the_targets_first_attention(tmp_path):
-    stage = small_stage(tmp_path, names=["K1", "V1"])
-    found = performance(stage, stage.g)
-    assert found["m_to_s1"] == pytest.approx(circuit_attention(stage, False)["m_to_s1"], rel=1e-5)
-    assert circuit(stage)["offsets"] is None
+    data = small_circuit(tmp_path, names=["K1", "V1"])
+    found = performance(data, data.g)
+    assert found["m_to_s1"] == pytest.approx(circuit_attention(data, False)["m_to_s1"], rel=1e-5)
+    assert circuit(data)["offsets"] is None
 
 
 # --- figures ---------------------------------------------------------------------------------------
@@ -274,9 +273,9 @@ def test_a_decomposition_of_the_second_layer_alone_has_the_targets_first_attenti
 
 @pytest.mark.parametrize("names", [ALL, ["V0", "Q1"]], ids=["all", "some"])
 def test_the_figures_are_readable_in_grey(tmp_path, names):
-    stage = small_stage(tmp_path, names=names)
-    shown = example(stage)
-    save_circuit(circuit(stage), shown, [str(token) for token in shown["tokens"]], tmp_path / "figures")
+    data = small_circuit(tmp_path, names=names)
+    shown = example(data)
+    save_circuit(circuit(data), shown, [str(token) for token in shown["tokens"]], tmp_path / "figures")
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
     figures = ["attention", "importance", "mechanism", "sequence"]
     if "K0" not in names:
@@ -288,8 +287,8 @@ def test_the_figures_are_readable_in_grey(tmp_path, names):
 
 
 def test_the_example_is_one_of_the_sequences(tmp_path):
-    stage = small_stage(tmp_path)
-    shown = example(stage)
+    data = small_circuit(tmp_path)
+    shown = example(data)
     at = shown["at"]
     assert shown["tokens"][at["s1"]] == shown["tokens"][at["s2"]] == 5
     assert (at["m"], at["s2"]) == (at["s1"] + 1, 7)

@@ -32,13 +32,13 @@ from spdcli.measures.greedy_svd import (
     weighted_triples,
 )
 from spdcli.measures.rank_curves import (
-    Bench,
+    CurveData,
     Point,
     by_kept_and_masked,
     by_mean_importance,
     by_threshold,
     counts,
-    open_bench,
+    curve_data,
     within,
 )
 from spdcli.runs.decomposition import start_decomposition
@@ -55,7 +55,7 @@ def quiet(done, total):
     """No one to report to."""
 
 
-def toy_bench(folder, names=ALL, *changes):
+def toy_data(folder, names=ALL, *changes):
     """A toy in float64 (so that rounding decides between no candidates), its decomposition, and 10 sequences."""
     recipe = toy_recipe(*changes, folder=folder)
     subject = toy_subject(recipe, loud_toy(recipe, seed=1).double())
@@ -70,17 +70,17 @@ def toy_bench(folder, names=ALL, *changes):
                 parameter[-1] = -9  # a slice that is active nowhere
         for name in names:
             decomposition.of(name).V.add_(0.05 * torch.randn_like(decomposition.of(name).V))
-    return subject, decomposition, open_bench(subject, decomposition, SEQUENCES, SEED)
+    return subject, decomposition, curve_data(subject, decomposition, SEQUENCES, SEED)
 
 
-def tokens_of(bench):
-    return torch.cat([clean.batch.tokens for clean in bench.cleans])
+def tokens_of(data):
+    return torch.cat([clean.batch.tokens for clean in data.cleans])
 
 
-def inputs_of(subject, bench):
-    batch = dataclasses.replace(bench.cleans[0].batch, tokens=tokens_of(bench))
+def inputs_of(subject, data):
+    batch = dataclasses.replace(data.cleans[0].batch, tokens=tokens_of(data))
     batch = dataclasses.replace(batch, valid=batch.tokens >= 0, looked=batch.tokens >= 0)
-    return clean_pass(subject.target, batch, bench.names).inputs
+    return clean_pass(subject.target, batch, data.names).inputs
 
 
 class ByHand:
@@ -176,15 +176,15 @@ def removals(curve):
 def test_the_greedy_order_is_that_of_algorithm_2(tmp_path, monkeypatch, names, changes, step, plan_bytes, at_once):
     monkeypatch.setattr(rank_curves, "PLAN_BYTES", plan_bytes)
     monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", at_once)
-    subject, _, bench = toy_bench(tmp_path, names, *changes)
-    assert len(bench.cleans) == -(-SEQUENCES // at_once)
-    by_hand = toy_by_hand(subject.toy, tokens_of(bench))
+    subject, _, data = toy_data(tmp_path, names, *changes)
+    assert len(data.cleans) == -(-SEQUENCES // at_once)
+    by_hand = toy_by_hand(subject.toy, tokens_of(data))
     cuts = {name: slow_svd(by_hand.weight(name)) for name in names}
     order, losses, _ = algorithm_2(by_hand, cuts, dict.fromkeys(names, 8), step)
     assert len(set(order)) == len(names)
     assert max(losses) > 0.1
 
-    curve = greedy(bench, plain_set(bench), step, quiet)
+    curve = greedy(data, plain_set(data), step, quiet)
     assert removals(curve) == order
     assert [point.kl for point in curve] == pytest.approx([0, *losses], **DOUBLE)
     assert curve[0].ranks == dict.fromkeys(names, 8)
@@ -198,9 +198,9 @@ def test_the_greedy_order_is_that_of_algorithm_2(tmp_path, monkeypatch, names, c
 
 @torch.no_grad()
 def test_the_weighted_order_is_that_of_algorithm_2_on_weighted_triples(tmp_path):
-    subject, _, bench = toy_bench(tmp_path)
-    by_hand = toy_by_hand(subject.toy, tokens_of(bench))
-    inputs = inputs_of(subject, bench)
+    subject, _, data = toy_data(tmp_path)
+    by_hand = toy_by_hand(subject.toy, tokens_of(data))
+    inputs = inputs_of(subject, data)
     flat = {name: inputs[name].flatten(0, 1) for name in ALL}
     assert all(torch.linalg.matrix_rank(x) >= 7 for x in flat.values())  # 6 tokens, s: V0 never reads the eighth way
     cuts, ranks = {}, {}
@@ -214,7 +214,7 @@ def test_the_weighted_order_is_that_of_algorithm_2_on_weighted_triples(tmp_path)
             cut = slow_weighted_svd(span @ weight, flat[name] @ span.t())
             cuts[name] = lambda rank, cut=cut, span=span: span.t() @ cut(rank)
     order, losses, _ = algorithm_2(by_hand, cuts, ranks, 1)
-    curve = greedy(bench, weighted_set(bench), 1, quiet)
+    curve = greedy(data, weighted_set(data), 1, quiet)
     assert curve[0].ranks == ranks
     assert removals(curve) == order
     assert [point.kl for point in curve] == pytest.approx([0, *losses], rel=1e-6, abs=1e-11)
@@ -236,7 +236,7 @@ def test_a_language_model_is_pruned_as_by_hand(request, tmp_path, kind):
     subject = language_subject(recipe, CPU)
     subject.target.model.double()
     names = json.loads(LANGUAGE[kind])
-    bench = open_bench(subject, start_decomposition(recipe, subject, names), 1, 0)
+    data = curve_data(subject, start_decomposition(recipe, subject, names), 1, 0)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -255,7 +255,7 @@ def test_a_language_model_is_pruned_as_by_hand(request, tmp_path, kind):
     ranks = {name: int(torch.linalg.matrix_rank(by_hand.weight(name))) for name in names}
     cuts = {name: slow_svd(by_hand.weight(name)) for name in names}
     order, losses, _ = algorithm_2(by_hand, cuts, ranks, 5)
-    curve = greedy(bench, plain_set(bench), 5, quiet)
+    curve = greedy(data, plain_set(data), 5, quiet)
     assert len(set(order)) == len(names)
     assert removals(curve) == order
     assert [point.kl for point in curve] == pytest.approx([0, *losses], rel=1e-6, abs=1e-10)
@@ -266,16 +266,16 @@ def test_padding_is_no_data(tmp_path, tiny_gpt2_dir):
     recipe = model_recipe(tiny_gpt2_dir, "slices.matrices=['h.1.mlp.c_fc']", folder=tmp_path)
     subject = language_subject(recipe, CPU)
     decomposition = start_decomposition(recipe, subject, ["h.1.mlp.c_fc"])
-    bench = open_bench(subject, decomposition, 1, 0)
-    clean = bench.cleans[0]
+    data = curve_data(subject, decomposition, 1, 0)
+    clean = data.cleans[0]
     inputs, valid = clean.inputs["h.1.mlp.c_fc"], clean.batch.valid
     assert not valid.all()
     inputs[~valid] = 100.0
-    assert weighted_set(bench).of("h.1.mlp.c_fc").U.shape == (32, 12)  # two prompts of 5 and 7 tokens
+    assert weighted_set(data).of("h.1.mlp.c_fc").U.shape == (32, 12)  # two prompts of 5 and 7 tokens
     g = decomposition.importance({"h.1.mlp.c_fc": inputs}, valid)[0]["h.1.mlp.c_fc"]
-    assert by_threshold(bench, quiet)[0].rank == pytest.approx(((g > 0).sum(-1) * valid).sum().item() / 12)
+    assert by_threshold(data, quiet)[0].rank == pytest.approx(((g > 0).sum(-1) * valid).sum().item() / 12)
     order = torch.stack([g[valid][:, c].sum() for c in range(6)]).argsort(descending=True, stable=True)
-    curve = by_mean_importance(bench)
+    curve = by_mean_importance(data)
     own, weight = decomposition.of("h.1.mlp.c_fc"), subject.target.matrices["h.1.mlp.c_fc"].weight
     before = weight.clone()
     for point in curve[1:-1]:
@@ -289,12 +289,12 @@ def test_padding_is_no_data(tmp_path, tiny_gpt2_dir):
 
 @torch.no_grad()
 def test_the_target_is_left_as_it_was(tmp_path):
-    subject, _, bench = toy_bench(tmp_path)
+    subject, _, data = toy_data(tmp_path)
     before = copy.deepcopy(subject.toy.state_dict())
-    compare(bench, list(METHODS), 0.1, step=4)
+    compare(data, list(METHODS), 0.1, step=4)
     assert all(torch.equal(before[key], value) for key, value in subject.toy.state_dict().items())
-    after = clean_pass(subject.target, bench.cleans[0].batch, ALL)
-    assert torch.equal(after.log_probs, bench.cleans[0].log_probs)
+    after = clean_pass(subject.target, data.cleans[0].batch, ALL)
+    assert torch.equal(after.log_probs, data.cleans[0].log_probs)
 
 
 def test_the_tolerance_ends_at_the_first_point_beyond_it():
@@ -388,15 +388,15 @@ def test_rounding_of_the_inputs_is_no_direction_of_theirs():
 @torch.no_grad()
 def test_slices_go_in_the_order_of_their_mean_importance(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 4)
-    subject, decomposition, bench = toy_bench(tmp_path, ALL, "slices.delta=true")
-    by_hand = toy_by_hand(subject.toy, tokens_of(bench))
-    inputs = inputs_of(subject, bench)
+    subject, decomposition, data = toy_data(tmp_path, ALL, "slices.delta=true")
+    by_hand = toy_by_hand(subject.toy, tokens_of(data))
+    inputs = inputs_of(subject, data)
     g, _ = decomposition.importance(inputs)
     means = {(name, c): g[name][..., c].mean().item() for name in ALL for c in range(5)}
     kept = sorted(means, key=lambda slice_: -means[slice_])
     never = [slice_ for slice_ in kept if means[slice_] == 0]
     assert len(never) >= len(ALL)
-    curve = by_mean_importance(bench)
+    curve = by_mean_importance(data)
     assert [point.rank for point in curve] == list(range(30, -1, -1))
     for point in curve:
         if 30 - len(never) < point.rank < 30:  # any of those that are never active may be the next
@@ -414,9 +414,9 @@ def test_slices_go_in_the_order_of_their_mean_importance(tmp_path, monkeypatch):
 @pytest.mark.parametrize("delta", ["true", "false"])
 def test_at_threshold_0_the_masked_model_is_that_of_eval(tmp_path, monkeypatch, delta):
     monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 3)
-    subject, decomposition, bench = toy_bench(tmp_path, ALL, f"slices.delta={delta}")
-    assert len(bench.cleans) == 4
-    curve = by_threshold(bench, quiet)
+    subject, decomposition, data = toy_data(tmp_path, ALL, f"slices.delta={delta}")
+    assert len(data.cleans) == 4
+    curve = by_threshold(data, quiet)
     found = evaluate(subject, decomposition, SEQUENCES, 0.0, SEED)
     shares = {"s1": 1, "m": 1, "s2": 1, "random": 5}
     active = {n: sum(shares[kind] * a for kind, a in of.items()) / 8 for n, of in found["active"].items()}
@@ -436,27 +436,27 @@ def test_at_threshold_0_the_masked_model_is_that_of_eval(tmp_path, monkeypatch, 
 @torch.no_grad()
 def test_all_active_slices_masked_are_the_model_of_eval_and_fewer_are_fewer(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 3)
-    subject, decomposition, bench = toy_bench(tmp_path, ALL)
-    curve = by_kept_and_masked(bench, quiet)
+    subject, decomposition, data = toy_data(tmp_path, ALL)
+    curve = by_kept_and_masked(data, quiet)
     found = evaluate(subject, decomposition, SEQUENCES, 0.0, SEED)
     assert curve[0].rank == found["total_active"]
     assert curve[0].kl == pytest.approx(found["metrics"]["recon"], **FLOAT32)
     assert [point.rank for point in curve] == list(range(found["total_active"], -1, -1))
     # With one slice left, it is the one of the largest mean importance; masks of the others are 0.
-    means = {n: torch.cat([g[n] for _, g in bench.importances()]).mean((0, 1)) for n in bench.names}
+    means = {n: torch.cat([g[n] for _, g in data.importances()]).mean((0, 1)) for n in data.names}
     best = max(means, key=lambda name: means[name].max().item())
-    assert curve[-2].ranks == {name: int(name == best) for name in bench.names}
+    assert curve[-2].ranks == {name: int(name == best) for name in data.names}
 
 
 @torch.no_grad()
 def test_a_cut_slice_counts_for_nothing_and_a_kept_one_for_its_importance(tmp_path):
-    subject, decomposition, bench = toy_bench(tmp_path, ["V1"], "target.layers=2")
-    g = decomposition.importance(bench.cleans[0].inputs)[0]["V1"]
+    subject, decomposition, data = toy_data(tmp_path, ["V1"], "target.layers=2")
+    g = decomposition.importance(data.cleans[0].inputs)[0]["V1"]
     threshold = 0.5
     assert ((g > 0) & (g <= threshold)).any()
-    point = next(p for p in by_threshold(bench, quiet) if p.threshold == threshold)
+    point = next(p for p in by_threshold(data, quiet) if p.threshold == threshold)
     own = decomposition.of("V1")
-    toy, batch = copy.deepcopy(subject.toy), bench.cleans[0].batch
+    toy, batch = copy.deepcopy(subject.toy), data.cleans[0].batch
     mask = torch.where(g > threshold, g, 0.0)
     toy.blocks[1].v.forward = lambda x: torch.einsum("bti,ic,btc,co->bto", x, own.U, mask, own.V)
     p, q = (model.logits(batch.tokens).log_softmax(-1) for model in (subject.toy, toy))
@@ -481,9 +481,9 @@ def test_where_a_long_curve_is_measured():
 @torch.no_grad()
 def test_every_method_keeps_less_and_less_and_says_what_it_does(tmp_path):
     assert list(METHODS) == list(LEGEND) == [method.value for method in Method]
-    _, _, bench = toy_bench(tmp_path)
+    _, _, data = toy_data(tmp_path)
     heard = set()
-    found = compare(bench, list(METHODS), 0.05, report=lambda method, done, total: heard.add(method))
+    found = compare(data, list(METHODS), 0.05, report=lambda method, done, total: heard.add(method))
     assert {"greedy_svd", "weighted_svd"} <= heard
     assert found["looked_at"] == SEQUENCES
     for method, curve in found["curves"].items():
@@ -502,10 +502,10 @@ def test_every_method_keeps_less_and_less_and_says_what_it_does(tmp_path):
     assert max(ends) == pytest.approx(min(ends), **DOUBLE)
 
 
-def test_a_bench_without_data_of_its_own_gives_plain_means(tmp_path):
-    _, _, bench = toy_bench(tmp_path)
-    halves = Bench(bench.target, bench.decomposition, bench.cleans * 2)
-    assert halves.looked_at == 2 * bench.looked_at
+def test_means_are_over_all_looked_at_positions_of_all_batches(tmp_path):
+    _, _, data = toy_data(tmp_path)
+    halves = CurveData(data.target, data.decomposition, data.cleans * 2)
+    assert halves.looked_at == 2 * data.looked_at
     assert halves.mean_kl([{"a": 3.0}, {"a": 5.0}]) == {"a": 8.0 / 20}
 
 

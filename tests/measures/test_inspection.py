@@ -7,8 +7,10 @@ from planted_gates import BRYANT, CPU, EVERYWHERE, FC, PLANTED, PROJ, plant_gate
 from small_runs import loud_toy, model_recipe, toy_recipe
 
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import Query, given_texts, importances_of, inspect_slices, own_texts
+from spdcli.measures.importances import importances_of
+from spdcli.measures.inspection import Query, inspect_slices
 from spdcli.measures.labels import TokenLens
+from spdcli.measures.texts import given_texts, own_texts
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject, toy_subject
 

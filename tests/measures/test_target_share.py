@@ -37,7 +37,7 @@ def test_singular_triples_are_the_targets_own():
 
 
 @pytest.fixture
-def scene(tiny_llama_dir):
+def target_and_clean(tiny_llama_dir):
     subject = language_subject(tiny_llama_dir)
     clean = clean_pass(subject.target, subject.batch, NAMES)
     return subject.target, clean
@@ -51,8 +51,8 @@ def importances(clean, slices, places):
     return g
 
 
-def test_dual_slices_write_what_the_target_writes_and_new_ones_do_not(scene):
-    target, clean = scene
+def test_dual_slices_write_what_the_target_writes_and_new_ones_do_not(target_and_clean):
+    target, clean = target_and_clean
     data = {n: clean.inputs[n][clean.batch.valid] for n in NAMES}
     matrices = {n: target.matrices[n] for n in NAMES}
     duals = SliceSet(start_slices(matrices, 16, "dual", data, 0), delta=True)
@@ -75,8 +75,8 @@ def test_dual_slices_write_what_the_target_writes_and_new_ones_do_not(scene):
     assert cheating["in_weights"] < 0.5 * found["in_weights"]
 
 
-def test_padding_and_the_threshold_do_not_count(scene):
-    target, clean = scene
+def test_padding_and_the_threshold_do_not_count(target_and_clean):
+    target, clean = target_and_clean
     data = {n: clean.inputs[n][clean.batch.valid] for n in NAMES}
     duals = SliceSet(start_slices({n: target.matrices[n] for n in NAMES}, 16, "dual", data, 0), delta=True)
     assert not clean.batch.valid[1, 5]

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from small_circuits import ALL, small_stage, uneven_gates
+from small_circuits import ALL, small_circuit, uneven_gates
 from small_runs import loud_toy, toy_recipe
 
 from spdcli.engine.subcomponents import Slices
-from spdcli.measures.circuit import scene
+from spdcli.measures.circuit_data import circuit_data
 from spdcli.paper.slice_matching import (
     Signature,
     effect_signatures,
@@ -136,7 +136,7 @@ def slow_effect(stage, name, row, c):
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_effect_is_what_adding_the_slice_changes(tmp_path, name):
-    stage = small_stage(tmp_path)
+    stage = small_circuit(tmp_path)
     signature = effect_signatures(stage)[name]
     assert signature.labels == [0, 1]
     for row_of, c in enumerate(signature.labels):
@@ -164,7 +164,7 @@ def turned_twin(tmp_path):
                 own, original = decomposition.of(name), straight.of(name)
                 own.U.copy_(original.U)
                 own.V.copy_(original.V @ turn if name[0] in "QK" else original.V)
-        stages.append(scene(subject, decomposition, 30, 0.0, seed=0))
+        stages.append(circuit_data(subject, decomposition, 30, 0.0, seed=0))
     return stages
 
 

@@ -1,0 +1,76 @@
+"""Fresh induction sequences as a toy and its decomposition see them: the data of section 6.1's circuit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.forward import Clean, clean_pass
+from spdcli.engine.subcomponents import Decomposition, masked_product
+from spdcli.engine.target import Target
+from spdcli.measures.evaluation import EVALUATION_SEED
+from spdcli.runs.subject import Subject
+from spdcli.targets.induction import InductionToy, ToyBlock
+from spdcli.targets.sequences import induction_batch
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitData:
+    """Fresh sequences as target and decomposition see them: what every measurement of the circuit starts from.
+
+    `clean` holds what all matrices read, decomposed or not; `g[m]` `[B, T, C]` are the importances; `at[kind]` `[B]`
+    says where s1, m and s2 stand; `active[m]` lists the slices of m that are active somewhere.
+    """
+
+    toy: InductionToy
+    target: Target
+    decomposition: Decomposition
+    clean: Clean
+    g: dict[str, Tensor]
+    at: dict[str, Tensor]
+    active: dict[str, list[int]]
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.arange(len(self.clean.batch.tokens), device=self.clean.batch.tokens.device)
+
+    def block(self, index: int) -> ToyBlock:
+        block = self.toy.blocks[index]
+        assert isinstance(block, ToyBlock)
+        return block
+
+    def product(self, name: str, x: Tensor, masked: bool) -> Tensor:
+        """x `[B, T, D]` through matrix `name`: the target's, or its active slices alone."""
+        weight = self.target.matrices[name].weight
+        if not masked or name not in self.g:
+            return x @ weight
+        own = self.decomposition.of(name)
+        return masked_product(x, weight, own.U, own.V, self.g[name], None)
+
+
+def has_circuit(subject: Subject) -> bool:
+    """Whether the subject is a toy of the paper's kind: two layers, one head, nothing but attention (Table 3)."""
+    if subject.toy is None:
+        return False
+    shape = subject.toy.shape
+    return (shape.layers, shape.heads) == (2, 1) and not (
+        shape.layer_norm or shape.feed_forward or shape.output_projection
+    )
+
+
+@torch.no_grad()
+def circuit_data(
+    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int
+) -> CircuitData:
+    """`sequences` fresh sequences; the same for every toy of one length and vocabulary."""
+    toy, target = subject.toy, subject.target
+    assert toy is not None
+    generator = torch.Generator().manual_seed(EVALUATION_SEED + 1 + seed)
+    batch = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator).to(target.device)
+    clean = clean_pass(target, batch, target.matrices)
+    g, _ = decomposition.importance({name: clean.inputs[name] for name in decomposition.names})
+    at = {kind: batch.classes[kind].int().argmax(1) for kind in ("s1", "m", "s2")}
+    active = {name: (values > threshold).flatten(0, 1).any(0).nonzero()[:, 0].tolist() for name, values in g.items()}
+    return CircuitData(toy, target, decomposition, clean, g, at, active)
