@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
-from spdcli.measures.inspection import given_texts, importances_of
+from spdcli.measures.importances import importances_of
+from spdcli.measures.texts import given_texts
 from spdcli.runs.loading import LoadedRun
 from spdcli.targets.masking import importance_masks_of, masked_module
 
