@@ -27,7 +27,6 @@ Set = Annotated[
         show_default=False,
     ),
 ]
-RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The run directory to write.")]
 RunPath = Annotated[Path, typer.Argument(help="A run directory, as spd decompose writes it.", metavar="RUN")]
 Threshold = Annotated[
@@ -35,6 +34,21 @@ Threshold = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
+Subjects = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--subject",
+        help="The words to corrupt; may be repeated, for prompts about others.",
+        show_default="the subjects that the facts name",
+    ),
+]
+Noise = Annotated[float, typer.Option("--noise", min=0.0, help="Noise, in standard deviations of the embeddings.")]
+Sigma = Annotated[
+    float | None,
+    typer.Option("--sigma", min=0.0, help="One of them, instead of the embedding matrix's.", show_default=False),
+]
+Window = Annotated[int, typer.Option("--window", min=1, help="Blocks whose MLPs (or attention) are restored at once.")]
 
 
 def make_console(json: bool = False, quiet: bool = False, verbose: bool = False) -> Console:

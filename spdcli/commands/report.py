@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spdcli.commands.change import FactsOption, read_facts
-from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
-from spdcli.commands.trace import Noise, Sigma, Subjects, Window
+from spdcli.commands.options import (
+    Device,
+    Json,
+    Noise,
+    Quiet,
+    RunPath,
+    Seed,
+    Sigma,
+    Subjects,
+    Verbose,
+    Window,
+    make_console,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,6 +72,7 @@ def report(
     from spdcli.location.report import ReportSettings, make_report
     from spdcli.location.report_markdown import markdown
     from spdcli.location.tracing import TraceSettings
+    from spdcli.records import plain
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
@@ -73,7 +85,7 @@ def report(
         found = make_report(loaded, file, subject or [], settings, lambda text: line.update(text, next(steps), total))
     told = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": chosen}
     told["layers"] = len(loaded.subject.target.blocks)
-    data = {"schema": "spd.report/1", "run": str(run), "settings": told, **found}
+    data = plain({"schema": "spd.report/1", "run": str(run), "settings": told, **found})
     folder = out or run / REPORT
     figures = draw(data, folder)
     data["figures"] = figures
@@ -92,8 +104,7 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     if any(entry["slices"] for entry in data["prompts"]):
         drawn += save_slices(data, folder)
     for row, entry in enumerate(data["prompts"]):
-        traced = entry["trace"] | {key: entry[key] for key in ("prompt", "answer", "tokens", "subject")}
-        drawn += save_trace(traced, folder, f"trace-{row + 1}")
+        drawn += save_trace(entry["trace"], folder, f"trace-{row + 1}")
         if entry["slices"]:
             drawn += save_names(entry, row, folder, f"names-{row + 1}")
     return drawn

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spdcli.commands.change import Prompt, read_prompts
-from spdcli.commands.options import Device, Json, Quiet, Seed, Verbose, make_console
-from spdcli.console import Console
+from spdcli.commands.options import (
+    Device,
+    Json,
+    Noise,
+    Quiet,
+    Seed,
+    Sigma,
+    Subjects,
+    Verbose,
+    Window,
+    make_console,
+)
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PreTrainedTokenizerBase
 
     from spdcli.engine.target import Target
-    from spdcli.location.tracing import TraceSettings
-    from spdcli.targets.prompts import Prompts
+    from spdcli.location.tracing import Trace, TraceSettings
 
 ModelOrRun = Annotated[
     str,
@@ -25,21 +37,7 @@ ModelOrRun = Annotated[
         help="A hub id, a directory, a .gguf file, package:NAME/FILE, or a run directory.", metavar="MODEL|RUN"
     ),
 ]
-Subjects = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--subject",
-        help="The words to corrupt; may be repeated, for prompts about others.",
-        show_default="the subjects that the facts name",
-    ),
-]
-Noise = Annotated[float, typer.Option("--noise", min=0.0, help="Noise, in standard deviations of the embeddings.")]
-Sigma = Annotated[
-    float | None,
-    typer.Option("--sigma", min=0.0, help="One of them, instead of the embedding matrix's.", show_default=False),
-]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of the noise.")]
-Window = Annotated[int, typer.Option("--window", min=1, help="Blocks whose MLPs (or attention) are restored at once.")]
 BeginToken = Annotated[
     bool, typer.Option("--begin-token", help="Put the model's begin-of-sequence token first; a run knows by itself.")
 ]
@@ -77,32 +75,51 @@ def trace(
     """
     console = make_console(json, quiet, verbose)
     from spdcli.location.tracing import TraceSettings
+    from spdcli.location.tracing import trace as trace_texts
 
-    target, prompts, folder, run_seed = open_prompts(model, read_prompts(prompt), begin_token, device)
-    settings = TraceSettings(noise, sigma, samples, window, run_seed if seed is None else seed)
-    blocks = len(target.blocks)
+    source = open_traceable(model, read_prompts(prompt), begin_token, device)
+    settings = TraceSettings(noise, sigma, samples, window, source.seed if seed is None else seed)
+    blocks = len(source.target.blocks)
     if window > WIDE * blocks:
         console.warn(
             f"a window of {window} blocks of {blocks} is nearly the same one everywhere; --window 3 tells more apart"
         )
-    traced = trace_prompts(console, target, prompts, subject or [], settings)
+    with console.progress() as report:
+        traces = trace_texts(
+            source.target,
+            source.tokenizer,
+            source.texts,
+            subject or [],
+            settings,
+            source.begin_token,
+            report,
+        )
     head = {"schema": "spd.trace/1", "model": model, "noise": noise, "samples": samples, "window": window}
-    data = head | {"seed": settings.seed, "layers": blocks, "prompts": traced}
-    figures = draw(data, out or folder)
-    console.show(data | {"figures": figures}, *(table(entry, data) for entry in traced))
+    figures = draw(traces, out or source.figures)
+    data = head | {"seed": settings.seed, "layers": blocks, "prompts": traces, "figures": figures}
+    console.show(data, *(table(one, settings) for one in traces))
     for path in figures:
         if path.suffix == ".png":
             console.result(path)
 
 
-def open_prompts(
-    model: str, texts: list[str], begin_token: bool, device: str | None
-) -> tuple[Target, Prompts, Path, int]:
-    """The target that `model` names, the prompts, where figures go, and the default seed."""
+@dataclass(frozen=True, eq=False)
+class Traceable:
+    """What `MODEL|RUN` and `--prompt` name: a target, its tokenizer, the prompts, and what a run knows by itself."""
+
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    texts: list[str]
+    begin_token: bool
+    figures: Path
+    seed: int
+
+
+def open_traceable(model: str, texts: list[str], begin_token: bool, device: str | None) -> Traceable:
+    """The run or the model that `model` names, and `texts`, or the run's own prompts where there are none."""
     from spdcli.runs.directory import FIGURES, RECIPE, RunDirectory
     from spdcli.runs.subject import choose_device, open_subject
     from spdcli.targets.huggingface import build_target, load_model
-    from spdcli.targets.prompts import encode
 
     if (Path(model) / RECIPE).exists():
         recipe = RunDirectory.open(Path(model)).recipe
@@ -110,69 +127,49 @@ def open_prompts(
             raise UsageError(f"{model}: its target is the induction toy, and causal tracing needs a language model")
         subject = open_subject(recipe, choose_device(device or recipe.device))
         assert subject.prompts is not None
-        chosen = texts or recipe.data.prompts
-        prompts = encode(subject.prompts.tokenizer, chosen, "held_out", begin_token or recipe.data.begin_token)
-        return subject.target, prompts, Path(model) / FIGURES, recipe.seed
+        tokenizer, begin = subject.prompts.tokenizer, begin_token or recipe.data.begin_token
+        return Traceable(
+            subject.target, tokenizer, texts or recipe.data.prompts, begin, Path(model) / FIGURES, recipe.seed
+        )
     if not texts:
         raise UsageError("nothing to trace", "give --prompt TEXT; its last token is the answer")
     language_model = load_model(model, "float32")
     language_model.model.to(choose_device(device or "auto"))
-    prompts = encode(language_model.tokenizer, texts, "held_out", begin_token)
-    return build_target(language_model, split_attention=False), prompts, Path("trace"), 0
+    target = build_target(language_model, split_attention=False)
+    return Traceable(target, language_model.tokenizer, texts, begin_token, Path("trace"), 0)
 
 
-def trace_prompts(
-    console: Console, target: Target, prompts: Prompts, subjects: list[str], settings: TraceSettings
-) -> list[dict[str, Any]]:
-    """Every prompt's part of `spd.trace/1`, in order; all subjects are found before the first is traced."""
-    from spdcli.edits.facts_file import load_facts
-    from spdcli.location.tracing import find_questions, trace
-
-    questions = find_questions(prompts, subjects, load_facts().subjects())
-    traced = []
-    with console.live() as line:
-        for number, question in enumerate(questions):
-            text = prompts.texts[number]
-            report = lambda done, total, text=text: line.update(text, done, total)  # noqa: E731
-            named = {"prompt": text, "answer": prompts.answer_texts[number], "tokens": prompts.pieces[number]}
-            where = {"subject": list(question.subject)}
-            traced.append(named | where | trace(target, question, settings, report))
-    return traced
-
-
-def draw(data: dict[str, Any], folder: Path) -> list[Path]:
-    """A figure a prompt."""
+def draw(traces: Sequence[Trace], folder: Path) -> list[Path]:
+    """A figure a prompt (Figures 7 and 8)."""
     from spdcli.figures.facts import save_trace
+    from spdcli.records import plain
 
     folder.mkdir(parents=True, exist_ok=True)
-    several = len(data["prompts"]) > 1
-    names = [f"trace-{number + 1}" if several else "trace" for number in range(len(data["prompts"]))]
-    return [
-        path for name, entry in zip(names, data["prompts"], strict=True) for path in save_trace(entry, folder, name)
-    ]
+    names = [f"trace-{number}" for number in range(1, len(traces) + 1)] if len(traces) > 1 else ["trace"]
+    return [path for name, trace in zip(names, traces, strict=True) for path in save_trace(plain(trace), folder, name)]
 
 
-def table(entry: dict[str, Any], data: dict[str, Any]) -> Table:
-    """The best places of one prompt."""
+def table(result: Trace, settings: TraceSettings) -> Table:
+    """The best sites of one prompt."""
     from rich.table import Table
 
-    found = Table(
-        title=f"{entry['prompt']}: P({entry['answer']!r}) = {entry['clean']:.4f}, "
-        f"corrupted {entry['corrupted']:.4f} ± {entry['corrupted_standard_error']:.4f}",
-        caption=f"{data['samples']} draws of noise, {data['noise']:g} × {entry['sigma']:.4f}; "
-        f"windows of {data['window']} of {data['layers']} layers",
+    best = Table(
+        title=f"{result.prompt}: P({result.answer!r}) = {result.clean:.4f}, "
+        f"corrupted {result.corrupted:.4f} ± {result.corrupted_standard_error:.4f}",
+        caption=f"{settings.samples} draws of noise, {settings.noise:g} × {result.sigma:.4f}; "
+        f"windows of {settings.window} of {len(result.sites['state'].effect[0])} layers",
     )
     for name in ("restored", "best at", "token", "layer", "P", "indirect effect", "in reverse, P"):
-        found.add_column(name, justify="left" if name in ("restored", "best at", "token") else "right")
-    for best in entry["best"]:
-        first, last = best["layers"]
-        found.add_row(
-            {"state": "hidden state", "mlp": "MLPs", "attention": "attention"}[best["kind"]],
-            {"subject": "the subject", "after": "after it"}[best["where"]],
-            repr(entry["tokens"][best["position"]]),
-            f"{best['layer']}" if first == last else f"{best['layer']} ({first} to {last})",
-            f"{entry['corrupted'] + best['effect']:.4f}",
-            f"{best['effect']:+.4f} ± {best['standard_error']:.4f}",
-            f"{best['reverse']:.4f}",
+        best.add_column(name, justify="left" if name in ("restored", "best at", "token") else "right")
+    for site in result.best:
+        first, last = site.layers
+        best.add_row(
+            {"state": "hidden state", "mlp": "MLPs", "attention": "attention"}[site.kind],
+            {"subject": "the subject", "after": "after it"}[site.where],
+            repr(result.tokens[site.position]),
+            f"{site.layer}" if first == last else f"{site.layer} ({first} to {last})",
+            f"{result.corrupted + site.effect:.4f}",
+            f"{site.effect:+.4f} ± {site.standard_error:.4f}",
+            f"{site.reverse:.4f}",
         )
-    return found
+    return best

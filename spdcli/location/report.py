@@ -22,8 +22,9 @@ from spdcli.edits.prompts_and_answers import pick
 from spdcli.edits.selection import activity_of
 from spdcli.errors import UsageError
 from spdcli.location.fact_edits import Scene, chosen_matrix, matrix_like
-from spdcli.location.report_rows import ZeroedLayers, best_site, fact_entry
-from spdcli.location.tracing import TraceSettings, find_questions, trace
+from spdcli.location.report_rows import ZeroedLayers, fact_entry
+from spdcli.location.subject_prompts import subject_prompts
+from spdcli.location.tracing import TraceSettings, trace_prompt
 from spdcli.measures.texts import own_texts
 from spdcli.recipe.schema import GENERATED, Data
 from spdcli.runs.loading import LoadedRun
@@ -54,24 +55,24 @@ def make_report(
         raise UsageError("a report is about facts, and the induction toy knows none", "spd eval explains the toy")
     begin = recipe.data.begin_token
     prompts = encode(subject.prompts.tokenizer, recipe.data.prompts, "held_out", begin)
-    asked = find_questions(prompts, subjects, facts.subjects())
+    about = subject_prompts(prompts, subjects, facts.subjects())
     matrix = chosen_matrix(subject.target, loaded.decomposition.names, settings.matrix)
     tell("which facts the model knows")
     known = known_facts(subject, facts, recipe.data)
     traces = []
-    for row, question in enumerate(asked):
-        tell(f"causal tracing: {prompts.texts[row]}")
-        traces.append(trace(subject.target, question, settings.trace))
-    seconds = [matrix_like(subject.target, matrix, best_site(one, "mlp", "subject")["layer"]) for one in traces]
+    for prompt in about:
+        tell(f"causal tracing: {prompt.text}")
+        traces.append(trace_prompt(subject.target, prompt, settings.trace))
+    seconds = [matrix_like(subject.target, matrix, one.best_site("mlp", "subject").layer) for one in traces]
     tell("what is usual in broad text")
     scene = open_scene(loaded, matrix, seconds, settings)
     tell("MLP layers zeroed, one after the other")
     zeroed = zeroed_layers(loaded, scene, known)
     entries = []
-    for row, question in enumerate(asked):
-        tell(f"edits: {prompts.texts[row]}")
-        told: dict[str, Any] = {"prompt": prompts.texts[row], "answer": prompts.answer_texts[row]}
-        told |= {"tokens": prompts.pieces[row], "subject": list(question.subject)}
+    for row, prompt in enumerate(about):
+        tell(f"edits: {prompt.text}")
+        told: dict[str, Any] = {"prompt": prompt.text, "answer": prompt.answer_text}
+        told |= {"tokens": list(prompt.pieces), "subject": list(prompt.subject)}
         told |= {"trace": traces[row], "second_matrix": seconds[row]}
         entries.append(told | fact_entry(scene, row, told, known, zeroed, facts, begin))
     count = {"asked": len(facts.without(recipe.data.prompts)), "known": len(known.questions.texts) if known else 0}

@@ -12,6 +12,7 @@ from spdcli.edits.facts_file import Facts
 from spdcli.edits.known_facts import STATISTICS, AskedFacts, ChangeSizes, fact_questions
 from spdcli.edits.suppression import Address
 from spdcli.location.fact_edits import Place, Scene, SideBySide, fact_edits
+from spdcli.location.tracing import Trace
 
 TRACED, ZEROED = "traced", "zeroed"
 SITES = {"state": "hidden state", "mlp": "MLPs", "attention": "attention"}
@@ -43,7 +44,7 @@ def fact_entry(
     on_prompts = measure_edits(scene.target, scene.questions, side.edits)
     shown = {name: side.edits[name] for place in side.places for name in place.edits}
     on_facts = {} if known is None else measure_edits(scene.target, known.questions, shown)
-    rows = traced_rows(entry)
+    rows = traced_rows(entry["trace"])
     for layer in dict.fromkeys((0, zeroed.needed[row])):
         label = f"mlp {layer}"
         rows.append(one_row(f"MLP {layer} zeroed", ZEROED, zeroed.prompts[label], zeroed.facts.get(layer), row, known))
@@ -59,27 +60,20 @@ def fact_entry(
     }
 
 
-def best_site(traced: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """The best site of one kind among the subject's tokens, or after them."""
-    return next(best for best in traced["best"] if (best["kind"], best["where"]) == (kind, where))
-
-
-def traced_rows(entry: Mapping[str, Any]) -> list[Row]:
+def traced_rows(trace: Trace) -> list[Row]:
     """The best site of each kind, as what its corrupted piece does in the clean run.
 
     That of the hidden state is sought among the subject's tokens: after them, the last one always decides.
     """
     rows = []
     for kind, words in SITES.items():
-        found = [best for best in entry["trace"]["best"] if best["kind"] == kind]
-        best = found[0] if kind == "state" else max(found, key=lambda one: one["effect"])
-        first, last = best["layers"]
+        sites = [site for site in trace.best if site.kind == kind]
+        best = sites[0] if kind == "state" else max(sites, key=lambda site: site.effect)
+        first, last = best.layers
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
-        name = f"tracing: {words} at {entry['tokens'][best['position']]!r}, {layers}"
-        own = best["reverse"] / entry["trace"]["clean"] - 1
-        rows.append(
-            {"name": name, "kind": TRACED, "own": own, "others": None, "facts": None, "restores": best["effect"]}
-        )
+        name = f"tracing: {words} at {trace.tokens[best.position]!r}, {layers}"
+        own = best.reverse / trace.clean - 1
+        rows.append({"name": name, "kind": TRACED, "own": own, "others": None, "facts": None, "restores": best.effect})
     return rows
 
 

@@ -10,28 +10,34 @@
 Noise goes into the stream as it enters the first block; adding it to the token embeddings, before positions, is the
 same sum. Tokens before the subject are the same in all runs, and so have no effect. The window of `window` blocks
 around block l is l − window // 2 to l + (window − 1) // 2, cut off at the model's ends.
-T tokens, L blocks, S draws.
+T tokens, L blocks, S draws, R rows of a batch, D width of the residual stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spdcli.edits.answer_changes import log_probabilities
+from spdcli.edits.facts_file import load_facts
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.interchange import KINDS, STATE, Patch, Recorded, Site, patched_run, recorded_run
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
-from spdcli.targets.prompts import Prompts, find_spans, listing
+from spdcli.location.subject_prompts import SubjectPrompt, subject_prompts
+from spdcli.progress import Progress, Report, silent
+from spdcli.targets.prompts import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK_BYTES = 2.0**28  # of activations at once; larger chunks leave the processor's cache
-Progress = Callable[[int, int], object]
+ON_SUBJECT, AFTER = "subject", "after"  # where a site is
 
 
 @dataclass(frozen=True)
@@ -45,19 +51,60 @@ class TraceSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One prompt to trace: `tokens` `[T]` that are fed, the `answer` that the last of them predicts, and the positions
-    of the `subject`."""
+@dataclass(frozen=True)
+class SiteGrid:
+    """All sites of one kind, `[T][L]`: P(answer) when the site is restored, the effect, and its standard error."""
 
-    tokens: Tensor
-    answer: int
+    probability: list[list[float]]
+    effect: list[list[float]]
+    standard_error: list[list[float]]
+
+
+@dataclass(frozen=True)
+class BestSite:
+    """The site of one kind with the largest mean effect, among the subject's tokens or after them (`where`).
+
+    `layer` is the middle of its window and `layers` the first and the last block of it; `reverse` is P(answer) of the
+    clean run with the corrupted piece put in at this site.
+    """
+
+    kind: str
+    where: str
+    position: int
+    layer: int
+    layers: tuple[int, int]
+    effect: float
+    standard_error: float
+    reverse: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What causal tracing finds in one prompt: one entry of `spd.trace/1`.
+
+    `clean` and `corrupted` (a mean over draws) are P(answer), `sigma` is the standard deviation that the noise is
+    counted in; `sites` has a grid for every kind of site. Standard errors are of means over draws, nan of one draw.
+    """
+
+    prompt: str
+    answer: str
+    tokens: tuple[str, ...]
     subject: tuple[int, ...]
+    sigma: float
+    clean: float
+    corrupted: float
+    corrupted_standard_error: float
+    sites: dict[str, SiteGrid]
+    best: list[BestSite]
+
+    def best_site(self, kind: str, where: str) -> BestSite:
+        """The best site of one kind among the subject's tokens, or after them."""
+        return next(site for site in self.best if (site.kind, site.where) == (kind, where))
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
-    """A question's clean run (one row), its corrupted ones (S rows), and what their blocks were called with."""
+class CleanAndCorrupted:
+    """A prompt's clean run (one row) and its corrupted ones (S rows), and what the blocks were called with."""
 
     target: Target
     answer: int
@@ -80,38 +127,46 @@ def window_of(block: int, window: int, blocks: int) -> tuple[int, int]:
     return max(0, block - window // 2), min(blocks - 1, block + (window - 1) // 2)
 
 
-def open_runs(target: Target, question: Question, sigma: float, settings: TraceSettings) -> Runs:
-    """The clean and the corrupted runs; the same seed gives the same noise whatever else is asked."""
+def site_at(kind: str, token: int, block: int, window: int, blocks: int) -> Site:
+    """The site of one kind at a token and a block, which is the middle of its window."""
+    first, last = (block, block) if kind == STATE else window_of(block, window, blocks)
+    return Site(kind, token, first, last)
+
+
+def clean_and_corrupted(
+    target: Target, prompt: SubjectPrompt, sigma: float, settings: TraceSettings
+) -> CleanAndCorrupted:
+    """The clean and the corrupted runs of a prompt; a seed always draws the same noise."""
     if not target.parts:
         raise UsageError("causal tracing needs a language model")
-    tokens = question.tokens[None].to(target.device)
+    tokens = prompt.tokens[None].to(target.device)
     real = torch.ones_like(tokens, dtype=torch.bool)
     clean = clean_pass(target, Batch(tokens, real, real), ())
     entering = clean.entries[0]
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.samples, len(question.subject), entering.shape[-1])
+    shape = (settings.samples, len(prompt.subject), entering.shape[-1])
     noise = settings.noise * sigma * torch.randn(shape, generator=generator, dtype=torch.float64)
     corrupted = entering.repeat(settings.samples, 1, 1)
-    corrupted[:, list(question.subject)] += noise.to(entering)
+    corrupted[:, list(prompt.subject)] += noise.to(entering)
     calls = clean.calls
-    return Runs(
-        target, question.answer, calls, recorded_run(target, calls, entering), recorded_run(target, calls, corrupted)
+    return CleanAndCorrupted(
+        target, prompt.answer, calls, recorded_run(target, calls, entering), recorded_run(target, calls, corrupted)
     )
 
 
 def all_sites(tokens: Sequence[int], blocks: int, window: int) -> list[Site]:
-    """Every kind of site at every (token, block), in that order; equal windows stay apart."""
-    sites = []
-    for kind in KINDS:
-        for token in tokens:
-            for block in range(blocks):
-                reach = (block, block) if kind == STATE else window_of(block, window, blocks)
-                sites.append(Site(kind, token, *reach))
-    return sites
+    """Every kind of site at every (token, block), in that order; two blocks of one window are two equal sites."""
+    return [
+        site_at(kind, token, block, window, blocks) for kind in KINDS for token in tokens for block in range(blocks)
+    ]
 
 
 def row_bytes(target: Target, positions: int) -> float:
-    """What one row takes at once, roughly: all outputs of the widest block, and log-probabilities in float64."""
+    """About how many bytes one row of `positions` tokens needs at the moment when it needs most.
+
+    These are the outputs of all matrices of the widest block with a few copies of the residual stream, and the answer's
+    distribution over the vocabulary in float64.
+    """
     widths = [0] * len(target.blocks)
     for matrix in target.matrices.values():
         widths[matrix.block] += matrix.d_out
@@ -120,11 +175,13 @@ def row_bytes(target: Target, positions: int) -> float:
 
 
 def patched_answers(
-    runs: Runs, base: Recorded, source: Recorded, sites: Sequence[Site], progress: Progress | None = None
+    runs: CleanAndCorrupted, base: Recorded, source: Recorded, sites: Sequence[Site], text: str, report: Report = silent
 ) -> Tensor:
-    """P(answer) `[sites, S]` with the piece at each site of `source` put into `base`, in every draw.
+    """P(answer) `[sites, S]` of the run `base` when its piece at a site is replaced by that of the run `source`.
 
-    One of the two runs is the clean one, whose only row goes with each of the other's. Equal sites are run once.
+    Each site is replaced by itself, and once for every draw of the noise. `base` is the clean run and `source` the
+    corrupted one, or the other way round; the one row of the clean run is paired with the row of every draw.
+    `text` is what `report` hears.
     """
     draws = len(runs.corrupted.states[0])
     distinct = list(dict.fromkeys(sorted(sites, key=lambda site: site.entry)))
@@ -135,99 +192,91 @@ def patched_answers(
     for start in range(0, len(patches), size):
         chunk = patches[start : start + size]
         answers.append(runs.answers(patched_run(runs.target, runs.calls, base, source, chunk)))
-        if progress is not None:
-            progress(min(start + size, len(patches)), len(patches))
-    found = torch.cat(answers).view(len(distinct), draws)
+        report(Progress(text, min(start + size, len(patches)), len(patches)))
+    by_site = torch.cat(answers).view(len(distinct), draws)
     place = {site: number for number, site in enumerate(distinct)}
-    return found[[place[site] for site in sites]]
+    return by_site[[place[site] for site in sites]]
 
 
 def trace(
-    target: Target, question: Question, settings: TraceSettings, progress: Progress | None = None
-) -> dict[str, Any]:
-    """One prompt's part of `spd.trace/1`: the grids `[T][L]` of every kind of site, and the best sites.
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    subjects: Sequence[str] = (),
+    settings: TraceSettings | None = None,
+    begin_token: bool = False,
+    report: Report = silent,
+) -> list[Trace]:
+    """Causal tracing of each of `texts`, whose last token is its answer and is not fed.
 
-    Standard errors are those of the mean over draws; nan for a single draw.
+    `subjects` are words to corrupt, and those that the shipped facts name come after them (see `subject_prompts`);
+    `begin_token` feeds the tokenizer's begin-of-sequence token first. UsageError for a target that is no language
+    model, and for a text without a subject.
     """
+    prompts = encode(tokenizer, list(texts), "held_out", begin_token)
+    about = subject_prompts(prompts, subjects, load_facts().subjects())
+    return [trace_prompt(target, prompt, settings or TraceSettings(), report) for prompt in about]
+
+
+def trace_prompt(target: Target, prompt: SubjectPrompt, settings: TraceSettings, report: Report = silent) -> Trace:
+    """Every site of one prompt restored, one by one. UsageError for a target that is no language model."""
     sigma = embedding_sigma(target) if settings.sigma is None else settings.sigma
-    runs = open_runs(target, question, sigma, settings)
-    length, blocks, start = len(question.tokens), len(target.blocks), min(question.subject)
+    runs = clean_and_corrupted(target, prompt, sigma, settings)
+    length, blocks, start = len(prompt.tokens), len(target.blocks), min(prompt.subject)
     sites = all_sites(range(start, length), blocks, settings.window)
-    restored = patched_answers(runs, runs.corrupted, runs.clean, sites, progress).cpu()
+    restored = patched_answers(runs, runs.corrupted, runs.clean, sites, prompt.text, report).cpu()
     corrupted = runs.answers(runs.corrupted.states[-1]).cpu()
     effects = (restored - corrupted).view(len(KINDS), length - start, blocks, settings.samples)
-    unmoved = effects.new_zeros(len(KINDS), start, blocks, settings.samples)
-    grids = torch.cat([unmoved, effects], dim=1)
+    before_subject = effects.new_zeros(len(KINDS), start, blocks, settings.samples)
+    grids = torch.cat([before_subject, effects], dim=1)
     mean, error = grids.mean(-1), standard_error(grids)
-    return {
-        "sigma": sigma,
-        "clean": runs.answers(runs.clean.states[-1]).item(),
-        "corrupted": corrupted.mean().item(),
-        "corrupted_standard_error": standard_error(corrupted).item(),
-        "sites": {
-            kind: {
-                "probability": (corrupted.mean() + mean[number]).tolist(),
-                "effect": mean[number].tolist(),
-                "standard_error": error[number].tolist(),
-            }
+    return Trace(
+        prompt=prompt.text,
+        answer=prompt.answer_text,
+        tokens=prompt.pieces,
+        subject=prompt.subject,
+        sigma=sigma,
+        clean=runs.answers(runs.clean.states[-1]).item(),
+        corrupted=corrupted.mean().item(),
+        corrupted_standard_error=standard_error(corrupted).item(),
+        sites={
+            kind: SiteGrid((corrupted.mean() + mean[number]).tolist(), mean[number].tolist(), error[number].tolist())
             for number, kind in enumerate(KINDS)
         },
-        "best": best_sites(runs, question, settings.window, mean, error),
-    }
+        best=best_sites(runs, prompt, settings.window, mean, error),
+    )
 
 
 def standard_error(draws: Tensor) -> Tensor:
-    """Of the mean over the last dimension."""
+    """Of the mean over the last dimension; nan of a single draw."""
     count = draws.shape[-1]
     return draws.std(-1) / math.sqrt(count) if count > 1 else draws.new_full(draws.shape[:-1], math.nan)
 
 
-def best_sites(runs: Runs, question: Question, window: int, mean: Tensor, error: Tensor) -> list[dict[str, Any]]:
-    """The site with the largest mean effect of every kind, among the subject's tokens and among those after it.
-
-    `mean` and `error` are `[kinds, T, L]`. `reverse` is P(answer) in the clean run with the corrupted piece put in.
-    """
-    last, blocks = max(question.subject), mean.shape[2]
-    groups = {"subject": list(question.subject), "after": list(range(last + 1, mean.shape[1]))}
-    found: list[dict[str, Any]] = []
-    sites = []
+def best_sites(
+    runs: CleanAndCorrupted, prompt: SubjectPrompt, window: int, mean: Tensor, error: Tensor
+) -> list[BestSite]:
+    """The best site of every kind, on the subject and after it; `mean` and `error` are `[kinds, T, L]`."""
+    last, blocks = max(prompt.subject), mean.shape[2]
+    groups = {ON_SUBJECT: list(prompt.subject), AFTER: list(range(last + 1, mean.shape[1]))}
+    places = []
     for number, kind in enumerate(KINDS):
         for where, tokens in groups.items():
-            if not tokens:
-                continue
-            row, block = divmod(int(mean[number, tokens].argmax()), blocks)
-            token = tokens[row]
-            reach = (block, block) if kind == STATE else window_of(block, window, blocks)
-            sites.append(Site(kind, token, *reach))
-            effect, uncertain = mean[number, token, block].item(), error[number, token, block].item()
-            place = {"kind": kind, "where": where, "position": token, "layer": block, "layers": list(reach)}
-            found.append(place | {"effect": effect, "standard_error": uncertain})
-    reverse = patched_answers(runs, runs.clean, runs.corrupted, sites).mean(1).tolist()
-    return [entry | {"reverse": p} for entry, p in zip(found, reverse, strict=True)]
-
-
-def find_questions(prompts: Prompts, subjects: Sequence[str], known: Sequence[str] = ()) -> list[Question]:
-    """Every prompt and where its subject is: all occurrences of the first of `subjects`, then `known`, that it has.
-
-    `prompts` hold their answers out. Raises UsageError for one of `subjects` that is in no prompt, and for a prompt
-    without a subject.
-    """
-    for subject in subjects:
-        if not any(subject_positions(prompts, number, subject) for number in range(len(prompts.texts))):
-            raise UsageError(f"no prompt has the subject {subject!r} as whole tokens", listing(prompts))
-    assert prompts.batch.answers is not None
-    questions = []
-    for number, text in enumerate(prompts.texts):
-        places = [subject_positions(prompts, number, subject) for subject in [*subjects, *known]]
-        own = next((positions for positions in places if positions), None)
-        if own is None:
-            raise UsageError(f"which words of {text!r} are its subject?", "give them, as in --subject 'Kobe Bryant'")
-        questions.append(Question(torch.tensor(prompts.fed(number)), int(prompts.batch.answers[number]), own))
-    return questions
-
-
-def subject_positions(prompts: Prompts, number: int, subject: str) -> tuple[int, ...]:
-    """The positions of all occurrences of `subject` in one prompt."""
-    words = subject.strip()
-    spans = find_spans(prompts, number, words) if words else []
-    return tuple(sorted({position for span in spans for position in span}))
+            if tokens:
+                row, block = divmod(int(mean[number, tokens].argmax()), blocks)
+                places.append((number, kind, where, tokens[row], block))
+    sites = [site_at(kind, token, block, window, blocks) for _, kind, _, token, block in places]
+    reverse = patched_answers(runs, runs.clean, runs.corrupted, sites, prompt.text).mean(1).tolist()
+    return [
+        BestSite(
+            kind=kind,
+            where=where,
+            position=token,
+            layer=block,
+            layers=(site.first, site.last),
+            effect=mean[number, token, block].item(),
+            standard_error=error[number, token, block].item(),
+            reverse=p,
+        )
+        for (number, kind, where, token, block), site, p in zip(places, sites, reverse, strict=True)
+    ]

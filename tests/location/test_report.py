@@ -17,6 +17,7 @@ from spdcli.files import save_tensors
 from spdcli.location.report import most_needed
 from spdcli.location.report_markdown import markdown, percent, size, table
 from spdcli.location.report_rows import combined, traced_rows
+from spdcli.location.tracing import BestSite, Trace
 from spdcli.records import plain
 from spdcli.runs.directory import DECOMPOSITION
 
@@ -226,11 +227,11 @@ def test_rows_of_several_edits_are_sizes():
 
 def test_traced_rows_by_hand():
     best = [
-        {"kind": kind, "where": where, "position": position, "layers": [0, reach], "effect": effect, "reverse": 0.1}
+        BestSite(kind, where, position, 0, (0, reach), effect, standard_error=0.0, reverse=0.1)
         for kind, reach in (("state", 0), ("mlp", 4), ("attention", 4))
         for where, position, effect in (("subject", 0, 0.2), ("after", 1, 0.4))
     ]
-    rows = traced_rows({"tokens": ["K", " is"], "trace": {"best": best, "clean": 0.4}})
+    rows = traced_rows(Trace("K is it", " it", ("K", " is"), (0,), 1.0, 0.4, 0.1, 0.0, {}, best))
     assert [row["name"] for row in rows] == [
         "tracing: hidden state at 'K', layer 0",
         "tracing: MLPs at ' is', layers 0 to 4",

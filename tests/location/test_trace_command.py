@@ -9,9 +9,9 @@ import pytest
 from matplotlib.image import imread
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
-from spdcli.location.tracing import TraceSettings, find_questions, trace
+from spdcli.location.tracing import TraceSettings, trace
+from spdcli.records import plain
 from spdcli.targets.huggingface import build_target, load_model
-from spdcli.targets.prompts import encode
 
 KOBE, TIGER = "Kobe Bryant plays professional basketball", "Tiger Woods plays the sport of golf"
 BOTH = ["--subject", "Kobe Bryant", "--subject", "Tiger Woods"]
@@ -44,8 +44,8 @@ def test_a_model_is_traced_as_the_analysis_does(spd, tmp_path, tiny_llama_dir):
     assert (data["schema"], data["layers"], data["seed"]) == ("spd.trace/1", 3, 3)
     [entry] = data["prompts"]
     language_model = load_model(str(tiny_llama_dir), "float32")
-    question = find_questions(encode(language_model.tokenizer, [KOBE]), ["Kobe Bryant"])[0]
-    wanted = trace(build_target(language_model, False), question, TraceSettings(samples=2, window=1, seed=3))
+    target, settings = build_target(language_model, False), TraceSettings(samples=2, window=1, seed=3)
+    [wanted] = plain(trace(target, language_model.tokenizer, [KOBE], ["Kobe Bryant"], settings))
     for key in ("clean", "corrupted", "sites", "best", "sigma"):
         assert entry[key] == wanted[key]
     assert (entry["prompt"], entry["answer"], entry["subject"]) == (KOBE, " basketball", [0, 1, 2])

@@ -13,14 +13,13 @@ from twins import hooks, language_subject
 from spdcli.engine.interchange import KINDS, Patch, Site, patched_run
 from spdcli.errors import UsageError
 from spdcli.location import tracing
+from spdcli.location.subject_prompts import SubjectPrompt, subject_prompts
 from spdcli.location.tracing import (
-    Question,
     TraceSettings,
+    clean_and_corrupted,
     embedding_sigma,
-    find_questions,
-    open_runs,
     standard_error,
-    trace,
+    trace_prompt,
     window_of,
 )
 from spdcli.targets.architectures import ARCHITECTURES
@@ -29,6 +28,7 @@ from spdcli.targets.induction import toy_target
 from spdcli.targets.prompts import encode
 
 SUBJECT, ANSWER, WINDOW, SEED = (1, 2), 7, 2, 5
+NUMBERS = ("probability", "effect", "standard_error")
 SETTINGS = TraceSettings(noise=3.0, samples=2, window=WINDOW, seed=SEED)
 
 
@@ -38,8 +38,12 @@ def subject(request, tmp_path):
     return language_subject(save_tiny_model(tmp_path, request.param))
 
 
-def ask(subject):
-    return Question(subject.batch.tokens[0], ANSWER, SUBJECT)
+def prompt_of(tokens, answer, subject):
+    return SubjectPrompt(tokens, answer, subject, "a text", " answer", tuple(f" {token}" for token in tokens.tolist()))
+
+
+def first_prompt(subject):
+    return prompt_of(subject.batch.tokens[0], ANSWER, SUBJECT)
 
 
 def places(model):
@@ -96,48 +100,48 @@ def one_site(model, tokens, noise, kind, token, layer, left):
 
 def test_every_site_is_the_whole_model_with_hooks(subject, monkeypatch):
     monkeypatch.setattr(tracing, "CHUNK_BYTES", 5 * tracing.row_bytes(subject.target, 6))  # chunks that cut draws apart
-    question, model = ask(subject), subject.target.model
-    found = trace(subject.target, question, SETTINGS)
-    clean, left = run(model, question.tokens, None, {})
-    corrupted = [run(model, question.tokens, noise, {}) for noise in draws(model)]
+    prompt, model = first_prompt(subject), subject.target.model
+    result = trace_prompt(subject.target, prompt, SETTINGS)
+    clean, left = run(model, prompt.tokens, None, {})
+    corrupted = [run(model, prompt.tokens, noise, {}) for noise in draws(model)]
     mean = (corrupted[0][0] + corrupted[1][0]) / 2
-    assert found["clean"] == pytest.approx(clean, rel=1e-9)
-    assert found["corrupted"] == pytest.approx(mean, rel=1e-9)
-    assert found["corrupted_standard_error"] == pytest.approx(abs(corrupted[0][0] - corrupted[1][0]) / 2, rel=1e-7)
+    assert result.clean == pytest.approx(clean, rel=1e-9)
+    assert result.corrupted == pytest.approx(mean, rel=1e-9)
+    assert result.corrupted_standard_error == pytest.approx(abs(corrupted[0][0] - corrupted[1][0]) / 2, rel=1e-7)
     for kind in KINDS:
-        for token in range(len(question.tokens)):
+        for token in range(len(prompt.tokens)):
             for layer in range(3):
-                restored = [one_site(model, question.tokens, noise, kind, token, layer, left) for noise in draws(model)]
+                restored = [one_site(model, prompt.tokens, noise, kind, token, layer, left) for noise in draws(model)]
                 effects = [p - corrupt for p, (corrupt, _) in zip(restored, corrupted, strict=True)]
-                at = {name: grid[token][layer] for name, grid in found["sites"][kind].items()}
+                at = {name: getattr(result.sites[kind], name)[token][layer] for name in NUMBERS}
                 assert at["probability"] == pytest.approx(sum(restored) / 2, rel=1e-9)
                 assert at["effect"] == pytest.approx(sum(effects) / 2, rel=1e-8, abs=1e-15)
                 assert at["standard_error"] == pytest.approx(abs(effects[0] - effects[1]) / 2, rel=1e-6, abs=1e-15)
-    assert found["sites"]["state"]["effect"][0] == [0.0, 0.0, 0.0]  # before the subject nothing differs
-    assert found["sites"]["state"]["probability"][-1][-1] == pytest.approx(clean, rel=1e-9)
+    assert result.sites["state"].effect[0] == [0.0, 0.0, 0.0]  # before the subject nothing differs
+    assert result.sites["state"].probability[-1][-1] == pytest.approx(clean, rel=1e-9)
 
 
 def test_the_best_sites_and_their_reverse(subject):
-    question, model = ask(subject), subject.target.model
-    found = trace(subject.target, question, SETTINGS)
-    corrupted = [run(model, question.tokens, noise, {}) for noise in draws(model)]
+    prompt, model = first_prompt(subject), subject.target.model
+    result = trace_prompt(subject.target, prompt, SETTINGS)
+    corrupted = [run(model, prompt.tokens, noise, {}) for noise in draws(model)]
     wanted = [(kind, where) for kind in KINDS for where in ("subject", "after")]
-    assert [(best["kind"], best["where"]) for best in found["best"]] == wanted
-    for best in found["best"]:
-        tokens = SUBJECT if best["where"] == "subject" else (3, 4, 5)
-        grid = found["sites"][best["kind"]]
-        assert best["position"] in tokens
-        assert best["effect"] == max(max(grid["effect"][token]) for token in tokens)
-        assert best["effect"] == grid["effect"][best["position"]][best["layer"]]
-        assert best["standard_error"] == grid["standard_error"][best["position"]][best["layer"]]
-        place = (best["kind"], best["position"], best["layer"])
-        reverse = [one_site(model, question.tokens, None, *place, left) for _, left in corrupted]
-        assert best["reverse"] == pytest.approx(sum(reverse) / 2, rel=1e-9)
+    assert [(best.kind, best.where) for best in result.best] == wanted
+    for best in result.best:
+        tokens = SUBJECT if best.where == "subject" else (3, 4, 5)
+        grid = result.sites[best.kind]
+        assert best.position in tokens
+        assert best.effect == max(max(grid.effect[token]) for token in tokens)
+        assert best.effect == grid.effect[best.position][best.layer]
+        assert best.standard_error == grid.standard_error[best.position][best.layer]
+        place = (best.kind, best.position, best.layer)
+        reverse = [one_site(model, prompt.tokens, None, *place, left) for _, left in corrupted]
+        assert best.reverse == pytest.approx(sum(reverse) / 2, rel=1e-9)
 
 
 def test_patches_of_all_kinds_in_one_batch(subject):
     """Rows that enter at every block, the last hidden state among them, are each what they are alone."""
-    runs = open_runs(subject.target, ask(subject), 0.1, SETTINGS)
+    runs = clean_and_corrupted(subject.target, first_prompt(subject), 0.1, SETTINGS)
     sites = [Site("mlp", 2, 0, 1), Site("attention", 1, 0, 2), Site("state", 3, 0, 0), Site("state", 5, 2, 2)]
     patches = [Patch(site, draw, 0) for site in sites for draw in (1, 0)]
     assert [patch.site.entry for patch in patches] == [0, 0, 0, 0, 1, 1, 3, 3]
@@ -154,17 +158,17 @@ def test_patches_of_all_kinds_in_one_batch(subject):
 
 
 def test_seeds_and_noise(subject):
-    question = ask(subject)
-    grid = lambda **changes: trace(subject.target, question, TraceSettings(window=1, **changes))["sites"]  # noqa: E731
+    prompt = first_prompt(subject)
+    grid = lambda **changes: trace_prompt(subject.target, prompt, TraceSettings(window=1, **changes)).sites  # noqa: E731
     assert grid(samples=2, seed=1) == grid(samples=2, seed=1)
     assert grid(samples=2, seed=1) != grid(samples=2, seed=2)
     sigma = embedding_sigma(subject.target)
-    named = grid(samples=2, sigma=2 * sigma, noise=1.5)["mlp"]["effect"]
-    torch.testing.assert_close(torch.tensor(named), torch.tensor(grid(samples=2, noise=3.0)["mlp"]["effect"]))
-    still = trace(subject.target, question, TraceSettings(noise=0.0, samples=1))
-    assert still["corrupted"] == pytest.approx(still["clean"], rel=1e-12)
-    assert math.isnan(still["corrupted_standard_error"])  # one draw has no spread
-    assert max(abs(e) for row in still["sites"]["mlp"]["effect"] for e in row) < 1e-12
+    named = grid(samples=2, sigma=2 * sigma, noise=1.5)["mlp"].effect
+    torch.testing.assert_close(torch.tensor(named), torch.tensor(grid(samples=2, noise=3.0)["mlp"].effect))
+    still = trace_prompt(subject.target, prompt, TraceSettings(noise=0.0, samples=1))
+    assert still.corrupted == pytest.approx(still.clean, rel=1e-12)
+    assert math.isnan(still.corrupted_standard_error)  # one draw has no spread
+    assert max(abs(e) for row in still.sites["mlp"].effect for e in row) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -185,33 +189,33 @@ PROMPTS = ["Kobe Bryant plays basketball", "Tiger Woods plays the sport of Tiger
 def test_subjects_are_found_by_text(tiny_gpt2_dir):
     language_model = load_model(str(tiny_gpt2_dir), "float64")
     prompts = encode(language_model.tokenizer, PROMPTS)
-    found = lambda *subjects: [question.subject for question in find_questions(prompts, subjects)]  # noqa: E731
+    positions = lambda *subjects: [prompt.subject for prompt in subject_prompts(prompts, subjects)]  # noqa: E731
     assert prompts.pieces[0] == ["K", "obe", " Bryant", " plays"]
-    assert found("Kobe Bryant", "Tiger Woods")[0] == (0, 1, 2)
-    assert found("Tiger", "Kobe", "Kobe Bryant")[0] == (0, 1)  # the first that it has
-    assert found(" Bryant", "Tiger")[0] == found("Bryant", "Tiger")[0] == (2,)
-    twice = found("Kobe Bryant", "Tiger Woods")[1]
+    assert positions("Kobe Bryant", "Tiger Woods")[0] == (0, 1, 2)
+    assert positions("Tiger", "Kobe", "Kobe Bryant")[0] == (0, 1)  # the first that it has
+    assert positions(" Bryant", "Tiger")[0] == positions("Bryant", "Tiger")[0] == (2,)
+    twice = positions("Kobe Bryant", "Tiger Woods")[1]
     assert [prompts.pieces[1][at] for at in twice] == ["T", "iger", " Woods", " ", "T", "iger", " Woods"]
-    first, second = find_questions(prompts, ["Kobe"], ["the", "Tiger", "Kobe Bryant"])
+    first, second = subject_prompts(prompts, ["Kobe"], ["the", "Tiger", "Kobe Bryant"])
     assert first.subject == (0, 1)
     assert [prompts.pieces[1][at] for at in second.subject] == [" the"]
     assert first.tokens.tolist() == prompts.fed(0)
     assert first.answer == language_model.tokenizer(" basketball")["input_ids"][0]
     for subjects in ((), ("Tiger Woods",)):
         with pytest.raises(UsageError, match=r"^which words of 'Kobe Bryant plays basketball' are its subject\?$"):
-            find_questions(prompts, subjects)
+            subject_prompts(prompts, subjects)
     for subject in ("Koby", "Brya", "basketball", ""):
         with pytest.raises(UsageError, match=f"^no prompt has the subject '{subject}' as whole tokens$"):
-            find_questions(prompts, [subject], ["Kobe", "Tiger"])
-    question = find_questions(prompts, ["Kobe", "Woods"])[0]
-    found = trace(build_target(language_model, True), question, TraceSettings(samples=1, window=1))
-    assert [best["where"] for best in found["best"]] == ["subject", "after"] * 3
-    ends = Question(question.tokens[:2], 1, (0, 1))  # the subject is last: nothing comes after it
-    found = trace(build_target(language_model, True), ends, TraceSettings(samples=1, window=1))
-    assert [best["where"] for best in found["best"]] == ["subject"] * 3
+            subject_prompts(prompts, [subject], ["Kobe", "Tiger"])
+    prompt = subject_prompts(prompts, ["Kobe", "Woods"])[0]
+    result = trace_prompt(build_target(language_model, True), prompt, TraceSettings(samples=1, window=1))
+    assert [best.where for best in result.best] == ["subject", "after"] * 3
+    ends = prompt_of(prompt.tokens[:2], 1, (0, 1))  # the subject is last: nothing comes after it
+    result = trace_prompt(build_target(language_model, True), ends, TraceSettings(samples=1, window=1))
+    assert [best.where for best in result.best] == ["subject"] * 3
 
 
 def test_a_toy_is_refused(tmp_path):
     toy = loud_toy(toy_recipe(folder=tmp_path))
     with pytest.raises(UsageError, match="language model"):
-        trace(toy_target(toy), Question(torch.tensor([1, 2, 3]), 1, (0,)), SETTINGS)
+        trace_prompt(toy_target(toy), prompt_of(torch.tensor([1, 2, 3]), 1, (0,)), SETTINGS)
