@@ -72,7 +72,6 @@ def report(
     from spdcli.location.report import ReportSettings, make_report
     from spdcli.location.report_markdown import markdown
     from spdcli.location.tracing import TraceSettings
-    from spdcli.records import plain
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
@@ -85,7 +84,7 @@ def report(
         found = make_report(loaded, file, subject or [], settings, lambda text: line.update(text, next(steps), total))
     told = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": chosen}
     told["layers"] = len(loaded.subject.target.blocks)
-    data = plain({"schema": "spd.report/1", "run": str(run), "settings": told, **found})
+    data = {"schema": "spd.report/1", "run": str(run), "settings": told, **found}
     folder = out or run / REPORT
     figures = draw(data, folder)
     data["figures"] = figures
@@ -98,13 +97,14 @@ def report(
 def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     """Figures 3, 4, 7 or 8, and 9 of a report."""
     from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed
+    from spdcli.records import plain
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = save_zeroed(data["mlp_zeroed"], folder)
     if any(entry["slices"] for entry in data["prompts"]):
         drawn += save_slices(data, folder)
     for row, entry in enumerate(data["prompts"]):
-        drawn += save_trace(entry["trace"], folder, f"trace-{row + 1}")
+        drawn += save_trace(plain(entry["trace"]), folder, f"trace-{row + 1}")
         if entry["slices"]:
             drawn += save_names(entry, row, folder, f"names-{row + 1}")
     return drawn
