@@ -104,24 +104,23 @@ def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
 
 def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:
     """Rank that every method of `spd svd` has left at its usual tolerance; the curves go into the run's figures."""
-    from spdcli.figures.curves import save_rank_curves
-    from spdcli.files import write_json
-    from spdcli.measures.greedy_svd import LEGEND, METHODS, compare
-    from spdcli.measures.rank_curves import curve_data
-    from spdcli.runs.directory import FIGURES
+    from spdcli.figures.run_files import SVD, write_rank_curves
+    from spdcli.measures.svd import svd_curves
+    from spdcli.measures.svd_methods import METHODS
 
-    path = opened.home / FIGURES / "svd.json"
-    data = read_json(path)
+    data = read_json(opened.home / SVD)
     wanted = {"schema": "spd.svd/1", "tolerance": SVD_TOLERANCE, "looked_at": SVD_SEQUENCES}
     if any(data.get(key) != value for key, value in wanted.items()) or set(data["result"]) != set(METHODS):
-        bench = curve_data(opened.subject, opened.decomposition, SVD_SEQUENCES, opened.recipe.seed)
-        with console.live() as line:
-            found = compare(
-                bench, list(METHODS), SVD_TOLERANCE, report=lambda name, done, of: line.update(LEGEND[name], done, of)
+        with console.progress() as report:
+            curves = svd_curves(
+                opened.subject,
+                opened.decomposition,
+                tolerance=SVD_TOLERANCE,
+                sequences=SVD_SEQUENCES,
+                seed=opened.recipe.seed,
+                report=report,
             )
-        data = {"schema": "spd.svd/1", "run": str(opened.home.path), **found}
-        save_rank_curves(found["curves"], LEGEND, found["tolerance"], opened.home / FIGURES)
-        write_json(path, data)
+        data = write_rank_curves(opened.home, curves)
     ranks = {name: None if result is None else result["total_rank"] for name, result in data["result"].items()}
     return {"tolerance": data["tolerance"], "rank": ranks}
 

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from spdcli.files import write_atomically
+from spdcli.measures.svd import RankCurves
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
@@ -42,28 +43,26 @@ RANK_MARKS = ("o", "s", "^", "x")
 RANK_FLOOR = 1e-8
 
 
-def save_rank_curves(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], legend: Mapping[str, str], tolerance: float, directory: Path
-) -> list[Path]:
-    """KL against rank, a curve a method (Figure 2); `legend` says what each calls rank.
+def save_rank_curves(rank_curves: RankCurves, directory: Path) -> list[Path]:
+    """Figure 2: KL (nats) against rank, a curve a method; the legend says what each calls rank.
 
     Rank is logarithmic above 1. A KL below RANK_FLOOR, where float32 rounds, is off the axis.
     """
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
-    for number, (method, curve) in enumerate(curves.items()):
-        shown = [point for point in curve if point["kl"] > 0]
+    for number, (method, curve) in enumerate(rank_curves.curves.items()):
+        shown = [point for point in curve if point.kl > 0]
         axes.plot(
-            [point["rank"] for point in shown],
-            [point["kl"] for point in shown],
-            label=legend[method],
+            [point.rank for point in shown],
+            [point.kl for point in shown],
+            label=rank_curves.legend[method],
             color=str(0.2 * number),
             linestyle=RANK_LINES[number % len(RANK_LINES)],
             marker=RANK_MARKS[number % len(RANK_MARKS)],
             markersize=3,
         )
-    if tolerance > 0:
-        axes.axhline(tolerance, color="0.7", linewidth=0.8, label="tolerance")
+    if rank_curves.tolerance > 0:
+        axes.axhline(rank_curves.tolerance, color="0.7", linewidth=0.8, label="tolerance")
     axes.set(xlabel="rank", ylabel="KL from the target (nats)", yscale="log")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)

@@ -1,21 +1,16 @@
-"""Greedy SVD pruning, set against the slices of a run: how small a model says the same (Algorithm 2, Figure 2).
+"""Greedy SVD pruning, plain and weighted by what the matrices read (Algorithm 2; the baselines of Figure 2).
 
-Every method gives a curve, from everything kept to nothing: how much of the decomposed matrices is left, and the
-mean KL(target ‖ what is left) over the looked-at positions of data that is drawn once and is the same for all.
+    greedy_svd      W = U S V; the smallest singular value of some matrix goes, a round at a time (Algorithm 2)
+    weighted_svd    the same on singular triples that are weighted by the matrix's inputs on the data
 
-    greedy_svd          W = U S V; the smallest singular value of some matrix goes, a round at a time (Algorithm 2)
-    weighted_svd        the same on singular triples that are weighted by the matrix's inputs on the data
-    spd, spd_masked, spd_per_position    the run's slices: see `rank_curves.py`
-
-For the greedy methods rank is the matrices' own, summed. I d_in, O d_out, C singular triples of a matrix.
+Rank is the matrices' own, summed. The run's slices, which these are set against, are in `rank_curves.py`, and all
+methods together in `svd.py`. I d_in, O d_out, C singular triples of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +18,10 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, ask, clean_pass, replaced
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.variants import Piece, fixed_variant
-from spdcli.measures.rank_curves import CurveData, Point, by_kept_and_masked, by_mean_importance, by_threshold, within
+from spdcli.measures.rank_curves import CurveData, Point, Rounds
 
 ROUNDS = 128  # of a greedy method by default, or four a matrix where that is more
 SPAN_CUTOFF = 1e-5  # of the largest singular value of the inputs: below it, the data does not go that way
-
-Report = Callable[[int, int], None]  # rounds done, and of how many
 
 
 def plain_triples(weight: Tensor) -> Slices:
@@ -84,7 +77,7 @@ def default_step(total_rank: int, matrices: int) -> int:
     return max(1, -(-total_rank // max(ROUNDS, 4 * matrices)))
 
 
-def greedy(data: CurveData, slices: SliceSet, step: int | None, report: Report) -> list[Point]:
+def greedy(data: CurveData, slices: SliceSet, step: int | None, report: Rounds) -> list[Point]:
     """Algorithm 2, gone on with beyond its tolerance until every rank is 0; `within` says where it would stop.
 
     In the listing, lines 10 to 16 are indented into the loop over matrices. To pick the j of the lowest loss takes
@@ -138,55 +131,3 @@ def _pruned_pass(data: CurveData, slices: SliceSet, clean: Clean, masks: Mapping
     with replaced(data.target, slices, asked):
         ran = clean_pass(data.target, clean.batch, ())
     return replace(clean, entries=ran.entries, calls=ran.calls)
-
-
-@torch.no_grad()
-def compare(
-    data: CurveData,
-    methods: Sequence[str],
-    tolerance: float,
-    step: int | None = None,
-    report: Callable[[str, int, int], None] = lambda method, done, total: None,
-) -> dict[str, Any]:
-    """The curves of `methods` and what each has left at `tolerance` (nats), as in the contract of `spd.svd/1`.
-
-    A result is None where even the whole of a run's slices exceeds the tolerance. `step` is for the greedy methods;
-    `report` hears of the rounds of every method.
-    """
-    curves: dict[str, list[dict[str, float]]] = {}
-    results: dict[str, dict[str, Any] | None] = {}
-    for method in methods:
-        curve = METHODS[method](data, step, partial(report, method))
-        stop = within(curve, tolerance)
-        curves[method] = [{"rank": point.rank, "kl": point.kl} | _cut(point) for point in curve]
-        if stop is None:
-            results[method] = None
-        else:
-            results[method] = {"ranks": dict(stop.ranks), "total_rank": stop.rank, "kl": stop.kl} | _cut(stop)
-    return {
-        "tolerance": tolerance,
-        "looked_at": data.looked_at,
-        "legend": {method: LEGEND[method] for method in methods},
-        "curves": curves,
-        "result": results,
-    }
-
-
-def _cut(point: Point) -> dict[str, float]:
-    return {} if point.threshold is None else {"threshold": point.threshold}
-
-
-METHODS: dict[str, Callable[[CurveData, int | None, Report], list[Point]]] = {
-    "greedy_svd": lambda data, step, report: greedy(data, plain_set(data), step, report),
-    "weighted_svd": lambda data, step, report: greedy(data, weighted_set(data), step, report),
-    "spd": lambda data, step, report: by_mean_importance(data),
-    "spd_masked": lambda data, step, report: by_kept_and_masked(data, report),
-    "spd_per_position": lambda data, step, report: by_threshold(data, report),
-}
-LEGEND = {  # what rank means to each
-    "greedy_svd": "greedy SVD: total rank",
-    "weighted_svd": "activation-weighted SVD: total rank",
-    "spd": "SPD: slices kept everywhere",
-    "spd_masked": "SPD: slices kept, masked by importance",
-    "spd_per_position": "SPD: mean active slices a position",
-}

@@ -6,7 +6,7 @@
 
 Rank is for the first two the number of slices that the model is made of; for the third the mean number that a position
 uses, so that its slices may differ from position to position. All leave the delta out. The greedy methods that they
-are compared with are in `svd.py`. B sequences, T positions, C slices.
+are compared with are in `greedy_svd.py`. B sequences, T positions, C slices.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave
 DENSE = 64  # `spd` is measured at each of the lowest ranks up to this, and at as many above
 EDGE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 THRESHOLDS = (0.0, *EDGE, *(tenth / 10 for tenth in range(1, 10)), *(1 - low for low in reversed(EDGE)), 1.0)
+
+Rounds = Callable[[int, int], object]  # told how many rounds of a method are done, and of how many
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def by_mean_importance(data: CurveData) -> list[Point]:
     return [Point(ranks[kept], value) for kept, value in kl.items()]
 
 
-def by_kept_and_masked(data: CurveData, report: Callable[[int, int], None]) -> list[Point]:
+def by_kept_and_masked(data: CurveData, report: Rounds) -> list[Point]:
     """The masked model with fewer and fewer slices: a kept slice's mask is g, in the order of `by_mean_importance`.
 
     Rank is the number of slices kept, from all that are active anywhere on the data (the unique slices of Table 1): the
@@ -167,7 +169,7 @@ def counts(total: int) -> list[int]:
     return sorted({*range(dense + 1), *spread}, reverse=True)
 
 
-def by_threshold(data: CurveData, report: Callable[[int, int], None]) -> list[Point]:
+def by_threshold(data: CurveData, report: Rounds) -> list[Point]:
     """The masked model at importance thresholds: a slice's mask is g where g is above the threshold, and 0 elsewhere.
 
     Rank is the mean over real positions of the number of slices above it, summed over matrices. At threshold 0 this
