@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from spdcli.errors import Interrupted, RecipeError, SpdError, UsageError
     from spdcli.progress import Progress
     from spdcli.run import Run
+    from spdcli.targets.modules import module_target
 
 HOMES = {  # of the public names
     "decompose": "spdcli.api",
     "load": "spdcli.api",
     "train_toy": "spdcli.api",
+    "module_target": "spdcli.targets.modules",
     "Run": "spdcli.run",
     "Progress": "spdcli.progress",
     "SpdError": "spdcli.errors",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "decompose",
     "load",
+    "module_target",
     "train_toy",
 ]
 __version__ = "0.1.0"

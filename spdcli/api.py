@@ -9,16 +9,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spdcli.engine.target import Target
 from spdcli.errors import Interrupted, UsageError
 from spdcli.figures.curves import save_training_curve
 from spdcli.progress import Report, silent
-from spdcli.recipe.reading import LoadedRecipe, Override, checked_recipe, load_recipe
+from spdcli.recipe.reading import (
+    LoadedRecipe,
+    Override,
+    checked_recipe,
+    find_recipe,
+    load_recipe,
+    parse_toml,
+    read_toml,
+)
 from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run
 from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory
 from spdcli.runs.memory import MemoryRun
+from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.subject import Subject
 from spdcli.runs.training import (
     Store,
@@ -34,13 +44,31 @@ from spdcli.runs.training import (
 RecipeLike = str | Path | Recipe | Mapping[str, Any] | LoadedRecipe
 
 
-def load(path: str | Path, device: str | None = None) -> Run:
+def load(
+    path: str | Path,
+    device: str | None = None,
+    *,
+    target: Target | None = None,
+    data: ModuleData | None = None,
+    tokenizer: Any = None,
+) -> Run:
     """Open the run directory at `path`. SpdError when there is none, or it has no decomposition yet.
 
-    `device` is auto, cpu or cuda; the recipe's own when left out.
+    `device` is auto, cpu or cuda; the recipe's own when left out. A run of a module of your own is given the `target`
+    and the `data` that `decompose` was given.
     """
-    loaded = loading.load(path, device)
+    opened = None if target is None else lambda recipe: own_subject(recipe, target, data, tokenizer)
+    loaded = loading.load(path, device, opened)
     return Run(loaded.directory, loaded.recipe, loaded.subject, loaded.decomposition)
+
+
+def own_subject(recipe: Recipe, target: Target, data: ModuleData | None, tokenizer: Any) -> Subject:
+    """The subject of a module of the caller's own."""
+    if recipe.target.kind != "module":
+        raise UsageError(f"target= is for a module of your own, and this recipe has kind = '{recipe.target.kind}'")
+    if data is None:
+        raise UsageError("a target needs data", "give data=, token ids [B, T] or a function that draws them")
+    return module_subject(recipe, target, data, tokenizer)
 
 
 def decompose(
@@ -52,6 +80,9 @@ def decompose(
     device: str | None = None,
     force: bool = False,
     resume: bool = False,
+    target: Target | None = None,
+    data: ModuleData | None = None,
+    tokenizer: Any = None,
     **settings: Any,
 ) -> Run:
     """Take a target apart by a recipe (Algorithm 3), as `spd decompose` does, and give the run.
@@ -59,9 +90,14 @@ def decompose(
     `recipe` is a file, a shipped recipe's name, or its sections as a dict; `settings` change single values, as in
     `**{"decompose.steps": 200}`. With `out` the run directory is written there (`force` replaces another run, `resume`
     goes on with this one); without, nothing is. `progress` is called with what there is to tell: `print` will do.
+
+    A `target` of `module_target` is taken apart in place of the recipe's, on `data`: token ids `[B, T]`, or a function
+    that draws them from a generator; its `tokenizer` is for words in place of numbers.
+
     RecipeError with every mistake of the recipe; Interrupted after Ctrl-C, with everything saved.
     """
-    loaded = recipe_of(recipe, settings, seed, device)
+    loaded = recipe_of(recipe, settings, seed, device, own_target=target is not None)
+    subject = None if target is None else own_subject(loaded.recipe, target, data, tokenizer)
     report = progress or silent
     if out is None:
         if resume or force:
@@ -70,7 +106,7 @@ def decompose(
     else:
         store = new_run(Path(out), loaded.recipe, force, resume, report)
     try:
-        subject = prepared(store, loaded, report)
+        subject = subject or prepared(store, loaded, report)
         decomposition = learned(store, loaded, subject, report)
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C that would not wait
         raise Interrupted(
@@ -108,19 +144,30 @@ def train_toy(
 
 
 def recipe_of(
-    recipe: RecipeLike, settings: Mapping[str, Any] | None = None, seed: int | None = None, device: str | None = None
+    recipe: RecipeLike,
+    settings: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    own_target: bool = False,
 ) -> LoadedRecipe:
     """A recipe from a file, a shipped recipe's name, its sections as a dict, or one that is read already.
 
-    `settings` map dotted keys to values. RecipeError with every mistake.
+    `settings` map dotted keys to values. With `own_target` its target is a module of the caller's own, whatever the
+    recipe was for. RecipeError with every mistake.
     """
     changes = [override(key, value) for key, value in (settings or {}).items()]
     if isinstance(recipe, LoadedRecipe):
         assert not changes
         return recipe
     if isinstance(recipe, str | Path):
-        return load_recipe(recipe, changes, seed=seed, device=device)
+        if not own_target:
+            return load_recipe(recipe, changes, seed=seed, device=device)
+        recipe = parse_toml(read_toml(find_recipe(recipe)), str(recipe))
     raw = recipe.model_dump(exclude_none=True) if isinstance(recipe, Recipe) else _tables(recipe)
+    if own_target:
+        raw = {key: value for key, value in raw.items() if key not in ("data", "train")} | {
+            "target": {"kind": "module"}
+        }
     return checked_recipe(raw, "recipe", {}, changes, seed=seed, device=device)
 
 

@@ -134,8 +134,9 @@ def open_model(model: str, device: str | None, begin_token: bool) -> tuple[Targe
     where = device or "auto"
     if (Path(model) / RECIPE).exists():
         recipe = RunDirectory.open(Path(model)).recipe
-        if recipe.target.kind == "induction":
-            raise UsageError(f"{model} is a run of the induction toy, which knows no facts", "give a language model")
+        if recipe.target.kind != "huggingface":
+            what = "the induction toy" if recipe.target.kind == "induction" else "a module of somebody's own"
+            raise UsageError(f"{model} is a run of {what}, which knows no facts", "give a language model")
         where = device or recipe.device
         model, dtype = recipe.target.model, recipe.target.dtype
         begin_token = recipe.data is not None and recipe.data.begin_token

@@ -133,6 +133,8 @@ def _target(recipe: Recipe) -> str:
     target = recipe.target
     if target.kind == "huggingface":
         return f"{target.model}, {target.dtype}"
+    if target.kind == "module":
+        return "a module of your own, which Python gives"
     return f"{target.path or 'induction toy'}: {target.layers} layers, {target.heads} heads, width {target.d_model}"
 
 

@@ -140,4 +140,6 @@ def base_of(recipe: Recipe, run: Path) -> Path:
     """The directory that the target came from; a path that does not exist where it is none, as for a hub id."""
     from spdcli.runs.directory import TOY
 
-    return Path(recipe.target.path or run / TOY) if recipe.target.kind == "induction" else Path(recipe.target.model)
+    if recipe.target.kind == "huggingface":
+        return Path(recipe.target.model)
+    return Path(recipe.target.path or run / TOY) if recipe.target.kind == "induction" else run

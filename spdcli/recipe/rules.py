@@ -51,6 +51,11 @@ def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
             yield Contradiction(("data", "target.kind"), "missing section [data]: a huggingface target needs prompts")
         if train is not None:
             yield Contradiction(("train",), "[train] is for the induction toy; a huggingface target comes trained")
+    if kind == "module" and (data is not None or train is not None):
+        section = "data" if data is not None else "train"
+        yield Contradiction(
+            (section,), f"[{section}] is for other kinds of target; a module's data are given in Python"
+        )
     if kind == "induction":
         if data is not None:
             yield Contradiction(("data",), "[data] is for language models; the induction toy makes its own sequences")

@@ -56,6 +56,12 @@ class HuggingFaceTarget(Section):
     split_attention: bool = False  # GPT-2: decompose c_attn as its q, k and v parts
 
 
+class ModuleTarget(Section):
+    """A module that Python gives: `spdcli.decompose(recipe, target=spdcli.module_target(...), data=tokens)`."""
+
+    kind: Literal["module"]
+
+
 class Data(Section):
     """Prompts of a language-model target; the toy makes its own sequences."""
 
@@ -159,7 +165,7 @@ class Recipe(Section):
     name: Text
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    target: Annotated[InductionTarget | HuggingFaceTarget, Field(discriminator="kind")]
+    target: Annotated[InductionTarget | HuggingFaceTarget | ModuleTarget, Field(discriminator="kind")]
     data: Data | None = None
     train: Train | None = None
     slices: Slices

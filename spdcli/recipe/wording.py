@@ -19,7 +19,7 @@ from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import KeyPath
 
 Schema = Mapping[str, Any]
-KINDS = ("induction", "huggingface")
+KINDS = ("induction", "huggingface", "module")
 SECTIONS = "sections, at least one"
 
 

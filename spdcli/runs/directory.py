@@ -47,8 +47,10 @@ def versions() -> dict[str, str]:
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with its local paths made absolute, so that a run can be read from any directory."""
-    key = "path" if recipe.target.kind == "induction" else "model"
-    found: dict[str, Any] = {"target": _anchored_key(recipe.target, key)}
+    keys = {"induction": "path", "huggingface": "model"}
+    found: dict[str, Any] = {}
+    if recipe.target.kind in keys:
+        found["target"] = _anchored_key(recipe.target, keys[recipe.target.kind])
     if recipe.data is not None:
         found["data"] = _anchored_key(recipe.data, "stream")
     return recipe.model_copy(update=found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +49,13 @@ class LoadedRun:
         return f"<{type(self).__name__} {self}>"
 
 
-def load(path: str | Path, device: str | None = None) -> LoadedRun:
+def load(
+    path: str | Path, device: str | None = None, open_target: Callable[[Recipe], Subject] | None = None
+) -> LoadedRun:
     """Open the run at `path`; SpdError when there is none or it has no decomposition yet.
 
-    `device` is auto, cpu or cuda; the recipe's own when left out.
+    `device` is auto, cpu or cuda; the recipe's own when left out. `open_target` gives the subject of the run's recipe
+    where the recipe alone does not (a module of somebody's own).
     """
     directory = RunDirectory.open(Path(path))
     recipe = directory.recipe
@@ -61,5 +65,8 @@ def load(path: str | Path, device: str | None = None) -> LoadedRun:
             f"spd decompose RECIPE --set target.path={path} takes it apart",
         )
     tensors, _ = load_tensors(directory / DECOMPOSITION)
-    subject = open_subject(recipe, choose_device(device or recipe.device), directory / TOY)
+    if open_target is not None:
+        subject = open_target(recipe)
+    else:
+        subject = open_subject(recipe, choose_device(device or recipe.device), directory / TOY)
     return LoadedRun(directory, recipe, subject, load_decomposition(recipe, subject, tensors))

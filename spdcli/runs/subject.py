@@ -18,7 +18,7 @@ from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 from spdcli.files import load_tensors
 from spdcli.machine import keep_freed_memory
-from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, Recipe
+from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, ModuleTarget, Recipe
 from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import optimiser_settings
 from spdcli.targets.broad_text import draw_stream
@@ -181,4 +181,9 @@ def open_subject(
             assert toy_directory is not None
             toy = load_toy(toy_directory, recipe.target, device)
         return toy_subject(recipe, toy)
+    if isinstance(recipe.target, ModuleTarget):
+        raise SpdError(
+            "the target of this recipe is a module of somebody's own, which only Python has",
+            "spdcli.load(path, target=spdcli.module_target(...), data=tokens), or spdcli.decompose likewise",
+        )
     return language_subject(recipe, device)
