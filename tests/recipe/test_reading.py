@@ -91,11 +91,11 @@ MISTAKES = [
         "15: [importance] kind = 'Vektor': expected one of 'scalar', 'vector', 'shared', 'attention'"
         " (did you mean 'vector'?)",
     ),
-    ('kind = "induction"', "", "2: [target] missing key 'kind' (one of 'huggingface', 'induction')"),
+    ('kind = "induction"', "", "2: [target] missing key 'kind' (one of 'huggingface', 'induction', 'module')"),
     (
         'kind = "induction"',
         'kind = "gpt"',
-        "3: [target] kind = 'gpt': expected one of 'huggingface', 'induction'",
+        "3: [target] kind = 'gpt': expected one of 'huggingface', 'induction', 'module'",
     ),
     ('name = "toy"', 'name = "toy"\ndata = 3', "2: data = 3: expected a section"),
     # contradictions
