@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +28,7 @@ from spdcli.commands.change import (
     warn_of_span,
 )
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
+from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,13 +39,10 @@ if TYPE_CHECKING:
     from spdcli.runs.loading import LoadedRun
 
 
-class Others(StrEnum):
-    """The masks of the slices that stay, without importing `analysis.ablation`."""
-
-    on = "on"
-    importance = "importance"
-    sampled = "sampled"
-
+if TYPE_CHECKING:
+    Others = str
+else:
+    Others = Literal[tuple(OTHERS)]
 
 MatrixName = Annotated[
     list[str] | None,
@@ -57,7 +54,7 @@ Mlp = Annotated[
 ]
 OthersOption = Annotated[
     Others | None,
-    typer.Option("--others", help="Masks of the other slices: 1, their importance g, or U(g, 1).", show_default="on"),
+    typer.Option("--others", help=f"Masks of the other slices: {in_words(OTHERS)}.", show_default=USUAL_OTHERS),
 ]
 WithFigure = Annotated[
     bool, typer.Option("--figure", help="With --mlp, draw P(answer) against the zeroed layer into RUN/figures.")
@@ -108,7 +105,7 @@ def ablate(
     questions = ask_questions(loaded.subject, loaded.recipe, texts, sequences, seed)
     if slice:
         warn_of_span(console, loaded.recipe, texts)
-    mode = (others or Others.on).value if slice else None
+    mode = (others or USUAL_OTHERS) if slice else None
     asked = ask_facts(console, loaded.subject, loaded.recipe, file, facts, own_prompts(loaded.recipe, texts))
     removed = (slice or [], matrix or [], mlp or [])
     found = take_away(loaded, questions, asked, removed, mode, samples, seed)
@@ -154,7 +151,7 @@ def take_away(
     slices, matrices, mlps = removed
     addresses = find_slices(loaded.decomposition, slices)
     zeroed = [zeroed_matrix(target, name) for name in dict.fromkeys(matrices)] + mlp_layers(target, mlps)
-    way = others or Others.on.value
+    way = others or USUAL_OTHERS
     found = ablate(loaded.subject, loaded.decomposition, questions, addresses, zeroed, way, samples, seed)
     if addresses:
         found["effects"] = mark_active(loaded, questions, addresses, found["effects"])

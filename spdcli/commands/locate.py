@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from spdcli.commands.change import FactsOption, NoFacts, ask_facts, own_prompts, read_facts
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.edits.choices import STATISTICS, USUAL_STATISTIC
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,13 +21,10 @@ if TYPE_CHECKING:
     from spdcli.runs.loading import LoadedRun
 
 
-class Statistic(StrEnum):
-    """The statistics of collateral, without importing `analysis.facts`."""
-
-    mean = "mean"
-    median = "median"
-    max = "max"
-
+if TYPE_CHECKING:
+    Statistic = str
+else:
+    Statistic = Literal[tuple(STATISTICS)]
 
 Prompt = Annotated[
     str | None,
@@ -67,7 +64,7 @@ def locate(
     paired: Paired = 12,
     pairs: Pairs = 5,
     others_limit: Limit = None,
-    collateral: By = Statistic.mean,
+    collateral: By = USUAL_STATISTIC,
     facts: FactsOption = None,
     no_facts: NoFacts = False,
     threshold: Threshold = 0.0,
@@ -90,7 +87,7 @@ def locate(
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    search = Search(tuple(matrices or ["*"]), top, paired, pairs, collateral.value, others_limit, threshold)
+    search = Search(tuple(matrices or ["*"]), top, paired, pairs, collateral, others_limit, threshold)
     seed = loaded.recipe.seed if seed is None else seed
     located = find(console, loaded, (prompt, token), (file, facts), search, seed)
     data = {"schema": "spd.locate/1", "run": run, **located[0], "located": located}

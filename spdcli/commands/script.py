@@ -110,7 +110,7 @@ def render(data: dict[str, Any], verbose: bool) -> list[RenderableType]:
     for name in ("edit", "slices", "removed"):
         table.add_column(name, justify="right" if name == "removed" else "left")
     for edit in data["edits"]:
-        removed = ", ".join(f"{matrix['removed']:.2%}" for matrix in edit.get("matrices", ()))
+        removed = ", ".join(f"{cut.removed:.2%}" for cut in edit.get("matrices", ()))
         table.add_row(edit["name"], "\n".join(edit["slices"]), removed)
     parts: list[RenderableType] = [table, *verdicts_table(data["expectations"])]
     for edit in data["edits"] if verbose else ():

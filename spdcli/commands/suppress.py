@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,25 +28,23 @@ from spdcli.commands.script import check_script, read_script, suppress_script, v
 from spdcli.commands.script import render as render_script
 from spdcli.commands.suppressing import Given, suppress_slices, use_patch, write
 from spdcli.console import Console
+from spdcli.edits.choices import TOGETHER, USUAL_TOGETHER, in_words
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.edits.suppression import MatrixCut
 
-class Together(StrEnum):
-    """The ways of `analysis.edits.TOGETHER`, without importing it."""
-
-    orthonormal = "orthonormal"
-    sequence = "sequence"
-
+if TYPE_CHECKING:
+    Together = str
+else:
+    Together = Literal[tuple(TOGETHER)]
 
 TogetherOption = Annotated[
     Together | None,
     typer.Option(
-        "--together",
-        help="Several slices of one matrix: at once, in any order, or one after the other.",
-        show_default="orthonormal",
+        "--together", help=f"Several slices of one matrix: {in_words(TOGETHER)}.", show_default=USUAL_TOGETHER
     ),
 ]
 Save = Annotated[
@@ -95,9 +92,9 @@ def suppress(
 ) -> None:
     """Suppress slices in the original model: W loses its projection on each slice's direction.
 
-    W ← W − (ûᵀ W v̂) û v̂ᵀ. Of several slices of one matrix, the projection on
-    all their directions goes at once (orthonormal), whatever their order, or one
-    after the other (sequence); how far the two are apart is reported.
+    W ← W − Σ (ûᵀ W v̂) û v̂ᵀ. Of several slices of one matrix, every projection is
+    that of the original W (literal, as in the paper), or they are made orthonormal
+    first, or go in sequence; how far the three are apart is reported.
 
     --script reads edits and what is expected of them from a file; every edit is
     measured on its own, from the original weights, and exit code 1 says that an
@@ -117,7 +114,7 @@ def suppress(
         check_script(read, "--save" if save else "--patch" if patch else None, no_facts)
         change = suppress_script(console, given, read, dry_run)
     elif slice:
-        change = suppress_slices(console, given, slice, (together or Together.orthonormal).value)
+        change = suppress_slices(console, given, slice, together or USUAL_TOGETHER)
     else:
         change = use_patch(console, given, apply, revert, base)
     failed = [one for one in change.report["expectations"] if one["passed"] is False]
@@ -183,16 +180,22 @@ def check_outputs(patch: Path | None, save: Path | None, force: bool) -> None:
 
 def render(data: dict[str, Any], verbose: bool) -> list[RenderableType]:
     """The effects, each slice's own, what becomes of the facts, and what every matrix loses."""
-    from rich.table import Table
-
     verb = {"apply": "Patched: ", "revert": "Reverted: "}.get(data.get("action", ""), "Suppressed: ")
     parts = [effects_table(verb + listed(data["slices"]), prompts_only(data["effects"])), *alone_table(data["alone"])]
     parts += facts_tables(data["facts"], data["effects"], verbose)
-    if "matrices" not in data:
-        return parts
-    table = Table(title="Taken from the weights (Frobenius norms, as shares of ‖W‖)")
-    for name in ("matrix", "slices", "removed", "orthonormal and sequence differ by"):
-        table.add_column(name, justify="left" if name == "matrix" else "right")
-    for row in data["matrices"]:
-        table.add_row(row["matrix"], f"{len(row['slices'])}", f"{row['removed']:.4%}", f"{row['difference']:.2e}")
-    return [*parts, table]
+    return [*parts, cuts_table(data["matrices"], data["together"])] if "matrices" in data else parts
+
+
+def cuts_table(cuts: Sequence[MatrixCut], together: str) -> RenderableType:
+    """A row a matrix: what every form of the edit removes, and how far it is from the literal one."""
+    from rich.table import Table
+
+    table = Table(title=f"Taken from the weights, in shares of ‖W‖ (Frobenius); done: {together}")
+    table.add_column("matrix", overflow="fold")
+    for heading in ("slices", *(form if form == "literal" else f"{form}\n(from literal)" for form in TOGETHER)):
+        table.add_column(heading, justify="right")
+    for cut in cuts:
+        apart = {form: "" if form == "literal" else f"\n({cut.forms[form].from_literal:.2e})" for form in TOGETHER}
+        removed = (f"{cut.forms[form].removed:.4%}{apart[form]}" for form in TOGETHER)
+        table.add_row(cut.matrix, f"{len(cut.slices)}", *removed)
+    return table

@@ -1,6 +1,7 @@
 """Ablation: the decomposed model without some of its slices, or the target without whole matrices or MLP layers.
 
-Suppression (`edits.py`) edits the target; ablation runs the decomposition, with the slices' masks at 0 and the others
+Suppression (`suppression.py`) edits the target; ablation runs the decomposition, with the slices' masks at 0 and the
+others
 
     on           at 1, the delta too where the run has one: the target minus the slices
     importance   at their importance g, the delta off: the model made of active slices
@@ -30,6 +31,7 @@ from spdcli.edits.answer_changes import (
     log_probabilities,
     question_groups,
 )
+from spdcli.edits.choices import USUAL_OTHERS
 from spdcli.edits.suppression import Address, by_matrix, find_matrix
 from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.product import Asked
@@ -40,7 +42,6 @@ from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
 from spdcli.runs.subject import Subject
 
-OTHERS = ("on", "importance", "sampled")
 MLP_MATRICES = ("mlp.", "Down")  # how the matrices of an MLP are named below their block; the last of them ends it
 Masks = Mapping[str, Asked]
 
@@ -162,7 +163,7 @@ def ablate(
     questions: Questions,
     slices: Sequence[Address],
     zeroed: Sequence[Zeroed] = (),
-    others: str = "on",
+    others: str = USUAL_OTHERS,
     samples: int = 16,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def ablate_facts(
     decomposition: Decomposition,
     questions: Questions,
     cut: Cut,
-    others: str = "on",
+    others: str = USUAL_OTHERS,
     samples: int = 16,
     seed: int = 0,
 ) -> list[AnswerChange]:

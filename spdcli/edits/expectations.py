@@ -1,7 +1,6 @@
 """Edit scripts put to a run: their slices found, their expectations measured.
 
-Of a prompt's answer (or another token): `probability` after the edit, `ratio` after / before, `change` |ratio - 1|,
-`kl` of the whole distribution, `rank` after. Of the known facts: `median`, `mean` or `max` relative change.
+What can be expected of a prompt's answer (or another token) and of the known facts stands in `choices.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, Questions, given_questions, measure_edits
+from spdcli.edits.answer_changes import AnswerChanges, Questions, given_questions, measure_edits
+from spdcli.edits.choices import ANSWER_MEASURES
 from spdcli.edits.known_facts import AskedFacts, Collateral, collateral
 from spdcli.edits.prompts_and_answers import about_token, join, pick
 from spdcli.edits.script import Edit as Written
@@ -23,14 +23,6 @@ from spdcli.errors import RecipeError, RecipeProblem, SpdError
 from spdcli.recipe.reading import Source
 from spdcli.recipe.toml_lines import KeyPath
 from spdcli.runs.subject import Subject
-
-MEASURES: dict[str, Callable[[AnswerChange], float]] = {
-    "probability": lambda effect: effect.after,
-    "ratio": lambda effect: effect.ratio,
-    "change": lambda effect: abs(effect.ratio - 1),
-    "kl": lambda effect: effect.kl,
-    "rank": lambda effect: effect.rank_after,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +175,7 @@ def _value(
     expect: Expect, row: int | None, effects: AnswerChanges, summaries: Mapping[str, Collateral]
 ) -> float | None:
     if row is not None:
-        return MEASURES[expect.measure](effects[row])
+        return ANSWER_MEASURES[expect.measure](effects[row])
     assert expect.facts is not None
     return summaries[expect.facts].relative_change[expect.measure] if summaries else None
 

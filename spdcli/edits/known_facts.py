@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, Questions, present_answers, prompt_questions
+from spdcli.edits.choices import STATISTICS
 from spdcli.edits.facts_file import Fact, Facts, Known, Related
 from spdcli.engine.target import Target
 from spdcli.records import ABSENT, Absent, spread
@@ -24,7 +25,6 @@ from spdcli.targets.prompts import encode
 DRAWS = 2000
 LEVEL = 0.95
 WORST = 3
-STATISTICS = ("median", "mean", "max")
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +142,8 @@ def summarise(changes: Tensor, seed: int = 0, draws: int = DRAWS) -> ChangeSizes
 
 
 def statistics(changes: Tensor) -> dict[str, Tensor]:
-    """Median (the mean of the two middle ones), mean and max over the last dimension."""
-    return {"median": changes.quantile(0.5, dim=-1), "mean": changes.mean(-1), "max": changes.amax(-1)}
+    """The numbers of `STATISTICS` over the last dimension."""
+    return {name: statistic(changes) for name, statistic in STATISTICS.items()}
 
 
 def bootstrap(changes: Tensor, seed: int, draws: int = DRAWS) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from spdcli.edits.choices import ANSWER_MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER, OneOf
 from spdcli.recipe.documents import Kind, load_document
 from spdcli.recipe.reading import Source
 from spdcli.recipe.schema import Positive, Section, Text
@@ -35,8 +36,6 @@ from spdcli.recipe.wording import Mistake
 KIND = Kind(
     "an edit script", "a script has [[edit]] sections with slices or [edit.select], and [[edit.expect]] sections"
 )
-OF_A_PROMPT = ("probability", "ratio", "change", "kl", "rank")
-OF_FACTS = ("median", "mean", "max")
 Prompt = Positive | Text
 
 
@@ -49,7 +48,7 @@ class Select(Section):
     only_at: bool = False  # and nowhere else in this one
     matrices: Annotated[list[Text], Field(min_length=1)] = Field(default_factory=lambda: ["*"])
     top: Positive | None = None  # all of them when absent
-    by: Literal["importance", "written", "weight", "effect"] = "importance"
+    by: Annotated[str, OneOf(lambda: ORDERS)] = "importance"
     threshold: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -60,7 +59,7 @@ class Expect(Section):
     prompt: Prompt | None = None
     token: Text | None = None  # the prompt's answer when absent
     facts: Literal["others", "all"] | None = None  # others: none of the run's prompts
-    measure: Literal["probability", "ratio", "change", "kl", "rank", "median", "mean", "max"]
+    measure: Annotated[str, OneOf(lambda: [*ANSWER_MEASURES, *STATISTICS])]
     at_most: float | None = None
     at_least: float | None = None
 
@@ -84,7 +83,7 @@ class Edit(Section):
     name: Text
     slices: Annotated[list[Text], Field(min_length=1)] | None = None
     select: Select | None = None
-    together: Literal["orthonormal", "sequence"] = "orthonormal"
+    together: Annotated[str, OneOf(lambda: TOGETHER)] = USUAL_TOGETHER
     expect: list[Expect] = Field(default_factory=list)
 
 
@@ -125,10 +124,9 @@ def expectation_mistakes(here: KeyPath, expect: Expect) -> Iterator[Mistake]:
     if (expect.prompt is None) == (expect.facts is None):
         said = "prompt and facts: give one of the two" if expect.prompt is not None else "expected prompt or facts"
         yield Mistake((here,), f"[[edit.expect]] {said}")
-    elif expect.measure not in (OF_FACTS if expect.prompt is None else OF_A_PROMPT):
-        meant = OF_FACTS if expect.prompt is None else OF_A_PROMPT
+    elif expect.measure not in (own := STATISTICS if expect.prompt is None else ANSWER_MEASURES):
         of = "facts" if expect.prompt is None else "a prompt"
-        expected = ", ".join(f"'{name}'" for name in meant)
+        expected = ", ".join(f"'{name}'" for name in own)
         yield Mistake(
             ((*here, "measure"),), f"[[edit.expect]] measure = '{expect.measure}': of {of} expected one of {expected}"
         )

@@ -32,7 +32,6 @@ from spdcli.measures.inspection import matching
 from spdcli.measures.texts import TOY_SEQUENCES, Texts, own_texts
 from spdcli.runs.subject import Subject
 
-RULES = ("importance", "written", "weight", "effect")
 SPARED = 0.1  # how far slices chosen by effect may change the run's other prompts
 PAIRED = 12  # the strongest slices that are tried in pairs
 

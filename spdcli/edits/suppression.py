@@ -4,13 +4,18 @@ With û and v̂ the unit read and write directions of slice k, and E_k = û_k v�
 
     W ← W − <W, E> E        where <W, E> = ûᵀ W v̂ is the Frobenius inner product.
 
-Several slices of one matrix overlap: their E_k are not orthogonal. Both ways of `TOGETHER` give W − Σ a_k E_k:
+Several slices of one matrix overlap: their E_k are not orthogonal. Every way of `choices.TOGETHER` gives W − Σ a_k E_k;
+with p_k = <W, E_k> and G_jk = <E_j, E_k>:
 
+    literal       the paper's sum as it is written, every projection from the original W: a = p. What two slices share
+                  is taken twice, so that <W, E_k> is not 0 afterwards in general. The order does not matter.
     orthonormal   the E_k are made orthonormal in <·,·> and W loses its projections on all of them at once. In terms
-                  of the E_k themselves that is a = G⁺ p, with p_k = <W, E_k> and G_jk = <E_j, E_k>. The order does
-                  not matter, and afterwards <W, E_k> = 0 for every k: no suppressed direction carries anything.
-    sequence      one after the other, as a loop would: a = tril(G)⁻¹ p. Only the last one is sure to be 0 then.
+                  of the E_k themselves that is a = G⁺ p. The order does not matter, and afterwards <W, E_k> = 0 for
+                  every k: no suppressed direction carries anything.
+    sequence      one after the other, each projection from what is left: a = tril(G)⁻¹ p. Only the last one is sure to
+                  be 0 then.
 
+All are equal for one slice, and for slices whose E_k are orthogonal.
 An edit is never more than these factors; it is run as `x W − ((x û) a) v̂ᵀ`, without a copy of the model.
 I d_in, O d_out, r slices of a matrix.
 """
@@ -20,11 +25,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spdcli.edits.choices import USUAL_TOGETHER
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, fixed_variant
@@ -111,26 +117,35 @@ def overlaps(read: Tensor, write: Tensor) -> Tensor:
 
 
 def jointly(gram: Tensor, p: Tensor) -> Tensor:
-    """a `[r]` of the orthonormal way: Σ a_k E_k is the projection of W on the span of the E_k."""
+    """Orthonormal: Σ a_k E_k is the projection of W on the span of the E_k."""
     return torch.linalg.pinv(gram, rtol=SAME, hermitian=True) @ p
 
 
 def in_sequence(gram: Tensor, p: Tensor) -> Tensor:
-    """a `[r]` of one after the other: a_k = p_k − Σ_{j<k} a_j G_jk."""
+    """In sequence: a_k = p_k − Σ_{j<k} a_j G_jk."""
     return torch.linalg.solve_triangular(gram.tril(), p[:, None], upper=False)[:, 0]
 
 
-TOGETHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"orthonormal": jointly, "sequence": in_sequence}
+# a `[r]` from G `[r, r]` and p `[r]`, by the ways of `TOGETHER`.
+COEFFICIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "literal": lambda gram, p: p,
+    "orthonormal": jointly,
+    "sequence": in_sequence,
+}
 
 
-def suppression(target: Target, slices: SliceSet, addresses: Sequence[Address], together: str = "orthonormal") -> Edit:
-    """The edit that suppresses `addresses` in the target's own weights; `together` is a way of `TOGETHER`."""
+def suppress_directions(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_TOGETHER) -> Factors:
+    """What W `[I, O]` loses on unit directions `read` `[I, r]` and `write` `[r, O]`, both in float64 on the CPU."""
+    a = COEFFICIENTS[together](overlaps(read, write), projections(weight, read, write))
+    return Factors(read, a[:, None] * write)
+
+
+def suppression(target: Target, slices: SliceSet, addresses: Sequence[Address], together: str = USUAL_TOGETHER) -> Edit:
+    """The edit that suppresses slices in the target's own weights; `together` is a way of `TOGETHER`."""
     edit = {}
     for name, index in by_matrix(addresses).items():
         read, write = unit_directions(slices, name, index)
-        p = projections(target.matrices[name].weight, read, write)
-        a = TOGETHER[together](overlaps(read, write), p)
-        edit[name] = Factors(read, a[:, None] * write)
+        edit[name] = suppress_directions(target.matrices[name].weight, read, write, together)
     return edit
 
 
@@ -146,29 +161,56 @@ def suppressions(target: Target, slices: SliceSet, addresses: Sequence[Address])
     return {str(address): edits[str(address)] for address in addresses}
 
 
-def describe(target: Target, slices: SliceSet, addresses: Sequence[Address], edit: Edit) -> list[dict[str, Any]]:
-    """What an edit takes from each matrix.
+@dataclass(frozen=True)
+class FormSizes:
+    """One way to suppress several slices: what it removes from W, and how far it ends from the literal one.
 
-    `projections` are the <W, E_k>; `removed` is ‖W − W'‖ / ‖W‖ and `difference` how far the two ways of TOGETHER are
-    apart, ‖W'_orthonormal − W'_sequence‖ / ‖W‖, Frobenius norms all. `difference` is 0 for a single slice.
+    `removed` is ‖W − W'‖ / ‖W‖ and `from_literal` ‖W' − W'_literal‖ / ‖W‖, Frobenius norms all.
     """
-    described = []
+
+    removed: float
+    from_literal: float
+
+
+@dataclass(frozen=True)
+class MatrixCut:
+    """What an edit takes from one matrix: an entry of `matrices` in `spd.suppress/1`.
+
+    `projections` are the <W, E_k> of its slices; `removed` is ‖W − W'‖ / ‖W‖. `forms` are the sizes of every way of
+    TOGETHER, whichever was used, and `difference` is how far orthonormal and sequence are apart, as a share of ‖W‖.
+    """
+
+    matrix: str
+    slices: list[str]
+    projections: list[float]
+    removed: float
+    difference: float
+    forms: dict[str, FormSizes]
+
+
+def describe(target: Target, slices: SliceSet, addresses: Sequence[Address], edit: Edit) -> list[MatrixCut]:
+    """What `edit`, the suppression of slices, takes from each matrix."""
+    cuts = []
     for name, index in by_matrix(addresses).items():
         weight = target.matrices[name].weight
         read, write = unit_directions(slices, name, index)
         gram, p = overlaps(read, write), projections(weight, read, write)
         whole = weight.double().norm().item()
-        apart = in_sequence(gram, p) - jointly(gram, p)
-        described.append(
-            {
-                "matrix": name,
-                "slices": [str(Address(name, number)) for number in index],
-                "projections": p.tolist(),
-                "removed": (edit[name].read @ edit[name].write).norm().item() / whole,
-                "difference": (apart @ gram @ apart).clamp(min=0).sqrt().item() / whole,
-            }
+
+        def size(a: Tensor, gram: Tensor = gram, whole: float = whole) -> float:
+            return (a @ gram @ a).clamp(min=0).sqrt().item() / whole  # of Σ a_k E_k
+
+        a = {way: coefficients(gram, p) for way, coefficients in COEFFICIENTS.items()}
+        cut = MatrixCut(
+            matrix=name,
+            slices=[str(Address(name, number)) for number in index],
+            projections=p.tolist(),
+            removed=(edit[name].read @ edit[name].write).norm().item() / whole,
+            difference=size(a["sequence"] - a["orthonormal"]),
+            forms={way: FormSizes(size(own), size(own - a["literal"])) for way, own in a.items()},
         )
-    return described
+        cuts.append(cut)
+    return cuts
 
 
 def subtract(weight: Tensor, factors: Factors) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdcli.edits.answer_changes import Questions
-from spdcli.edits.suppression import Edit, Factors, jointly, overlaps, projections
+from spdcli.edits.choices import USUAL_TOGETHER
+from spdcli.edits.suppression import Edit, Factors, suppress_directions
 from spdcli.engine.forward import Clean, Noise, ask, clean_pass, plan_pass, row_divergences
 from spdcli.engine.subcomponents import Slices, SliceSet, dual_directions
 from spdcli.engine.target import Target
@@ -34,12 +35,11 @@ FLOOR = 0.01  # of its probability: an answer that has lost more than this is no
 OTHERS_WEIGHT = 10.0  # of the KL on the prompts that an optimised edit should leave alone
 
 
-def suppress_directions(weight: Tensor, read: Tensor, write: Tensor) -> Factors:
-    """The suppression of the directions `read` `[I, k]` and `write` `[k, O]` of any length, several at once."""
+def suppress(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_TOGETHER) -> Factors:
+    """The suppression of the directions `read` `[I, k]` and `write` `[k, O]` of any length."""
     read = read.double().cpu() / read.double().cpu().norm(dim=0)
     write = write.double().cpu() / write.double().cpu().norm(dim=1, keepdim=True)
-    a = jointly(overlaps(read, write), projections(weight, read, write))
-    return Factors(read, a[:, None] * write)
+    return suppress_directions(weight, read, write, together)
 
 
 def static_duals(target: Target, name: str, rows: Tensor, chosen: Sequence[int], moment: Tensor | None = None) -> Edit:
@@ -50,7 +50,7 @@ def static_duals(target: Target, name: str, rows: Tensor, chosen: Sequence[int],
     weight = target.matrices[name].weight
     index = list(chosen)
     read = dual_directions(rows, moment)[:, index]
-    return {name: suppress_directions(weight, read, rows[index].to(weight) @ weight)}
+    return {name: suppress(weight, read, rows[index].to(weight) @ weight)}
 
 
 def direct_edit(target: Target, name: str, x: Tensor, moment: Tensor) -> Edit:
@@ -117,7 +117,7 @@ def optimised_edit(
         torch.autograd.backward(factors, [bank.U.grad, bank.V.grad])
         optimiser.step()
     read, write = (directions.detach() for directions in drawn)
-    return {name: suppress_directions(weight, read, write.t())}
+    return {name: suppress(weight, read, write.t(), "orthonormal")}  # the form that was sought by
 
 
 def _suppressed(weight: Tensor, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spdcli.edits.answer_changes import Questions, measure_columns, measure_group, present_answers, question_groups
+from spdcli.edits.choices import USUAL_STATISTIC
 from spdcli.edits.known_facts import AskedFacts, known_mask, relative_change, statistics
 from spdcli.edits.prompts_and_answers import join, pick
 from spdcli.edits.selection import Activity, in_order, with_direction, written
@@ -47,7 +48,7 @@ class Search:
     top: int = 10
     paired: int = 12
     pairs: int = 5
-    statistic: str = "mean"
+    statistic: str = USUAL_STATISTIC
     limit: float | None = None
     threshold: float = 0.0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spdcli.edits.known_facts import STATISTICS
+from spdcli.edits.choices import STATISTICS
 from spdcli.location.fact_edits import BASELINE, CONTROL, SLICES, SOUGHT
 from spdcli.location.report_rows import TRACED, ZEROED
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from spdcli.edits.answer_changes import AnswerChanges, measure_edits
+from spdcli.edits.choices import STATISTICS
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import STATISTICS, AskedFacts, ChangeSizes, fact_questions
+from spdcli.edits.known_facts import AskedFacts, ChangeSizes, fact_questions
 from spdcli.edits.suppression import Address
 from spdcli.location.fact_edits import Place, Scene, SideBySide, fact_edits
 from spdcli.location.tracing import Trace

@@ -6,11 +6,9 @@ import pytest
 import torch
 from edited_models import CASES, answers_of, ask_own, in_place, open_case
 
-from spdcli.commands.ablate import Others
-from spdcli.commands.suppress import Together
-from spdcli.edits.ablation import OTHERS, ablate, draw_masks, silenced, without, zeroed_matrix, zeroed_mlp
+from spdcli.edits.ablation import ablate, draw_masks, silenced, without, zeroed_matrix, zeroed_mlp
 from spdcli.edits.answer_changes import compare_answers
-from spdcli.edits.suppression import TOGETHER, Address
+from spdcli.edits.suppression import Address
 from spdcli.errors import UsageError
 from spdcli.targets.architectures import ARCHITECTURES, RESIDUAL
 
@@ -194,11 +192,6 @@ def test_hooks_go_even_when_the_model_fails(request, tmp_path):
     with pytest.raises(RuntimeError, match="boom"), silenced([one]):
         raise RuntimeError("boom")
     assert not one.matrix.module._forward_hooks
-
-
-def test_the_options_name_every_way():
-    assert [way.value for way in Together] == list(TOGETHER)
-    assert tuple(way.value for way in Others) == OTHERS
 
 
 def test_nearest_names_are_of_this_target(request, tmp_path):

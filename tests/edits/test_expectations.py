@@ -7,6 +7,7 @@ import json
 import pytest
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
+from spdcli.edits.choices import ANSWER_MEASURES, STATISTICS
 from spdcli.runs.loading import load
 
 FC, PROJ = "h.1.mlp.c_fc", "h.1.mlp.c_proj"
@@ -156,6 +157,30 @@ def test_values_are_those_of_edits_by_address(spd, run, script, facts):
     assert data["schema"] == "spd.suppress/1"
     assert {effect["edit"] for effect in data["effects"]} == {"first", "second"}
     assert data["edits"][0]["facts"]["known"] == 3, "the run's own prompts are not other facts"
+
+
+def bounds_of_all():
+    expects = [f'prompt = 1\nmeasure = "{name}"' for name in ANSWER_MEASURES]
+    expects += [f'facts = "others"\nmeasure = "{name}"' for name in STATISTICS]
+    edit = f'[[edit]]\nname = "x"\nslices = ["{FC}:0"]\n'
+    return edit + "".join(f"[[edit.expect]]\n{expect}\nat_most = 1e9\n" for expect in expects)
+
+
+def test_one_line_adds_a_measure(spd, run, script, facts, monkeypatch):
+    """A script bounds every measure that the tables name, also those that are new."""
+    monkeypatch.setitem(ANSWER_MEASURES, "lost", lambda answer: answer.before - answer.after)
+    monkeypatch.setitem(STATISTICS, "range", lambda changes: changes.amax(-1) - changes.amin(-1))
+    code, data = answer(spd, run, "--script", script(bounds_of_all()), "--facts", facts)
+    assert code == 0
+    values = {one["name"].partition(" of ")[0]: one["value"] for one in data["expectations"]}
+    assert list(values) == [*ANSWER_MEASURES, *STATISTICS]
+    own = data["effects"][0]
+    assert values["lost"] == own["before"] - own["after"]
+    moved = [effect for effect in data["effects"] if effect["group"] == "fact" and effect["prompt"] != KOBE]
+    changes = [abs(effect["ratio"] - 1) for effect in moved]
+    assert values["range"] == pytest.approx(max(changes) - min(changes))
+    assert data["facts"]["range_relative_change"] == values["range"]
+    assert data["facts"]["interval"]["range"][0] <= values["range"]
 
 
 def test_another_token_is_asked_at_the_answers_place(spd, run, script):

@@ -59,7 +59,7 @@ def test_a_script_is_read(tmp_path):
     assert (one.slices, one.together, one.select) == (["a:1", "b:2"], "sequence", None)
     assert [expect.bound for expect in one.expect] == ["≤ 0.5", "≤ 0.05"]
     assert (two.select.token, two.select.only_at, two.select.unique, two.select.by) == (" Woods", True, True, "effect")
-    assert (two.expect, two.together) == ([], "orthonormal")
+    assert (two.expect, two.together) == ([], "literal")
     assert script.asks_facts
     assert source.lines["edit", 0, "expect", 1, "facts"] == 13
 

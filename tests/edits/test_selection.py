@@ -9,9 +9,9 @@ import torch
 from edited_models import in_place
 from planted_gates import FC, PROJ, plant_gates
 
+from spdcli.edits.choices import ORDERS
 from spdcli.edits.prompts_and_answers import pick
 from spdcli.edits.selection import (
-    RULES,
     Activity,
     Rule,
     active_at,
@@ -108,7 +108,7 @@ def test_the_planted_slices_are_found(planted):
     assert chosen(planted, row=1, token=" of", matrices=(FC,)) == [f"{FC}:2"]
 
 
-@pytest.mark.parametrize("by", RULES)
+@pytest.mark.parametrize("by", ORDERS)
 def test_an_order_is_that_of_its_number(planted, by):
     subject, decomposition, activity, questions = planted
     found = select(*planted, Rule(0, "Bryant", unique=False, by=by))

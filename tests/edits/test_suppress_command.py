@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spdcli.edits.choices import TOGETHER
 from spdcli.edits.patches import KEY, load_patch, restored, shortfall, weight_hash
 from spdcli.edits.suppression import Factors, subtract
 from spdcli.files import load_tensors
@@ -337,12 +338,22 @@ def test_suppress_keeps_its_contract(spd, run):
     assert first["alone"] == {}
 
 
-def test_together_says_how_far_the_two_ways_are_apart(spd, run):
-    one = answer(spd, "suppress", run, *TWO, "--together", "sequence")
-    other = answer(spd, "suppress", run, *TWO)
-    assert one["together"] == "sequence"
-    assert [row["difference"] for row in one["matrices"]] == [row["difference"] for row in other["matrices"]]
-    assert one["matrices"][1]["difference"] == 0
+def test_together_says_how_far_the_ways_are_apart(spd, run):
+    literal = answer(spd, "suppress", run, *TWO)
+    assert literal["together"] == "literal"
+    for together in TOGETHER:
+        data = answer(spd, "suppress", run, *TWO, "--together", together)
+        assert data["together"] == together
+        two, one = data["matrices"]
+        assert two["forms"] == literal["matrices"][0]["forms"]
+        assert two["removed"] == pytest.approx(two["forms"][together]["removed"])
+        assert (two["forms"][together]["from_literal"] == 0) == (together == "literal")
+        assert one["forms"][together] == {"removed": pytest.approx(one["removed"]), "from_literal": 0}
+        assert two["difference"] == literal["matrices"][0]["difference"] > one["difference"] == 0
+        table = spd("suppress", run, *TWO, "--no-facts", "--together", together)[1]
+        assert f"done: {together}" in table
+        assert all(f"{sizes['removed']:.4%}" in table for sizes in two["forms"].values())
+        assert all(f"({sizes['from_literal']:.2e})" in table for sizes in list(two["forms"].values())[1:])
 
 
 def test_prompts_from_the_command_line_and_stdin(spd, run, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spdcli.edits.answer_changes import active_on, compare_answers, given_questions, measure_edits, own_questions
+from spdcli.edits.choices import TOGETHER
+from spdcli.edits.script import Edit
 from spdcli.edits.suppression import (
-    TOGETHER,
+    COEFFICIENTS,
     Address,
     describe,
     edit_variants,
@@ -38,7 +41,7 @@ def slice_set(**pairs):
     return SliceSet({name: Slices(U, V) for name, (U, V) in pairs.items()}, delta=True).requires_grad_(False)
 
 
-def suppressed(W, U, V, index, together="orthonormal"):
+def suppressed(W, U, V, index, together="literal"):
     """W after suppressing slices `index`, through the public functions."""
     slices = slice_set(m=(U, V))
     edit = suppression(weight_target(m=W), slices, [Address("m", i) for i in index], together)
@@ -68,14 +71,16 @@ def test_two_overlapping_slices_by_hand():
     """E1 = e1 e1ᵀ and E2 = (e1 + e2)/√2 e1ᵀ span both entries of the first column of I: orthonormal leaves 0 there.
 
     In sequence E1 takes the 1 first, so that nothing is left for E2 to project but 0; the other way round E2 leaves
-    (1/2, -1/2) and E1 then takes the 1/2.
+    (1/2, -1/2) and E1 then takes the 1/2. Literally both take what they find in I: the 1, and (1/2, 1/2).
     """
     W = torch.eye(2, dtype=torch.float64)
     U = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     V = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     zero = [[0.0, 0.0], [0.0, 1.0]]
     for order in ([0, 1], [1, 0]):
-        torch.testing.assert_close(suppressed(W, U, V, order), torch.tensor(zero, dtype=torch.float64))
+        torch.testing.assert_close(suppressed(W, U, V, order, "orthonormal"), torch.tensor(zero, dtype=torch.float64))
+        twice = torch.tensor([[-0.5, 0.0], [-0.5, 1.0]], dtype=torch.float64)
+        torch.testing.assert_close(suppressed(W, U, V, order, "literal"), twice)
     torch.testing.assert_close(suppressed(W, U, V, [0, 1], "sequence"), torch.tensor(zero, dtype=torch.float64))
     other = torch.tensor([[0.0, 0.0], [-0.5, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(suppressed(W, U, V, [1, 0], "sequence"), other)
@@ -86,7 +91,26 @@ shapes = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 5), st.i
 
 @settings(max_examples=60, deadline=None)
 @given(shapes)
-def test_sequence_is_the_loop_of_the_paper(shape):
+def test_literal_is_the_sum_of_the_paper(shape):
+    """By a loop over entries, every projection that of the original weights; it is the default."""
+    rows, columns, count, seed = shape
+    W, U, V = drawn(seed, rows, columns, count)
+    expected = W.tolist()
+    for k in range(count):
+        u = [x / math.sqrt(sum(y * y for y in U[:, k].tolist())) for x in U[:, k].tolist()]
+        v = [x / math.sqrt(sum(y * y for y in V[k].tolist())) for x in V[k].tolist()]
+        p = sum(u[i] * W[i, o].item() * v[o] for i in range(rows) for o in range(columns))
+        for i in range(rows):
+            for o in range(columns):
+                expected[i][o] -= p * u[i] * v[o]
+    cut = suppression(weight_target(m=W), slice_set(m=(U, V)), [Address("m", k) for k in range(count)])
+    torch.testing.assert_close(subtract(W, cut["m"]), torch.tensor(expected, dtype=W.dtype), rtol=1e-9, atol=1e-9)
+    assert Edit.model_fields["together"].default == "literal"
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_sequence_is_a_loop_over_what_is_left(shape):
     rows, columns, count, seed = shape
     W, U, V = drawn(seed, rows, columns, count)
     expected = W.clone()
@@ -106,10 +130,25 @@ def test_orthonormal_is_the_projection_on_the_span(shape):
     basis, values, _ = torch.linalg.svd(dictionary, full_matrices=False)
     basis = basis[:, values > 1e-7 * values[0]]
     expected = W - (basis @ (basis.t() @ W.flatten())).view_as(W)
-    once = suppressed(W, U, V, range(count))
+    once = suppressed(W, U, V, range(count), "orthonormal")
     torch.testing.assert_close(once, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(suppressed(W, U, V, reversed(range(count))), once, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(suppressed(once, U, V, range(count)), once, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(suppressed(W, U, V, reversed(range(count)), "orthonormal"), once, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(suppressed(once, U, V, range(count), "orthonormal"), once, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("together", TOGETHER)
+@pytest.mark.parametrize("apart", ["reads", "writes"])
+def test_orthogonal_slices_are_suppressed_alike(apart, together):
+    """Orthogonal reads or orthogonal writes are enough: <E_j, E_k> is their product."""
+    W, U, V = drawn(6, 6, 5, 3)
+    if apart == "reads":
+        U = torch.linalg.qr(U)[0]
+    else:
+        V = torch.linalg.qr(V.t())[0].t()
+    torch.testing.assert_close(suppressed(W, U, V, [1, 2, 0], together), suppressed(W, U, V, [0, 1, 2], "literal"))
+    W, U, V = drawn(6, 6, 5, 3)
+    if together != "literal":
+        assert (suppressed(W, U, V, [0, 1, 2], together) - suppressed(W, U, V, [0, 1, 2])).norm() > 0.1
 
 
 @pytest.mark.parametrize("together", TOGETHER)
@@ -117,29 +156,41 @@ def test_a_projection_is_gone_afterwards(together):
     W, U, V = drawn(1, 6, 5, 3)
     after = suppressed(W, U, V, [2, 0, 1], together)
     left = projections(after, U / U.norm(dim=0), V / V.norm(dim=1, keepdim=True)).abs()
-    assert left[1] < 1e-12  # the last of the sequence
+    assert (left[1] < 1e-12) == (together != "literal")  # the last of the sequence
     assert (left.max() < 1e-12) == (together == "orthonormal")
 
 
 def test_equal_directions_count_once():
-    """A slice and its multiple, or its opposite: one direction."""
+    """A slice and its multiple, or its opposite: one direction, which only the literal sum takes twice."""
     W, U, V = drawn(2, 6, 5, 1)
     twice = torch.cat([U, -3 * U], dim=1), torch.cat([V, 2 * V])
+    once = suppressed(W, U, V, [0])
     for together in TOGETHER:
-        torch.testing.assert_close(suppressed(W, *twice, [0, 1], together), suppressed(W, U, V, [0]))
+        expected = 2 * once - W if together == "literal" else once
+        torch.testing.assert_close(suppressed(W, *twice, [0, 1], together), expected)
 
 
 def test_description_adds_up():
     W, U, V = drawn(3, 6, 5, 3)
     target, slices = weight_target(m=W), slice_set(m=(U, V))
     addresses = [Address("m", 2), Address("m", 0)]
-    (row,) = describe(target, slices, addresses, suppression(target, slices, addresses))
-    one, other = (suppressed(W, U, V, [2, 0], together) for together in ("orthonormal", "sequence"))
-    assert row["slices"] == ["m:2", "m:0"]
-    assert row["removed"] == pytest.approx(((W - one).norm() / W.norm()).item())
-    assert row["difference"] == pytest.approx(((other - one).norm() / W.norm()).item())
-    assert row["difference"] > 1e-4
-    assert row["projections"][0] == pytest.approx((U[:, 2] @ W @ V[2] / U[:, 2].norm() / V[2].norm()).item())
+    share = lambda change: pytest.approx((change.norm() / W.norm()).item(), abs=1e-12)  # noqa: E731
+    after = {together: suppressed(W, U, V, [2, 0], together) for together in TOGETHER}
+    for together in TOGETHER:
+        (cut,) = describe(target, slices, addresses, suppression(target, slices, addresses, together))
+        assert cut.slices == ["m:2", "m:0"]
+        assert cut.removed == share(W - after[together])
+        assert cut.difference == share(after["sequence"] - after["orthonormal"])
+        assert cut.difference > 1e-4
+        assert cut.projections[0] == pytest.approx((U[:, 2] @ W @ V[2] / U[:, 2].norm() / V[2].norm()).item())
+        assert list(cut.forms) == list(TOGETHER)
+        for form, sizes in cut.forms.items():
+            assert sizes.removed == share(W - after[form])
+            assert sizes.from_literal == share(after[form] - after["literal"])
+
+
+def test_every_way_has_its_coefficients():
+    assert list(COEFFICIENTS) == list(TOGETHER) == ["literal", "orthonormal", "sequence"]
 
 
 def test_a_zero_slice_has_no_direction():

@@ -11,7 +11,8 @@ from planted_gates import FC, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
 from spdcli.edits.answer_changes import AnswerChange
-from spdcli.edits.known_facts import STATISTICS, ChangeSizes
+from spdcli.edits.choices import STATISTICS
+from spdcli.edits.known_facts import ChangeSizes
 from spdcli.figures.facts import save_names, save_slices
 from spdcli.files import save_tensors
 from spdcli.location.report import most_needed
