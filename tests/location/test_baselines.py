@@ -21,7 +21,7 @@ from spdcli.location.baselines import (
     random_edit,
     singular_edit,
     static_duals,
-    suppress_directions,
+    suppress,
 )
 from spdcli.runs.subject import language_subject
 
@@ -55,7 +55,7 @@ def taken(edit):
 def test_one_suppressed_direction_by_hand():
     weight, read, write = random(5, 7), random(5, 1, seed=1), random(1, 7, seed=2)
     u, v = read[:, 0] / read.norm(), write[0] / write.norm()
-    factors = suppress_directions(weight, 3 * read, write / 5)  # lengths do not matter
+    factors = suppress(weight, 3 * read, write / 5)  # lengths do not matter
     close(factors.read @ factors.write, (u @ weight @ v) * torch.outer(u, v))
 
 

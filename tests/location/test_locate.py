@@ -53,9 +53,9 @@ def by_hand(planted, addresses):
             own_slices, W = decomposition.of(name), subject.target.matrices[name].weight
             index = [one.index for one in addresses if one.matrix == name]
             U, V = own_slices.U[:, index].double(), own_slices.V[index].double()
-            E = torch.stack([torch.outer(u / u.norm(), v / v.norm()).flatten() for u, v in zip(U.t(), V, strict=True)])
-            basis = torch.linalg.qr(E.t())[0]
-            W.sub_((basis @ (basis.t() @ W.double().flatten())).view_as(W).to(W))
+            before = W.double().clone()
+            for u, v in zip(U.t() / U.norm(dim=0)[:, None], V / V.norm(dim=1, keepdim=True), strict=True):
+                W.sub_(((u @ before @ v) * torch.outer(u, v)).to(W))
 
     before = in_place(subject, questions, lambda: None)[rows, answers]
     return (in_place(subject, questions, cut)[rows, answers] - before).exp().tolist()
