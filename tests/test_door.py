@@ -14,7 +14,8 @@ from small_runs import MODEL, TOY, save_toy, spd_here, toy_recipe
 from torch import nn
 
 import spdcli
-from spdcli.engine.forward import clean_pass, importance_masks, masked_logits
+from spdcli.engine.forward import clean_pass, masked_logits
+from spdcli.engine.masks import importance_masks
 from spdcli.engine.target import Batch
 from spdcli.runs.training import SURE
 

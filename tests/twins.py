@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from spdcli.engine.forward import Noise
 from spdcli.engine.importance import Importances, ImportanceSettings
+from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.engine.masks import Noise
 from spdcli.engine.step import LossSettings
 from spdcli.engine.subcomponents import Decomposition, start_slices
+from spdcli.engine.tables import SOURCES
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Piece, Variant
 from spdcli.targets.induction import InductionToy, ToyShape, toy_target
@@ -89,6 +92,13 @@ class Watch(TorchDispatchMode):
 
     def forget(self, size: int) -> None:
         self.alive -= size
+
+
+# A coefficient for every loss that is made of variants, whatever the table has, and for the two that are not.
+COEFFICIENTS = dict(zip(RECONSTRUCTION, cycle((0.5, 0.3, 2, 1, 0.7, 3)), strict=False)) | {
+    "minimality": 0.02,
+    "faithfulness": 5,
+}
 
 
 @dataclass(eq=False)
@@ -221,6 +231,13 @@ def swapped(target: Target, decomposition: Decomposition, masks: Masks):
     return hooks(dict.fromkeys(parts, hook))
 
 
+def filled(variant: Variant, name: str, kind: str, width: int, batch: Batch, noise: Noise) -> Tensor:
+    """The numbers `[B, T, width]` by which a variant's source moves its masks, or the delta's masks."""
+    out = torch.full((*batch.tokens.shape, width), torch.nan, dtype=torch.float64)
+    SOURCES[variant.source].load()(out, Piece(variant, 0, len(out)), name, kind, noise)
+    return out
+
+
 def one_by_one(
     subject: Subject,
     decomposition: Decomposition,
@@ -246,11 +263,10 @@ def one_by_one(
             for name in variant.matrices:
                 g = lower[name][0]
                 m, d = g, torch.zeros(len(g), dtype=g.dtype)
-                if variant.source == "stochastic":
-                    shape = batch.tokens.shape[1:]
-                    m = g + (1 - g) * noise.whole(variant, name, "mask", (*shape, g.shape[-1]))[b, real]
+                if SOURCES[variant.source].code:
+                    m = g + (1 - g) * filled(variant, name, "mask", g.shape[-1], batch, noise)[b, real]
                     if decomposition.delta:
-                        d = noise.whole(variant, name, "delta", (*shape, 1))[b, real, 0]
+                        d = filled(variant, name, "delta", 1, batch, noise)[b, real, 0]
                 if variant.delta:
                     d = torch.full_like(d, variant.delta)
                 where = torch.ones(len(g), dtype=torch.bool)

@@ -10,6 +10,7 @@ import typer
 
 from spdcli.commands.options import Device, Force, Json, Quiet, RecipeName, Seed, Set, Verbose, make_console
 from spdcli.console import Console
+from spdcli.engine.tables import LOSSES, losses_where
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 REPORT = "compare.json"
 AS_IT_IS = "the recipe as it is"
-SHOWN = ("recon", "recon_layerwise", "stochastic_recon", "faithfulness")
+SHOWN = sorted(losses_where(lambda loss: loss.compared), key=lambda name: not LOSSES[name].in_grid)
 
 With = Annotated[
     list[str],

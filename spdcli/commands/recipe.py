@@ -110,8 +110,7 @@ def check_recipes(
 
 def summary(recipe: Recipe) -> list[str]:
     """What a recipe comes to, one line a section."""
-    losses = recipe.losses.model_dump()
-    terms = [f"{name} {losses[name]:g}" for name in losses if name.endswith(LOSS_WORDS) and losses[name]]
+    terms = [f"{name} {size:g}" for name, size in recipe.losses.coefficients.items() if size]
     annealed = f" to {recipe.losses.p_final:g}" if recipe.losses.anneal_p else ""
     rows = {
         "target": _target(recipe),
@@ -124,9 +123,6 @@ def summary(recipe: Recipe) -> list[str]:
         "decompose": _steps(recipe.decompose),
     }
     return [f"{name:<11} {text}" for name, text in rows.items() if text]
-
-
-LOSS_WORDS = ("faithfulness", "minimality", "recon", "recon_layerwise", "recon_partial", "attention")
 
 
 def _target(recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from spdcli.costs.heap import Heap
 from spdcli.costs.tally import Tally
-from spdcli.engine.forward import Noise
+from spdcli.engine.masks import Noise
 from spdcli.engine.variants import Piece
 
 META, CPU = torch.device("meta"), torch.device("cpu")

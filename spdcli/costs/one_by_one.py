@@ -19,15 +19,15 @@ from torch.nn import functional as F
 
 from spdcli.engine import importance
 from spdcli.engine.fit import FitSettings, FitState
-from spdcli.engine.forward import Clean, Noise, ask, clean_pass, replaced
+from spdcli.engine.forward import Clean, clean_pass, replaced
 from spdcli.engine.losses import minimality
+from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
 from spdcli.engine.step import LossSettings, exact_faithfulness
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.tables import ACTIVATIONS
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Piece, Variant, draw_variants
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 def one_by_one_step(
@@ -45,9 +45,7 @@ def one_by_one_step(
     losses: dict[str, Tensor] = {}
     for variant in variants:
         piece = Piece(variant, 0, len(batch.tokens))
-        names = [name for name in decomposition.names if name in variant.matrices]
-        asked = {name: ask([piece], name, lower.get(name), decomposition.delta, noise) for name in names}
-        with replaced(target, decomposition, {name: one for name, one in asked.items() if one is not None}):
+        with replaced(target, decomposition, chunk_masks([piece], decomposition, lower, noise)):
             log_q = whole_run(target, batch.tokens).log_softmax(-1)[batch.looked]
         first, second = (log_q, clean.log_probs) if settings.reverse_kl else (clean.log_probs, log_q)
         divergence = (first.exp() * (first - second)).sum(-1).mean() * variant.weight
@@ -75,13 +73,13 @@ def whole_run(target: Target, tokens: Tensor) -> Tensor:
 def whole_vector_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
     """`engine.gates.vector_gates` with the hidden layer `[N, G, C]` made whole and left to autograd."""
     hidden = (x @ w1 + b1).unflatten(-1, w2.shape)
-    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation](hidden), w2) + b2
+    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation].load().value(hidden), w2) + b2
 
 
 def whole_scalar_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
     """`engine.gates.scalar_gates` with the hidden layer `[N, G, C]` made whole and left to autograd."""
     hidden = x[:, None] * w1 + b1
-    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation](hidden), w2) + b2
+    return torch.einsum("ngc,gc->nc", ACTIVATIONS[activation].load().value(hidden), w2) + b2
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from spdcli.edits.answer_changes import (
 from spdcli.edits.choices import USUAL_OTHERS
 from spdcli.edits.suppression import Address, by_matrix, find_matrix
 from spdcli.engine.forward import Clean, clean_pass, plan_pass
-from spdcli.engine.product import Asked
+from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Matrix, Target
 from spdcli.engine.variants import Piece, Variant
@@ -43,7 +43,7 @@ from spdcli.measures.importances import importances_of
 from spdcli.runs.subject import Subject
 
 MLP_MATRICES = ("mlp.", "Down")  # how the matrices of an MLP are named below their block; the last of them ends it
-Masks = Mapping[str, Asked]
+Masks = Mapping[str, MaskedRows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def draw_masks(
             delta = mask.new_full((*mask.shape[:2], 1), float(others == "on")) if decomposition.delta else None
             if delta is not None and others == "sampled":
                 delta = torch.rand(delta.shape, generator=generator, device=device).to(U)
-            masks[name] = Asked(rows, mask, delta)
+            masks[name] = MaskedRows(rows, mask, delta)
         drawn.append(masks)
     return drawn
 
@@ -131,7 +131,7 @@ def without(masks: Masks, removed: Sequence[Address]) -> Masks:
     for name, index in by_matrix(removed).items():
         mask = masks[name].mask.clone()
         mask[..., index] = 0.0
-        changed[name] = Asked(masks[name].rows, mask, masks[name].delta)
+        changed[name] = MaskedRows(masks[name].rows, mask, masks[name].delta)
     return changed
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdcli.edits.suppression import Address, Edit, by_matrix, edit_variants
-from spdcli.engine.forward import Clean, Noise, ask, clean_pass, plan_pass
+from spdcli.engine.forward import Clean, clean_pass, plan_pass
+from spdcli.engine.masks import chunk_masks
 from spdcli.engine.step import row_costs
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Batch, Target
@@ -156,12 +157,10 @@ def predictions(
     may come in parts. One plan for all: no model is copied, no variant is run before its first changed block, and no
     more than a chunk of distributions is held at once.
     """
-    noise = Noise(torch.Generator(target.device))  # fixed masks never draw
     sequences, positions = clean.batch.tokens.shape
     ordered = sorted(variants, key=lambda variant: variant.entry)
     for chunk in chunks(ordered, sequences, row_costs(target, slices, positions), PLAN_BYTES):
-        asked = {n: a for n in slices.names if (a := ask(chunk, n, None, slices.delta, noise)) is not None}
-        hidden = plan_pass(target, slices, clean, chunk, asked)
+        hidden = plan_pass(target, slices, clean, chunk, chunk_masks(chunk, slices, {}))
         for piece, rows in zip(chunk, hidden.split([len(piece) for piece in chunk]), strict=True):
             own = slice(piece.start, piece.stop)
             yield piece.variant.loss, own, log_probabilities(target, rows[clean.batch.looked[own]])

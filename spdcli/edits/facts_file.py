@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from spdcli.recipe.documents import Kind, load_document
-from spdcli.recipe.schema import Positive, Section, Text
+from spdcli.recipe.section import Positive, Section, Text
 from spdcli.recipe.toml_lines import KeyPath
 from spdcli.recipe.wording import Mistake, did_you_mean
 

@@ -29,7 +29,7 @@ from pydantic import Field
 from spdcli.edits.choices import ANSWER_MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER, OneOf
 from spdcli.recipe.documents import Kind, load_document
 from spdcli.recipe.reading import Source
-from spdcli.recipe.schema import Positive, Section, Text
+from spdcli.recipe.section import Positive, Section, Text
 from spdcli.recipe.toml_lines import KeyPath
 from spdcli.recipe.wording import Mistake
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdcli.engine.tables import BACKENDS
+
 DENSE_LENGTH, DENSE_LENGTH_CUDA = 64, 256  # up to this length all scores at once are as fast as strips
 FLEX_WIDTHS = (16, 256)  # what flex's kernels are made for; a wider head does not fit a GPU's shared memory
 # Most queries of a strip, and up to how many scores the strips of several sequences are put together.
@@ -43,14 +45,14 @@ def importance_attention(
     """Attention with a learned relative bias, `[M, B, T, I]` (Eq. 4; layout in the module docstring).
 
     `causal` hides keys after the query, `valid` `[B, T]` those where it is False: padding (None: there is none).
-    `backend` is auto, dense, blocked or flex; flex raises
-    ValueError where it has no backward (CPU) or cannot express the bias (query).
+    `backend` is a key of `tables.BACKENDS`; flex raises ValueError where it has no backward (CPU) or cannot express
+    the bias (query).
     """
     longest = (relative.shape[1] + 1) // 2
     if q.shape[2] > longest:
         raise ValueError(f"{q.shape[2]} positions, but relative biases for {longest}")
     chosen = choose_backend(q, relative) if backend == "auto" else backend
-    return BACKENDS[chosen](q, k, v, relative, valid, causal)
+    return BACKENDS[chosen].load()(q, k, v, relative, valid, causal)
 
 
 def choose_backend(q: Tensor, relative: Tensor) -> str:
@@ -220,6 +222,3 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Ten
     flex = _compiled_flex() if q.is_cuda else eager_flex
     heads_second = [t.transpose(0, 1) for t in (q, k, v)]
     return flex(*heads_second, score_mod=add_bias, scale=scale).transpose(0, 1)
-
-
-BACKENDS = {"dense": dense_attention, "blocked": blocked_attention, "flex": flex_attention}

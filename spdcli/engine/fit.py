@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, Noise, clean_pass
+from spdcli.engine.forward import Clean, clean_pass
+from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.step import LossSettings, Step, backward_step, exact_faithfulness
 from spdcli.engine.subcomponents import Decomposition

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spdcli.engine.losses import unembed_kl
-from spdcli.engine.product import Asked, replaced_product
+from spdcli.engine.product import MaskedRows, replaced_product
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.engine.target import Batch, LookedAt, Matrix, Target, sent
+from spdcli.engine.target import Batch, LookedAt, Matrix, Target
 from spdcli.engine.variants import Piece, Variant
 
 
@@ -32,8 +31,8 @@ class Clean:
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
-    looked at, which `at` knows. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when they were
-    asked for.
+    looked at, which `at` knows. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when
+    `clean_pass` was told to keep them.
     """
 
     batch: Batch
@@ -102,88 +101,17 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-class Noise:
-    """Uniform numbers for stochastic masks, from one generator."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def __call__(self, out: Tensor, piece: Piece, name: str, kind: str) -> None:
-        """Fill `out` with uniform numbers for matrix `name` of `piece`; `kind` is mask or delta."""
-        out.uniform_(generator=self.generator)
-
-
-def ask(chunk: Sequence[Piece], name: str, g: Tensor | None, delta: bool, noise: Noise) -> Asked | None:
-    """What a chunk asks of matrix `name`, or None when no variant in it replaces that matrix.
-
-    Importance masks are g `[B, T, C]` with the delta off; stochastic ones U(g, 1) with the delta's from U(0, 1); a
-    variant's own delta mask, where it has one, stands instead. Where
-    a variant leaves the target alone both are 1, which is the target's own matrix. Fixed masks need no g, and a chunk
-    has them in all its variants or in none.
-    """
-    starts = [0, *accumulate(len(piece) for piece in chunk)]
-    wanted = [(first, piece) for first, piece in zip(starts, chunk, strict=False) if name in piece.variant.matrices]
-    if not wanted:
-        return None
-    if g is None:
-        return _ask_fixed(wanted, name)
-    rows = _ranges([(first, first + len(piece)) for first, piece in wanted], g)
-    origin = _ranges([(piece.start, piece.stop) for _, piece in wanted], g)
-    pieces = [piece for _, piece in wanted]
-    routed = any(piece.variant.routed is not None for piece in pieces)
-    stochastic = any(piece.variant.source == "stochastic" for piece in pieces)
-    drawn = g.new_empty(len(rows), *g.shape[1:]) if stochastic or routed else None
-    keep = g.new_zeros(len(rows), g.shape[1], 1) if delta or routed else None
-    done = 0
-    for piece in pieces:
-        part, done = slice(done, done + len(piece)), done + len(piece)
-        if drawn is not None:
-            if piece.variant.source == "stochastic":
-                noise(drawn[part], piece, name, "mask")
-            else:
-                drawn[part] = 0.0
-        if keep is not None and piece.variant.delta:
-            keep[part] = piece.variant.delta
-        elif keep is not None and delta and piece.variant.source == "stochastic":
-            noise(keep[part], piece, name, "delta")
-        if piece.variant.routed is not None and drawn is not None and keep is not None:
-            left_alone = ~sent(piece.variant.routed[name][piece.start : piece.stop, :, None], g.device)
-            drawn[part].masked_fill_(left_alone, 1.0)  # noise 1 is a mask of 1
-            keep[part].masked_fill_(left_alone, 1.0)
-    return Asked(rows, g, keep, origin, drawn)
-
-
-def _ask_fixed(wanted: Sequence[tuple[int, Piece]], name: str) -> Asked:
-    """What fixed variants ask of matrix `name`: one mask a variant."""
-    masks, deltas = [], []
-    for _, piece in wanted:
-        assert piece.variant.fixed is not None
-        masks.append(piece.variant.fixed[name])
-        deltas += [piece.variant.delta] * len(piece)
-    mask = torch.stack(masks)[:, None]
-    numbers = torch.arange(len(masks), device=mask.device)
-    counts = torch.tensor([len(piece) for _, piece in wanted], device=mask.device)
-    rows = _ranges([(first, first + len(piece)) for first, piece in wanted], mask)
-    delta = mask.new_tensor(deltas)[:, None, None] if any(deltas) else None
-    return Asked(rows, mask, delta, numbers.repeat_interleave(counts, output_size=len(rows)))
-
-
-def _ranges(bounds: Iterable[tuple[int, int]], like: Tensor) -> Tensor:
-    """The numbers of several ranges in a row, on the device of `like`."""
-    return torch.cat([torch.arange(start, stop, device=like.device) for start, stop in bounds])
-
-
 @contextmanager
-def replaced(target: Target, slices: SliceSet, asked: Mapping[str, Asked]) -> Iterator[None]:
-    """While open, the modules of the matrices in `asked` answer with masked slices on the rows that ask."""
+def replaced(target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows]) -> Iterator[None]:
+    """While open, the modules of the matrices in `masks` answer with masked slices on the rows that ask."""
     parts: dict[nn.Module, list[Matrix]] = {}
     for matrix in target.matrices.values():
         parts.setdefault(matrix.module, []).append(matrix)
-    touched = [module for module, matrices in parts.items() if any(m.name in asked for m in matrices)]
+    touched = [module for module, matrices in parts.items() if any(m.name in masks for m in matrices)]
 
     def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            outputs = [_part_output(x, matrix, slices, asked) for matrix in parts[module]]
+            outputs = [_part_output(x, matrix, slices, masks) for matrix in parts[module]]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
         return forward
@@ -197,10 +125,10 @@ def replaced(target: Target, slices: SliceSet, asked: Mapping[str, Asked]) -> It
             module.__dict__.pop("forward", None)
 
 
-def _part_output(x: Tensor, matrix: Matrix, slices: SliceSet, asked: Mapping[str, Asked]) -> Tensor:
-    if matrix.name in asked:
+def _part_output(x: Tensor, matrix: Matrix, slices: SliceSet, masks: Mapping[str, MaskedRows]) -> Tensor:
+    if matrix.name in masks:
         own = slices.of(matrix.name)
-        return replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, asked[matrix.name])
+        return replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name])
     out = x @ matrix.weight
     return out if matrix.bias is None else out + matrix.bias
 
@@ -224,7 +152,7 @@ def plan_pass(
     slices: SliceSet,
     clean: Clean,
     chunk: Sequence[Piece],
-    asked: Mapping[str, Asked],
+    masks: Mapping[str, MaskedRows],
     ends: bool = False,
 ) -> Tensor:
     """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces.
@@ -237,7 +165,7 @@ def plan_pass(
     index = torch.cat(rows)
     alive = 0
     hidden = clean.entries[0][:0]
-    with replaced(target, slices, asked):
+    with replaced(target, slices, masks):
         for number in range(chunk[0].variant.entry, len(target.blocks)):
             entering = sum(len(piece) for piece in chunk if piece.variant.entry == number)
             if entering:
@@ -275,19 +203,12 @@ def row_divergences(
 
 
 @torch.no_grad()
-def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping[str, Asked]) -> Tensor:
+def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping[str, MaskedRows]) -> Tensor:
     """Logits `[n, N]` at the looked-at positions of the target with the matrices in `masks` replaced.
 
-    Every `Asked` covers all B sequences of the batch.
+    Every `MaskedRows` covers all B sequences of the batch.
     """
     entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
     whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.batch.tokens))
     hidden = plan_pass(target, slices, clean, [whole], masks)
     return _logits_at(target, hidden, clean.at.spots)
-
-
-def importance_masks(g: Mapping[str, Tensor], delta: bool) -> dict[str, Asked]:
-    """The masks of the model made of active slices alone: `g[m]` `[B, T, C]` in every row, the delta off."""
-    whole = {name: torch.arange(len(mask), device=mask.device) for name, mask in g.items()}
-    off = {name: mask.new_zeros(*mask.shape[:-1], 1) if delta else None for name, mask in g.items()}
-    return {name: Asked(whole[name], mask, off[name]) for name, mask in g.items()}

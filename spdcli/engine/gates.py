@@ -12,27 +12,28 @@ last in it: the sum over g then adds whole rows, which is several times faster t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spdcli.engine.tables import ACTIVATIONS
+
 CHUNK_ELEMENTS = 1 << 18  # hidden values held at once: 1 MiB in float32
 GPU_CHUNK_ELEMENTS = 1 << 25  # 128 MiB: small chunks would leave a GPU waiting for the next launch
 
-Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+
+class Activation(NamedTuple):
+    """An activation function of numbers: `value` of its input, and `slope`, the gradient by its input from the
+    gradient by its output and the input."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
 
 
-def _relu_backward(grad: Tensor, before: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, before, 0)
-
-
-# The activation, and its gradient from that of its output and its own input.
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": (F.relu, _relu_backward),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-}
+RELU = Activation(F.relu, lambda grad, before: torch.ops.aten.threshold_backward(grad, before, 0))
+GELU = Activation(F.gelu, torch.ops.aten.gelu_backward)
 
 
 class _VectorGates(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _VectorGates(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.activation = activation
-        act = ACTIVATIONS[activation][0]
+        act = ACTIVATIONS[activation].load().value
         out = x.new_empty(x.shape[0], w2.shape[1])
         for start, stop in _chunks(x, w2.numel()):
             hidden = act(torch.addmm(b1, x[start:stop], w1)).view(-1, *w2.shape)
@@ -52,7 +53,7 @@ class _VectorGates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
-        act, act_backward = ACTIVATIONS[ctx.activation]
+        act, act_backward = ACTIVATIONS[ctx.activation].load()
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_w1, grad_b1, grad_w2 = torch.zeros_like(w1), torch.zeros_like(b1), torch.zeros_like(w2)
         for start, stop in _chunks(x, w2.numel()):
@@ -74,7 +75,7 @@ class _ScalarGates(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(x, w1, b1, w2)
         ctx.activation = activation
-        act = ACTIVATIONS[activation][0]
+        act = ACTIVATIONS[activation].load().value
         out = torch.empty_like(x)
         for start, stop in _chunks(x, w2.numel()):
             hidden = act(torch.addcmul(b1, x[start:stop, None], w1))
@@ -84,7 +85,7 @@ class _ScalarGates(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2 = ctx.saved_tensors
-        act, act_backward = ACTIVATIONS[ctx.activation]
+        act, act_backward = ACTIVATIONS[ctx.activation].load()
         grad_x, grad_w1 = torch.empty_like(x), torch.zeros_like(w1)
         grad_b1, grad_w2 = torch.zeros_like(b1), torch.zeros_like(w2)
         for start, stop in _chunks(x, w2.numel()):
@@ -107,8 +108,8 @@ def _chunks(x: Tensor, hidden: int) -> list[tuple[int, int]]:
 def vector_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:
     """Gates that read the whole input: x `[N, I]`, w1 `[I, G*C]`, b1 `[G*C]`, w2 `[G, C]`, b2 `[C]`.
 
-    Hidden unit g of slice c is column `g * C + c` of w1. Returns `[N, C]`, before the sigmoid. `activation` is relu
-    or gelu.
+    Hidden unit g of slice c is column `g * C + c` of w1. Returns `[N, C]`, before the sigmoid. `activation` is a
+    key of `tables.ACTIVATIONS`.
     """
     return _VectorGates.apply(x, w1, b1, w2, b2, activation)
 

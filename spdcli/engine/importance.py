@@ -12,7 +12,6 @@ Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.attention import importance_attention
-from spdcli.engine.gates import ACTIVATIONS, scalar_gates, vector_gates
+from spdcli.engine.gates import scalar_gates, vector_gates
+from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 LEAK = 0.01
 LOCAL_SLOPE = 0.5
@@ -111,7 +111,7 @@ class VectorGates(_Gates):
 class ScalarGates(_Gates):
     """C independent MLPs, 1 -> G -> 1, each on its own inner activation."""
 
-    def __init__(self, slices: int, settings: ImportanceSettings) -> None:
+    def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
         width = settings.gate_width
         self.w1 = nn.Parameter(torch.randn(width, slices))
@@ -136,7 +136,7 @@ class SharedGates(_Gates):
         self.b1 = nn.Parameter(torch.zeros(width))
         self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
-        self.act = ACTIVATIONS[settings.activation][0]
+        self.act = ACTIVATIONS[settings.activation].load().value
 
     def forward(self, x: Tensor, alive: Tensor) -> Tensor:
         """x `[B, T, I]` and which slices are left, `[C]`, to `[B, T, C]`."""
@@ -197,14 +197,15 @@ class Importances(nn.Module):
             }
         )
         self.groups: dict[int, list[str]] = {}
-        if settings.kind == "attention":
+        self.function = IMPORTANCE_FUNCTIONS[settings.kind]
+        if self.function.attends:
             for name, width in widths.items():
                 self.groups.setdefault(width, []).append(name)
         self.mixers = nn.ModuleDict(
             {str(width): AttentionMixer(len(group), width, settings) for width, group in self.groups.items()}
         )
-        build = GATES[settings.kind]
-        self.gates = nn.ModuleDict({_key(name): build(widths[name], slices[name], settings) for name in widths})
+        gates, times = self.function.load(), 2 if self.function.attends else 1
+        self.gates = nn.ModuleDict({_key(name): gates(times * widths[name], slices[name], settings) for name in widths})
 
     def forward(
         self, inputs: dict[str, Tensor], read: dict[str, Tensor], valid: Tensor | None = None
@@ -215,7 +216,7 @@ class Importances(nn.Module):
         `valid` `[B, T]` is False at padding, which attention does not see; None where there is none.
         """
         x = {name: self._prepared(name, inputs[name]) for name in self.names}
-        if self.settings.kind == "scalar":
+        if self.function.reads_inner:
             x = {name: x[name] @ read[name] for name in self.names}
         for width, group in self.groups.items():
             mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
@@ -250,11 +251,3 @@ def span_basis(x: Tensor, tolerance: float = 1e-5) -> Tensor:
     rank = int((values > tolerance * values[0]).sum())
     basis = directions[:rank]
     return basis / (x @ basis.t()).square().mean().sqrt()
-
-
-GATES: dict[str, Callable[[int, int, ImportanceSettings], nn.Module]] = {
-    "scalar": lambda d_in, slices, settings: ScalarGates(slices, settings),
-    "vector": VectorGates,
-    "shared": SharedGates,
-    "attention": lambda d_in, slices, settings: VectorGates(2 * d_in, slices, settings),
-}

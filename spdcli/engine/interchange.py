@@ -1,7 +1,7 @@
 """Runs a target's blocks with pieces of one run put into another: what causal tracing asks for.
 
-Every *patch* is a row of one batch: it starts as a row of the base run, gets pieces of a row of the source run at one
-token, and enters at the first block that differs from the base run, as the variants of a plan do. Rows are replayed
+Every *interchange* is a row of one batch: it starts as a row of the base run, gets pieces of a row of the source run at
+one token, and enters at the first block that differs from the base run, as the variants of a plan do. Rows are replayed
 through the blocks together, and one hook a part puts all their pieces in. R rows, T positions, D width of the stream.
 """
 
@@ -41,7 +41,7 @@ class Site(NamedTuple):
         return self.last + 1 if self.kind == STATE else self.first
 
 
-class Patch(NamedTuple):
+class Interchange(NamedTuple):
     """One row: row `base` of the base run, with the piece at `site` from row `source` of the source run."""
 
     site: Site
@@ -89,11 +89,16 @@ def _only_sequence(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def patched_run(target: Target, calls: Calls, base: Recorded, source: Recorded, patches: Sequence[Patch]) -> Tensor:
-    """Hidden states after the last block `[R, T, D]` of all `patches`, which must be ordered by their site's entry."""
-    rows = _Rows(base, source, patches)
+def interchanged_run(
+    target: Target, calls: Calls, base: Recorded, source: Recorded, interchanges: Sequence[Interchange]
+) -> Tensor:
+    """Hidden states after the last block, `[R, T, D]`, of R `interchanges`, ordered by their site's entry.
+
+    `base` and `source` are recorded runs; `calls` are a clean pass's of one sequence, which all rows are run with.
+    """
+    rows = _Rows(base, source, interchanges)
     hidden = base.states[0][:0]
-    for number in range(patches[0].site.entry, len(target.blocks)):
+    for number in range(interchanges[0].site.entry, len(target.blocks)):
         hidden = torch.cat([hidden, rows.entering(number)])
         args, kwargs = rows_of(calls[number], 1, _only_sequence(hidden))
         with _hooked({target.parts[kind][number]: rows.putter(kind, number) for kind in PARTS}):
@@ -102,14 +107,14 @@ def patched_run(target: Target, calls: Calls, base: Recorded, source: Recorded, 
 
 
 class _Rows:
-    """Patches as tensors, so that no block loops over them."""
+    """Interchanges as tensors, so that no block loops over them."""
 
-    def __init__(self, base: Recorded, source: Recorded, patches: Sequence[Patch]) -> None:
+    def __init__(self, base: Recorded, source: Recorded, interchanges: Sequence[Interchange]) -> None:
         self.run, self.other = base, source
-        columns = [(KINDS.index(s.kind), s.token, s.first, s.last, s.entry, b, o) for s, b, o in patches]
+        columns = [(KINDS.index(s.kind), s.token, s.first, s.last, s.entry, b, o) for s, b, o in interchanges]
         table = torch.tensor(columns, device=base.states[0].device)
         self.kind, self.token, self.first, self.last, self.entry, self.base, self.source = table.unbind(1)
-        assert bool((self.entry.diff() >= 0).all()), "patches must be ordered by entry"
+        assert bool((self.entry.diff() >= 0).all()), "interchanges must be ordered by entry"
 
     def entering(self, block: int) -> Tensor:
         """The rows `[r, T, D]` that enter at `block`, with their state put in if that is their piece."""

@@ -1,7 +1,7 @@
-"""The losses: pure functions, and the table of reconstruction losses.
+"""The losses as pure functions: faithfulness, minimality (Eq. 1), the KLs of outputs and of attention patterns.
 
-Every reconstruction loss is one cell of a grid, mask source x scope; `plan.py` turns the wanted cells
-into the variants one step evaluates.
+Which losses there are is told by `tables.LOSSES`. Every reconstruction loss is one cell of a grid there, mask source x
+scope: `variants.draw_variants` says which matrices its variants replace, `masks.chunk_masks` by what masks.
 """
 
 from __future__ import annotations
@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdcli.engine.tables import losses_where
+
 CACHED_ELEMENTS = 1 << 17  # logits worked on at once on a processor: 512 KiB in float32
 CACHED_TOKENS = 512  # of the vocabulary that one product of a processor covers
 
-# name -> (where its masks come from, which matrices are replaced together): Eq. 2, 3, 5, 6.
-RECONSTRUCTION = {
-    "recon": ("importance", "all"),
-    "recon_layerwise": ("importance", "each"),
-    "recon_partial": ("importance", "subset"),
-    "stochastic_recon": ("stochastic", "all"),
-    "stochastic_recon_layerwise": ("stochastic", "each"),
-    "stochastic_recon_partial": ("stochastic", "subset"),
-}
+RECONSTRUCTION = losses_where(lambda loss: loss.in_grid)  # names, as in Eq. 2, 3, 5, 6
 
 
 def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:

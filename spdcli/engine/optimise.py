@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from spdcli.engine.tables import OPTIMIZERS, SCHEDULES
+
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """`optimizer` adam | adamw; `schedule` constant | cosine | linear (both end at 0).
+    """`optimizer` is a key of `tables.OPTIMIZERS`, `schedule` one of `tables.SCHEDULES`.
 
     `warmup` is a number of steps; the rate climbs linearly through them to `learning_rate`.
     """
@@ -28,19 +30,32 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return round(warmup * steps) if warmup < 1 else round(warmup)
 
 
+def constant(progress: float) -> float:
+    """1, whatever the share `progress` of the steps after the warm-up that is done."""
+    return 1.0
+
+
+def cosine(progress: float) -> float:
+    """From 1 to 0 along half a cosine, as `progress` goes from 0 to 1."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """From 1 to 0 along a line, as `progress` goes from 0 to 1."""
+    return 1.0 - progress
+
+
 def rate_factor(step: int, settings: OptimiserSettings) -> float:
     """What multiplies the learning rate at `step` (from 0)."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
-    if settings.schedule == "constant":
-        return 1.0
     progress = min(1.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup))
-    return 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return SCHEDULES[settings.schedule].load()(progress)
 
 
 def make_optimiser(groups: list[dict], settings: OptimiserSettings) -> torch.optim.Optimizer:
     """The optimizer over parameter `groups`; `set_rate` moves its learning rate along the schedule."""
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    kind = OPTIMIZERS[settings.optimizer].load()
     return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 

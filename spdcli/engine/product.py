@@ -23,7 +23,7 @@ GPU_CHUNK_ELEMENTS = 1 << 26  # 256 MiB: small chunks would leave a GPU waiting 
 
 
 @dataclass(eq=False)
-class Asked:
+class MaskedRows:
     """Rows that want a matrix replaced: their numbers `rows` `[r]`, and their masks.
 
     The mask of row `rows[i]` is `mask[i]` `[T, C]`, or `mask[origin[i]]` where there is an `origin` `[r]`; `noise`
@@ -37,28 +37,28 @@ class Asked:
     origin: Tensor | None = None
     noise: Tensor | None = None
 
-    def last(self, positions: int) -> Asked:
+    def last(self, positions: int) -> MaskedRows:
         """The same for the last `positions` positions."""
         cut = lambda t: t if t is None or t.shape[1] <= positions else t[:, -positions:]  # noqa: E731
-        return Asked(self.rows, cut(self.mask), cut(self.delta), self.origin, cut(self.noise))
+        return MaskedRows(self.rows, cut(self.mask), cut(self.delta), self.origin, cut(self.noise))
 
 
-def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, asked: Asked) -> Tensor:
+def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, masks: MaskedRows) -> Tensor:
     """The matrix's output `[R, T, O]` on x `[R, T, I]`: masked slices on the rows that ask, the target's on the rest.
 
-    weight `[I, O]`, bias `[O]` or None, U `[I, C]`, V `[C, O]`; x, U, V and `asked.mask` get gradients. Where x has
+    weight `[I, O]`, bias `[O]` or None, U `[I, C]`, V `[C, O]`; x, U, V and `masks.mask` get gradients. Where x has
     fewer positions than the masks, it has the last ones.
     """
-    asked = asked.last(x.shape[1])
-    rows = asked.rows
+    masks = masks.last(x.shape[1])
+    rows = masks.rows
     rest = torch.ones(len(x), device=x.device).index_fill(0, rows, 0.0).argsort(descending=True)[: len(x) - len(rows)]
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return _Replaced.apply(x, weight, bias, U, V, asked.mask, rows, rest, asked.origin, asked.noise, asked.delta)
+        return _Replaced.apply(x, weight, bias, U, V, masks.mask, rows, rest, masks.origin, masks.noise, masks.delta)
     narrow = torch.get_autocast_dtype(device)  # autocast does not see into a kernel of one's own
-    wide = [_to(tensor, narrow) for tensor in (x, weight, bias, U, V, asked.mask)]
+    wide = [_to(tensor, narrow) for tensor in (x, weight, bias, U, V, masks.mask)]
     with torch.autocast(device, enabled=False):
-        return _Replaced.apply(*wide, rows, rest, asked.origin, _to(asked.noise, narrow), _to(asked.delta, narrow))
+        return _Replaced.apply(*wide, rows, rest, masks.origin, _to(masks.noise, narrow), _to(masks.delta, narrow))
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, Noise, ask, plan_pass, recording, row_divergences
+from spdcli.engine.forward import Clean, plan_pass, recording, row_divergences
 from spdcli.engine.losses import (
     RECONSTRUCTION,
     annealed_p,
@@ -18,11 +18,13 @@ from spdcli.engine.losses import (
     minimality,
     probed_faithfulness,
 )
+from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.subcomponents import Decomposition, SliceSet
+from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target, sent
 from spdcli.engine.variants import Piece, Variant, chunks, draw_variants
 
-ATTENDED = ("recon", "stochastic_recon")  # the variants whose attention patterns the attention loss compares
+ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the attention loss compares the patterns
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,10 @@ def reconstruction(
     """
     sequences, positions = clean.batch.tokens.shape
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
-        asked = {n: a for n in slices.names if (a := ask(chunk, n, g.get(n), slices.delta, noise)) is not None}
+        masks = chunk_masks(chunk, slices, g, noise)
         narrow = torch.autocast(target.device.type, torch.bfloat16) if half else nullcontext()
         with recording(target, attend is not None) as patterns, narrow:
-            hidden = plan_pass(target, slices, clean, chunk, asked, ends=clean.at.ends and attend is None)
+            hidden = plan_pass(target, slices, clean, chunk, masks, ends=clean.at.ends and attend is None)
         hidden = hidden.to(target.unembedding.dtype)
         terms = [
             consume(piece.variant, slice(piece.start, piece.stop), divergence)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.importance import Importances, leaky
+from spdcli.engine.tables import STARTS
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 
@@ -76,6 +77,21 @@ def dual_start(
     Its own token's share of W from the first step, by construction and not by learning; spare slices write nothing.
     Raises SpdError where there are more distinct rows than slices or dimensions: no dual exists then.
     """
+    return _dual(weight, slices, inputs, None, generator)
+
+
+def dual_whitened_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """As `dual_start`, with the reads that answer least to other text: `moment` `[I, I]` is its second moment."""
+    if moment is None:
+        raise ValueError("a whitened dual start needs the second moment of the matrix's inputs")
+    return _dual(weight, slices, inputs, moment, generator)
+
+
+def _dual(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     if inputs is None:
         raise ValueError("a dual start needs the matrix's inputs")
     rows = distinct_rows(inputs)
@@ -88,15 +104,6 @@ def dual_start(
     read, write = dual_directions(rows, moment), rows @ weight
     size = (write.norm(dim=1) * read.norm(dim=0)).sqrt()
     return _filled(read * (size / read.norm(dim=0)), write * (size / write.norm(dim=1))[:, None], slices, generator)
-
-
-def dual_whitened_start(
-    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """As `dual_start`, with the reads that answer least to other text: `moment` `[I, I]` is its second moment."""
-    if moment is None:
-        raise ValueError("a whitened dual start needs the second moment of the matrix's inputs")
-    return dual_start(weight, slices, inputs, moment, generator)
 
 
 def dual_directions(rows: Tensor, moment: Tensor | None = None) -> Tensor:
@@ -146,15 +153,6 @@ def _directions(rows: int, columns: int, generator: torch.Generator, like: Tenso
     """Gaussian `[rows, columns]` with columns of norm about 1."""
     drawn = torch.randn(rows, columns, generator=generator, dtype=like.dtype)
     return drawn.to(like.device) / rows**0.5
-
-
-STARTS = {
-    "random": random_start,
-    "svd": svd_start,
-    "svd_span": svd_span_start,
-    "dual": lambda weight, slices, inputs, moment, generator: dual_start(weight, slices, inputs, None, generator),
-    "dual_whitened": dual_whitened_start,
-}
 
 
 class SliceSet(nn.Module):
@@ -213,6 +211,6 @@ def start_slices(
         precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
         data = None if inputs is None else inputs[name].to(precise)
         moment = None if moments is None else moments[name].to(weight.device)
-        U, V = STARTS[start](weight.to(precise), slices, data, moment, generator)
+        U, V = STARTS[start].load()(weight.to(precise), slices, data, moment, generator)
         made[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))
     return made

@@ -1,31 +1,34 @@
 """Which variants one step evaluates, as rows of one batch.
 
-A *variant* is the target with some matrices replaced by masked slices. Every reconstruction loss asks for
-some; each is run on all B sequences, so a plan of n variants has n * B rows. Rows are ordered by the
-block at which they leave the target, so that the rows alive in a block are always the first ones.
+A *variant* is the target with some matrices replaced by masked slices. Every reconstruction loss (a row of
+`tables.LOSSES` with a source and a scope) is a mean over some; each is run on all B sequences, so a plan of n variants
+has n * B rows. Rows are ordered by the block at which they leave the target, so that the rows alive in a block are
+always the first ones. B sequences, T positions, C slices, L matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.engine.tables import LOSSES, SCOPES, SOURCES
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One masked target of a plan.
+    """The target with the `matrices` replaced by their masked slices, as one term of a loss.
 
-    `loss` is the loss it counts for, `weight` its share of that loss's mean, `entry` the first block that differs
-    from the target. `source` says what its masks are: importance, stochastic, or fixed. `routed[m]` `[B, T]` says
-    where matrix m is replaced, when that differs by position; None means everywhere. A fixed variant has one mask
-    `fixed[m]` `[C]` for every position. `delta` is the delta mask of a variant: with 1 it is the target minus what its
-    masks take from the slices; with 0 a fixed variant is made of slices alone, and the others have the delta's mask
-    by their source.
+    `loss`: the name of the loss that its KL is added to, times `weight` (the weights of a loss's variants sum to 1).
+    `entry`: the number of the first block that holds one of `matrices`; up to there it is the target.
+    `source`: where its masks come from: a key of `tables.SOURCES`, or "fixed".
+    `routed[m]`: `[B, T]` bool, the positions at which matrix m is replaced; None: everywhere.
+    `fixed[m]`: `[C]`, the masks of matrix m at every position; of a fixed variant alone.
+    `delta`: the mask of the delta W - U V. With 1 the variant is the target minus what its masks take from the slices.
+    With 0 a fixed variant is slices alone, and another has the mask that its source gives.
     """
 
     loss: str
@@ -56,8 +59,48 @@ class Piece:
         return self.stop - self.start
 
 
+class Selection(NamedTuple):
+    """The matrices that one variant replaces, and where: `routed[m]` `[B, T]` bool; None is everywhere."""
+
+    matrices: Sequence[str]
+    routed: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a scope may read: a recipe's `subset` (forward or position) and `layerwise` (None: every matrix), the
+    batch's `shape` (B, T), and where random numbers come from."""
+
+    subset: str
+    layerwise: int | None
+    shape: tuple[int, int]
+    generator: torch.Generator
+
+
+def all_matrices(names: Sequence[str], drawing: Drawing) -> list[Selection]:
+    """The scope "all": one selection of all L matrices `names` (Eq. 2)."""
+    return [Selection(names)]
+
+
+def each_alone(names: Sequence[str], drawing: Drawing) -> list[Selection]:
+    """The scope "each": a selection a matrix (Eq. 3), or one for each of `layerwise` matrices drawn anew every time,
+    whose mean is unbiased for that of all of them."""
+    if drawing.layerwise is not None and drawing.layerwise < len(names):
+        names = _drawn(names, drawing.layerwise, drawing.generator)
+    return [Selection([name]) for name in names]
+
+
+def random_subset(names: Sequence[str], drawing: Drawing) -> list[Selection]:
+    """The scope "subset": k uniform from 1 .. L, then k of the L matrices (Eq. 5 to 8): one such selection, or
+    (`subset` position) another one at every position."""
+    if drawing.subset == "position":
+        return [Selection(names, _routed_subset(names, drawing.shape, drawing.generator))]
+    size = int(torch.randint(1, len(names) + 1, (), generator=drawing.generator))
+    return [Selection(_drawn(names, size, drawing.generator))]
+
+
 def draw_variants(
-    wanted: Iterable[str],
+    losses: Iterable[str],
     blocks: Mapping[str, int],
     samples: int,
     subset: str,
@@ -66,40 +109,26 @@ def draw_variants(
     layerwise: int | None = None,
     delta: float = 0.0,
 ) -> list[Variant]:
-    """The variants of the losses `wanted`, ordered by entry.
+    """The variants whose mean KL is each of the reconstruction `losses` (names), ordered by the block they enter at.
 
-    `blocks[m]` is the block of matrix m, `shape` is `(B, T)`. Layerwise losses give one variant a matrix, or one for
-    each of `layerwise` matrices drawn anew every time, whose mean is unbiased for that of all of them; a
-    partial loss draws k uniformly from 1 .. L and then k of the L matrices, once a variant (`subset`
-    forward, Eq. 5 and 6) or once a position (`subset` position). Stochastic losses are drawn `samples` times.
-    `delta` is that of every variant.
+    `blocks[m]` is the block of matrix m; all L matrices in it may be replaced. `shape` is (B, T). A loss whose source
+    is sampled has `samples` times as many variants. `subset` and `layerwise` are for the scopes: see `random_subset`
+    and `each_alone`. `delta` becomes that of every variant.
     """
+    drawing = Drawing(subset, layerwise, shape, generator)
     variants = []
-    for loss in wanted:
-        source, scope = RECONSTRUCTION[loss]
-        repeats = samples if source == "stochastic" else 1
+    for name in losses:
+        loss = LOSSES[name]
+        assert loss.source is not None
+        assert loss.scope is not None
+        scope, repeats = SCOPES[loss.scope].load(), samples if SOURCES[loss.source].sampled else 1
         for _ in range(repeats):
-            if scope == "all":
-                chosen: list[tuple[Iterable[str], Mapping[str, Tensor] | None]] = [(blocks, None)]
-            elif scope == "each":
-                names = list(blocks)
-                if layerwise is not None and layerwise < len(names):
-                    names = _drawn(names, layerwise, generator)
-                chosen = [([name], None) for name in names]
-            elif subset == "position":
-                chosen = [(blocks, _routed_subset(list(blocks), shape, generator))]
-            else:
-                chosen = [(_random_subset(list(blocks), generator), None)]
-            weight = 1.0 / (repeats * len(chosen))
-            for matrices, routed in chosen:
-                replaced = frozenset(matrices)
-                entry = min(blocks[name] for name in replaced)
-                variants.append(Variant(loss, source, replaced, entry, weight, routed, delta=delta))
+            selections: list[Selection] = scope(list(blocks), drawing)
+            weight = 1.0 / (repeats * len(selections))
+            for matrices, routed in selections:
+                entry = min(blocks[matrix] for matrix in matrices)
+                variants.append(Variant(name, loss.source, frozenset(matrices), entry, weight, routed, delta=delta))
     return sorted(variants, key=lambda variant: variant.entry)
-
-
-def _random_subset(names: Sequence[str], generator: torch.Generator) -> list[str]:
-    return _drawn(names, int(torch.randint(1, len(names) + 1, (), generator=generator)), generator)
 
 
 def _drawn(names: Sequence[str], size: int, generator: torch.Generator) -> list[str]:

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from spdcli.edits.answer_changes import Questions
 from spdcli.edits.choices import USUAL_TOGETHER
 from spdcli.edits.suppression import Edit, Factors, suppress_directions
-from spdcli.engine.forward import Clean, Noise, ask, clean_pass, plan_pass, row_divergences
+from spdcli.engine.forward import Clean, clean_pass, plan_pass, row_divergences
+from spdcli.engine.masks import chunk_masks
 from spdcli.engine.subcomponents import Slices, SliceSet, dual_directions
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Piece, fixed_variant
@@ -132,9 +133,7 @@ def _objective(target: Target, slices: SliceSet, clean: Clean, piece: Piece, row
     """What an optimised edit is sought by: see `optimised_edit`."""
     batch = clean.batch
     assert batch.answers is not None
-    noise = Noise(torch.Generator(target.device))  # a fixed mask never draws
-    asked = {name: a for name in slices.names if (a := ask([piece], name, None, True, noise)) is not None}
-    hidden = plan_pass(target, slices, clean, [piece], asked)
+    hidden = plan_pass(target, slices, clean, [piece], chunk_masks([piece], slices, {}))
     logits = F.linear(target.finish(hidden[batch.looked][row]), target.unembedding, target.unembedding_bias)
     answer = batch.answers[row]
     own = logits.log_softmax(-1)[answer].clamp(min=clean.log_probs[row, answer] + math.log(FLOOR))

@@ -26,7 +26,7 @@ from torch import Tensor
 from spdcli.edits.answer_changes import log_probabilities
 from spdcli.edits.facts_file import load_facts
 from spdcli.engine.forward import clean_pass
-from spdcli.engine.interchange import KINDS, STATE, Patch, Recorded, Site, patched_run, recorded_run
+from spdcli.engine.interchange import KINDS, STATE, Interchange, Recorded, Site, interchanged_run, recorded_run
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
 from spdcli.location.subject_prompts import SubjectPrompt, subject_prompts
@@ -186,13 +186,13 @@ def patched_answers(
     draws = len(runs.corrupted.states[0])
     distinct = list(dict.fromkeys(sorted(sites, key=lambda site: site.entry)))
     row = lambda run, draw: 0 if run is runs.clean else draw  # noqa: E731
-    patches = [Patch(site, row(base, d), row(source, d)) for site in distinct for d in range(draws)]
+    interchanges = [Interchange(site, row(base, d), row(source, d)) for site in distinct for d in range(draws)]
     size = max(1, int(CHUNK_BYTES // row_bytes(runs.target, runs.clean.states[0].shape[1])))
     answers = []
-    for start in range(0, len(patches), size):
-        chunk = patches[start : start + size]
-        answers.append(runs.answers(patched_run(runs.target, runs.calls, base, source, chunk)))
-        report(Progress(text, min(start + size, len(patches)), len(patches)))
+    for start in range(0, len(interchanges), size):
+        chunk = interchanges[start : start + size]
+        answers.append(runs.answers(interchanged_run(runs.target, runs.calls, base, source, chunk)))
+        report(Progress(text, min(start + size, len(interchanges)), len(interchanges)))
     by_site = torch.cat(answers).view(len(distinct), draws)
     place = {site: number for number, site in enumerate(distinct)}
     return by_site[[place[site] for site in sites]]

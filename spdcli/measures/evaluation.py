@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, Noise, clean_pass, importance_masks, masked_logits
+from spdcli.engine.forward import Clean, clean_pass, masked_logits
 from spdcli.engine.losses import attention_divergence
+from spdcli.engine.masks import Noise, importance_masks
 from spdcli.engine.step import exact_faithfulness, reconstruction
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Variant, draw_variants
 from spdcli.measures.target_share import grounding
@@ -22,7 +24,7 @@ from spdcli.runs.subject import Subject
 from spdcli.targets.induction import InductionToy, recorded_patterns
 from spdcli.targets.sequences import POSITION_CLASSES, induction_batch
 
-LOSSES = ("recon", "recon_layerwise", "stochastic_recon", "stochastic_recon_layerwise")
+LOSSES = losses_where(lambda loss: loss.in_grid and loss.reported)
 EVALUATION_SEED = 20_000_003  # its own stream: never the sequences of training
 SEQUENCES_AT_ONCE = 512
 PLAN_BYTES = 2 * 2**30

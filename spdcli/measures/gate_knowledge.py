@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.forward import importance_masks, masked_logits
+from spdcli.engine.forward import masked_logits
 from spdcli.engine.importance import AttentionMixer
+from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit_data import CircuitData
 from spdcli.targets.induction import recorded_patterns

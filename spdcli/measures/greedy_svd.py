@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, ask, clean_pass, replaced
+from spdcli.engine.forward import Clean, clean_pass, replaced
+from spdcli.engine.masks import chunk_masks
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.variants import Piece, fixed_variant
 from spdcli.measures.rank_curves import CurveData, Point, Rounds
@@ -127,7 +128,6 @@ def _pruned_pass(data: CurveData, slices: SliceSet, clean: Clean, masks: Mapping
     if not masks:
         return clean
     whole = [Piece(fixed_variant("pruned", masks, data.blocks, delta=0.0), 0, len(clean.batch.tokens))]
-    asked = {name: a for name in masks if (a := ask(whole, name, None, False, data.noise)) is not None}
-    with replaced(data.target, slices, asked):
+    with replaced(data.target, slices, chunk_masks(whole, slices, {})):
         ran = clean_pass(data.target, clean.batch, ())
     return replace(clean, entries=ran.entries, calls=ran.calls)

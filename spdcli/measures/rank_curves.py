@@ -18,7 +18,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, Noise, clean_pass
+from spdcli.engine.forward import Clean, clean_pass
+from spdcli.engine.masks import Noise
 from spdcli.engine.step import reconstruction
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target

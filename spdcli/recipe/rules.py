@@ -1,24 +1,20 @@
 """Settings of a recipe that are fine one by one and cannot be together.
 
-Knows neither torch nor pydantic: a recipe is a dict of sections here.
+Knows neither torch nor pydantic: a recipe is a dict of sections here. What losses, importance functions and starts
+need stands in their rows of `engine.tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-# The losses that hold slices to the target.
-HOLDING = (
-    "faithfulness",
-    "recon",
-    "recon_layerwise",
-    "recon_partial",
-    "stochastic_recon",
-    "stochastic_recon_layerwise",
-    "stochastic_recon_partial",
-)
+from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
+
+HOLDING = losses_where(lambda loss: loss.holds)  # the losses that hold slices to the target
+LAYERWISE = losses_where(lambda loss: loss.scope == "each")
+ATTENDED = losses_where(lambda loss: loss.attended)
 
 
 class Contradiction(NamedTuple):
@@ -37,11 +33,11 @@ def contradictions(recipe: Sections) -> list[Contradiction]:
     A section or a key may be absent, as the malformed ones of a recipe with other mistakes are:
     a rule that needs it is silent then, so that all mistakes can be told at once.
     """
-    found: list[Contradiction] = []
+    problems: list[Contradiction] = []
     for rule in RULES:
         with suppress(KeyError):
-            found.extend(rule(recipe))
-    return found
+            problems.extend(rule(recipe))
+    return problems
 
 
 def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
@@ -78,10 +74,11 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
     importance = recipe["importance"]
     if importance["basis"] != "span":
         return
-    if importance["kind"] != "vector":
+    if not IMPORTANCE_FUNCTIONS[importance["kind"]].spans:
+        spanning = " or ".join(f"'{name}'" for name, row in IMPORTANCE_FUNCTIONS.items() if row.spans)
         yield Contradiction(
             ("importance.basis", "importance.kind"),
-            f"[importance] basis = 'span' is for kind = 'vector', not '{importance['kind']}'",
+            f"[importance] basis = 'span' is for kind = {spanning}, not '{importance['kind']}'",
         )
     if recipe["target"]["kind"] == "induction":
         yield Contradiction(
@@ -90,19 +87,18 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
-def _dual_fits(recipe: Sections) -> Iterator[Contradiction]:
+def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
     init = recipe["slices"]["init"]
-    if not init.startswith("dual"):
-        return
-    if recipe["target"]["kind"] == "induction":
+    start = STARTS[init]
+    if start.fixed_data and recipe["target"]["kind"] == "induction":
         yield Contradiction(
             ("slices.init", "target.kind"),
             f"[slices] init = '{init}' needs a fixed set of prompts; the induction toy draws new sequences",
         )
-    elif init == "dual_whitened" and recipe["data"] is not None and recipe["data"]["stream"] is None:
+    elif start.needs_moment and recipe["data"] is not None and recipe["data"]["stream"] is None:
         yield Contradiction(
             ("slices.init", "data.stream"),
-            "[slices] init = 'dual_whitened' needs broad text to whiten by: [data] stream = 'generated', or a file",
+            f"[slices] init = '{init}' needs broad text to whiten by: [data] stream = 'generated', or a file",
         )
 
 
@@ -157,9 +153,10 @@ def _something_to_train(recipe: Sections) -> Iterator[Contradiction]:
 
 def _savings_fit(recipe: Sections) -> Iterator[Contradiction]:
     losses = recipe["losses"]
-    if losses["layerwise_matrices"] and not (losses["recon_layerwise"] or losses["stochastic_recon_layerwise"]):
+    if losses["layerwise_matrices"] and not any(losses[name] for name in LAYERWISE):
         yield Contradiction(
-            ("losses.layerwise_matrices",), "[losses] layerwise_matrices is set, but both layerwise losses are 0"
+            ("losses.layerwise_matrices",),
+            f"[losses] layerwise_matrices is set, but {_all_of(LAYERWISE)} layerwise losses are 0",
         )
     if losses["faithfulness_probes"] and not losses["faithfulness"]:
         yield Contradiction(
@@ -173,17 +170,22 @@ def _attention_fits(recipe: Sections) -> Iterator[Contradiction]:
         return
     if recipe["target"]["kind"] != "induction":
         yield Contradiction(("losses.attention",), "[losses] attention is for the induction toy")
-    if not (losses["recon"] or losses["stochastic_recon"]):
+    if not any(losses[name] for name in ATTENDED):
         yield Contradiction(
-            ("losses.attention",), "[losses] attention compares what recon and stochastic_recon run; both are 0"
+            ("losses.attention",),
+            f"[losses] attention compares what {' and '.join(ATTENDED)} run; {_all_of(ATTENDED)} are 0",
         )
+
+
+def _all_of(names: Collection[str]) -> str:
+    return "both" if len(names) == 2 else "all"
 
 
 RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
     _heads_divide_width,
     _span_fits,
-    _dual_fits,
+    _start_fits,
     _targeted_fits,
     _local_start_fits,
     _backend_fits_device,

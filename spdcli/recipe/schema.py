@@ -1,6 +1,7 @@
-"""What a recipe may say: the pydantic models, their defaults and their ranges.
+"""What a recipe may say: the pydantic models, their defaults, their ranges and what each key means.
 
-Every key that the paper leaves open is here with its default; `recipe_file.py` reads TOML into it.
+`reading.py` reads TOML into them, and the descriptions here are the recipe reference. Every key that the paper leaves
+open is here with its default. What can be chosen, and which losses there are, stands in `engine.tables`.
 Knows neither torch nor transformers, so that a recipe's mistake is told at once.
 """
 
@@ -8,37 +9,52 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from spdcli.engine.tables import (
+    ACTIVATIONS,
+    BACKENDS,
+    BASES,
+    IMPORTANCE_FUNCTIONS,
+    NORMS,
+    OPTIMIZERS,
+    RELATIVE_BIASES,
+    RELATIVE_STARTS,
+    SCHEDULES,
+    STARTS,
+)
+from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS, OneOf
+from spdcli.recipe.losses import Losses
 from spdcli.recipe.rules import contradictions
+from spdcli.recipe.section import Coefficient, Positive, Rate, Section, Share, Text
 
-Positive = Annotated[int, Field(ge=1)]
-Coefficient = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Text = Annotated[str, Field(pattern=r"\S")]
 GENERATED = "generated"  # the stream that is sampled from the model itself
 
 
-class Section(BaseModel):
-    """A table of a recipe: no key but its own, no value that has to be bent into its type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class InductionTarget(Section):
-    """The toy transformer of section 5.1, trained by `spd train`."""
+    """The toy transformer of section 5.1, trained by `spd train`; its defaults are those of Table 3."""
 
-    kind: Literal["induction"]
-    path: Text | None = None  # a run of `spd train` (or a run that holds a toy); trained first when absent
-    layers: Positive = 2
-    heads: Positive = 1
-    d_model: Positive = 16
-    vocabulary: Annotated[int, Field(ge=2)] = 128  # the s token comes on top
-    length: Annotated[int, Field(ge=4)] = 64
-    positions: Literal["shortformer", "added"] = "shortformer"
-    layer_norm: bool = False
-    feed_forward: bool = False
-    output_projection: bool = False  # open in the paper: its Table 1 lists Q, K and V alone
+    kind: Literal["induction"] = Field(description="This kind of target: the toy.")
+    path: Text | None = Field(
+        None,
+        description="A run directory that holds a trained toy: of `spd train`, or of `spd decompose`. Without it the "
+        "toy is trained first, by [train].",
+    )
+    layers: Positive = Field(2, description="How many blocks (section 5.1: 2).")
+    heads: Positive = Field(1, description="Attention heads of a block (section 5.1: 1); they divide d_model.")
+    d_model: Positive = Field(16, description="Width of the residual stream (Table 3: 16).")
+    vocabulary: Annotated[int, Field(ge=2)] = Field(
+        128, description="Number of tokens; the token s comes on top (Table 3: 128)."
+    )
+    length: Annotated[int, Field(ge=4)] = Field(64, description="Tokens of a sequence (Table 3: 64).")
+    positions: Annotated[str, OneOf(POSITIONS)] = Field(
+        "shortformer", description="How a token's position enters (Table 3: Shortformer)."
+    )
+    layer_norm: bool = Field(False, description="A layer norm before every attention and MLP (Table 3: no).")
+    feed_forward: bool = Field(False, description="An MLP of width 4 d_model in every block (Table 3: no).")
+    output_projection: bool = Field(
+        False, description="A matrix O after attention. Open in the paper, whose Table 1 lists Q, K and V alone."
+    )
 
     @property
     def matrix_names(self) -> list[str]:
@@ -50,131 +66,178 @@ class InductionTarget(Section):
 class HuggingFaceTarget(Section):
     """A causal language model of the GPT-2 or Llama family."""
 
-    kind: Literal["huggingface"]
-    model: Text  # a hub id, a local directory, a .gguf file, or package:NAME/FILE.gguf
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    split_attention: bool = False  # GPT-2: decompose c_attn as its q, k and v parts
+    kind: Literal["huggingface"] = Field(description="This kind of target: a language model.")
+    model: Text = Field(
+        description="Where the model is: a hub id, a local directory, a .gguf file, or package:NAME/FILE.gguf, a file "
+        "of an installed package."
+    )
+    dtype: Annotated[str, OneOf(DTYPES)] = Field(
+        "float32", description="The numbers that the model, the slices and the gates are held in."
+    )
+    split_attention: bool = Field(
+        False, description="GPT-2: decompose a fused c_attn as three matrices, its q, k and v. Open in the paper."
+    )
 
 
 class ModuleTarget(Section):
     """A module that Python gives: `spdcli.decompose(recipe, target=spdcli.module_target(...), data=tokens)`."""
 
-    kind: Literal["module"]
+    kind: Literal["module"] = Field(description="This kind of target: a module of your own, given in Python.")
 
 
 class Data(Section):
     """Prompts of a language-model target; the toy makes its own sequences."""
 
-    prompts: Annotated[list[Text], Field(min_length=1)]
-    answers: Literal["held_out", "fed"] = "held_out"  # is a prompt's last token fed, or only predicted?
-    begin_token: bool = False  # put the tokenizer's begin-of-sequence token before every prompt
-    stream: Text | None = None  # broad text: 'generated' (sampled from the model itself), or a text file
-    stream_sequences: Positive = 256  # how many sequences of it
-    stream_length: Annotated[int, Field(ge=2)] = 16  # and how many tokens each
+    prompts: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="The texts to decompose on (section 5.2 has two)."
+    )
+    answers: Annotated[str, OneOf(ANSWERS)] = Field(
+        "held_out", description="What becomes of a prompt's last token, its answer."
+    )
+    begin_token: bool = Field(
+        False, description="Put the tokenizer's begin-of-sequence token before every prompt; none is put otherwise."
+    )
+    stream: Text | None = Field(
+        None,
+        description="Broad text beside the prompts, for losses.targeted and slices.init = 'dual_whitened': "
+        "'generated', which samples it from the model itself, or the path of a text file. Not in the paper.",
+    )
+    stream_sequences: Positive = Field(256, description="How many sequences of broad text are kept.")
+    stream_length: Annotated[int, Field(ge=2)] = Field(16, description="Tokens of each of them.")
 
 
 class Optimisation(Section):
-    """An optimizer and its schedule; `warmup` below 1 is a fraction of `steps`, else a number of steps."""
+    """An optimizer and its schedule."""
 
-    batch: Positive
-    steps: Positive
-    optimizer: Literal["adam", "adamw"] = "adam"
-    learning_rate: Rate = 1e-3
-    weight_decay: Coefficient = 0.0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup: Coefficient = 0.0
-    log_every: Positive = 50
+    batch: Positive = Field(
+        description="Sequences of a step: fresh ones of the toy; as many prompts of a language model, drawn anew "
+        "where there are more."
+    )
+    steps: Positive = Field(description="How many steps to train.")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adam", description="Which optimizer.")
+    learning_rate: Rate = Field(1e-3, description="The highest learning rate.")
+    weight_decay: Coefficient = Field(0.0, description="Weight decay, as the optimizer understands it.")
+    schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
+        "constant", description="What becomes of the learning rate after the warm-up."
+    )
+    warmup: Coefficient = Field(
+        0.0,
+        description="Steps in which the learning rate climbs from 0; below 1 it is a fraction of all steps.",
+    )
+    log_every: Positive = Field(50, description="Steps between two lines of the log.")
 
 
 class Train(Optimisation):
-    """How the toy is trained (Table 3)."""
+    """How the toy is trained, before it is decomposed (Table 3)."""
 
 
 class Slices(Section):
-    """The rank-1 subcomponents of every chosen matrix."""
+    """The rank-1 subcomponents of every chosen matrix (section 4)."""
 
-    C: Positive
-    matrices: Annotated[list[Text], Field(min_length=1)] = ["*"]  # names or * patterns
-    init: Literal["random", "svd", "svd_span", "dual", "dual_whitened"] = "random"  # open in the paper
-    ridge: Rate = 0.3  # dual_whitened: added to the stream's second moment, as a share of its mean eigenvalue
-    delta: bool = False  # W - UV as one more component with a mask of its own
-    faithfulness_warmup: Annotated[int, Field(ge=0)] = 0  # steps on faithfulness alone before the run
+    C: Positive = Field(description="Slices of every matrix (Table 4: 100, Figure 6: 768).")
+    matrices: Annotated[list[Text], Field(min_length=1)] = Field(
+        ["*"],
+        description="Which matrices to decompose: names, or patterns with * (anything), ? (one letter) and [0-5].",
+    )
+    init: Annotated[str, OneOf(STARTS)] = Field("random", description="How U and V start. Open in the paper.")
+    ridge: Rate = Field(
+        0.3,
+        description="init = 'dual_whitened': what is added to the second moment of the broad text's inputs, as a "
+        "share of its mean eigenvalue.",
+    )
+    delta: bool = Field(
+        False,
+        description="Whether the delta W - U V, which no slice holds, is one more component with a mask of its own. "
+        "The paper has none.",
+    )
+    faithfulness_warmup: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps on faithfulness alone before the run. Not in the paper."
+    )
 
 
 class Importance(Section):
-    """The causal importance functions (section 4.1, Algorithm 1)."""
+    """The causal importance functions (section 4.1, Eq. 4, Algorithm 1)."""
 
-    kind: Literal["scalar", "vector", "shared", "attention"]
-    gate_width: Positive
-    activation: Literal["relu", "gelu"] = "gelu"  # open in the paper
-    gate_spread: Coefficient = 1.0  # how far apart importances start around gate_bias; open in the paper
-    gate_bias: float = 0.5  # where every importance starts, before the sigmoid; open in the paper
-    normalise: Literal["none", "rms"] = "none"  # of the gates' input; open in the paper
-    basis: Literal["full", "span"] = "full"  # span: vector gates see coordinates in the data's span
-    relative: Literal["scalar", "query"] = "query"  # one bias an offset, or query . R[offset]
-    relative_start: Literal["zero", "local"] = "zero"  # local: scalar biases start at -0.5 |offset|
-    causal: bool = False  # Algorithm 1's 2s offsets look both ways
-    backend: Literal["auto", "dense", "blocked", "flex"] = "auto"
-
-
-class Losses(Section):
-    """Coefficients of Eq. 1, 2, 3, 5, 6 (0 leaves a loss out) and how their masks are drawn."""
-
-    faithfulness: Coefficient = 0.0
-    minimality: Coefficient = 0.0
-    recon: Coefficient = 0.0
-    recon_layerwise: Coefficient = 0.0
-    recon_partial: Coefficient = 0.0
-    stochastic_recon: Coefficient = 0.0
-    stochastic_recon_layerwise: Coefficient = 0.0
-    stochastic_recon_partial: Coefficient = 0.0
-    attention: Coefficient = 0.0  # KL of the attention patterns of recon and stochastic_recon; the toy alone
-    targeted: Coefficient = 0.0  # what minimality and recon losses count on data.stream, where the delta stays on
-    samples: Positive = 1  # S
-    p_start: Rate = 0.9
-    p_final: Rate = 0.1
-    anneal_p: bool = True
-    epsilon: Rate = 1e-12  # added to g before the power p
-    last_token_only: bool = False
-    layerwise_matrices: Positive | None = None  # of layerwise losses, so many drawn every step; unbiased, not exact
-    faithfulness_probes: Positive | None = None  # random vectors a matrix in place of U V; unbiased, not exact
-    subset: Literal["forward", "position"] = "forward"  # partial losses: one subset a forward, or a position
-    kl: Literal["target_to_variant", "variant_to_target"] = "target_to_variant"
+    kind: Annotated[str, OneOf(IMPORTANCE_FUNCTIONS)] = Field(
+        description="Which importance function (Table 4: attention, Figure 6: vector)."
+    )
+    gate_width: Positive = Field(
+        description="Hidden units of the MLP that tells a slice's importance (D_gate; Table 4: 16, Figure 6: 64)."
+    )
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = Field(
+        "gelu", description="The MLP's activation function. Open in the paper."
+    )
+    gate_spread: Coefficient = Field(
+        1.0,
+        description="How far apart importances start around gate_bias; 1 is what unit-variance weights give. Open in "
+        "the paper.",
+    )
+    gate_bias: float = Field(
+        0.5,
+        description="Where importances start, before the leaky sigmoid σ_H: 0 is off, 1 on. Open in the paper.",
+    )
+    normalise: Annotated[str, OneOf(NORMS)] = Field("none", description="What the input x is put through first.")
+    basis: Annotated[str, OneOf(BASES)] = Field(
+        "full", description="Which coordinates of x vector gates read; span is for a fixed set of prompts."
+    )
+    relative: Annotated[str, OneOf(RELATIVE_BIASES)] = Field(
+        "query", description="kind = 'attention': the learned relative bias r (Algorithm 1, line 3: query)."
+    )
+    relative_start: Annotated[str, OneOf(RELATIVE_STARTS)] = Field(
+        "zero", description="kind = 'attention': where relative biases start. Open in the paper."
+    )
+    causal: bool = Field(
+        False,
+        description="kind = 'attention': hide later positions. Algorithm 1's 2s offsets look both ways.",
+    )
+    backend: Annotated[str, OneOf(BACKENDS)] = Field(
+        "auto", description="kind = 'attention': which kernel computes line 4 of Algorithm 1; the result is the same."
+    )
 
 
 class Decompose(Optimisation):
     """The training of a decomposition (Algorithm 3)."""
 
-    clip_slices: Rate | None = None
-    clip_gates: Rate | None = None
-    prune_at: Annotated[float, Field(gt=0, lt=1)] | None = None  # share of the steps after which rare slices end
-    prune_below: Annotated[float, Field(gt=0, lt=1)] = 0.01  # rare: active in fewer than this share of sequences
-    slice_rate: Rate = 1.0  # multiplies the learning rate of U and V
-    stream_batch: Positive = 4  # sequences of data.stream in a step, for losses.targeted
-    checkpoint_every: Positive = 500
-    # GiB that the activations of one chunk of a plan may take; auto: half of what is free, at most 4. How a plan is cut
-    # decides which random number goes where: a run that another machine shall repeat names a size.
-    # float32: products as torch does them; tf32: on a GPU, its tensor cores; bf16: in the blocks, losses in float32.
-    precision: Literal["float32", "tf32", "bf16"] = "float32"
-    plan_memory: Rate | Literal["auto"] = 4.0
+    clip_slices: Rate | None = Field(None, description="The largest gradient norm of all U and V; none if not given.")
+    clip_gates: Rate | None = Field(
+        None, description="The largest gradient norm of the importance functions; none if not given."
+    )
+    prune_at: Share | None = Field(
+        None, description="The share of the steps after which rare slices are switched off; never if not given."
+    )
+    prune_below: Share = Field(
+        0.01, description="prune_at: rare is a slice that is active in fewer than this share of sequences."
+    )
+    slice_rate: Rate = Field(1.0, description="Multiplies the learning rate of U and V.")
+    stream_batch: Positive = Field(4, description="Sequences of data.stream in a step, for losses.targeted.")
+    checkpoint_every: Positive = Field(500, description="Steps between two checkpoints, from which --resume goes on.")
+    precision: Annotated[str, OneOf(PRECISIONS)] = Field("float32", description="How products are computed.")
+    plan_memory: Rate | Literal["auto"] = Field(
+        4.0,
+        description="GiB that the activations of one chunk of a step's variants may take; 'auto': half of what is "
+        "free, at most 4. How a plan is cut decides which random number goes where: a run that another machine shall "
+        "repeat names a size.",
+    )
 
 
 class Recipe(Section):
     """A whole recipe: what to take apart, into what, and how long."""
 
-    name: Text
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    target: Annotated[InductionTarget | HuggingFaceTarget | ModuleTarget, Field(discriminator="kind")]
-    data: Data | None = None
-    train: Train | None = None
-    slices: Slices
-    importance: Importance
-    losses: Losses
-    decompose: Decompose
+    name: Text = Field(description="The recipe's name.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of every random choice.")
+    device: Annotated[str, OneOf(DEVICES)] = Field("auto", description="Where to compute.")
+    target: Annotated[InductionTarget | HuggingFaceTarget | ModuleTarget, Field(discriminator="kind")] = Field(
+        description="The model to take apart."
+    )
+    data: Data | None = Field(None, description="What a language model is decomposed on; of no other target.")
+    train: Train | None = Field(None, description="How the toy is trained; not for a language model.")
+    slices: Slices = Field(description="The slices of every matrix.")
+    importance: Importance = Field(description="The importance functions.")
+    losses: Losses = Field(description="The losses.")
+    decompose: Decompose = Field(description="The training of the decomposition.")
 
     @model_validator(mode="after")
     def settings_agree(self) -> Recipe:
-        if found := contradictions(self.model_dump()):
-            raise ValueError("; ".join(contradiction.message for contradiction in found))
+        if problems := contradictions(self.model_dump()):
+            raise ValueError("; ".join(contradiction.message for contradiction in problems))
         return self

@@ -10,6 +10,7 @@ from torch import Tensor
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
 from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
+from spdcli.engine.tables import STARTS
 from spdcli.errors import SpdError
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.subject import Subject
@@ -36,11 +37,11 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
     """A decomposition of the matrices `names` as a recipe wants it, at step 0."""
     matrices = {name: subject.target.matrices[name] for name in names}
     spanned = recipe.importance.basis == "span"
-    section = recipe.slices
+    section, start = recipe.slices, STARTS[recipe.slices.init]
     inputs = moments = None
-    if spanned or section.init in ("svd_span", "dual", "dual_whitened"):
+    if spanned or start.needs_inputs:
         inputs = _start_inputs(recipe, subject, names)
-    if section.init == "dual_whitened":
+    if start.needs_moment:
         assert subject.stream is not None
         found = second_moments(subject.target, subject.stream(), names)
         moments = {name: ridged(moment, section.ridge) for name, moment in found.items()}

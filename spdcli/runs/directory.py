@@ -25,7 +25,8 @@ from spdcli.engine.fit import FitState
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors, remove, save_tensors, write_atomically
 from spdcli.recipe.reading import dump_recipe, load_recipe
-from spdcli.recipe.schema import GENERATED, Recipe, Section
+from spdcli.recipe.schema import GENERATED, Recipe
+from spdcli.recipe.section import Section
 from spdcli.records import plain
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"

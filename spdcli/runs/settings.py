@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from spdcli.engine.fit import FitSettings
-from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.engine.optimise import OptimiserSettings, warmup_steps
 from spdcli.engine.step import LossSettings
 from spdcli.recipe.schema import Optimisation, Recipe
@@ -31,9 +30,8 @@ def optimiser_settings(section: Optimisation) -> OptimiserSettings:
 
 def loss_settings(recipe: Recipe) -> LossSettings:
     section = recipe.losses
-    names = ["faithfulness", "minimality", "attention", *RECONSTRUCTION]
     return LossSettings(
-        coefficients={name: getattr(section, name) for name in names},
+        coefficients=section.coefficients,
         samples=section.samples,
         p_start=section.p_start,
         p_final=section.p_final,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.forward import clean_pass, replaced
-from spdcli.engine.product import Asked
+from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
@@ -89,7 +89,7 @@ def importance_masks_of(target: Target, decomposition: Decomposition) -> MasksOf
     return masks_of
 
 
-def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta: float) -> dict[str, Asked]:
+def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta: float) -> dict[str, MaskedRows]:
     """What every matrix in `masks` is asked for, on all sequences of a batch. UsageError for masks of other shapes."""
     sequences, positions = batch.tokens.shape
     rows = torch.arange(sequences, device=batch.tokens.device)
@@ -109,5 +109,5 @@ def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta:
                 f"a mask of {name} is of shape {tuple(mask.shape)}; expected [C], [T, C] or [B, T, C] of {whole}"
             ) from None
         share = mask.new_full((sequences, positions, 1), delta) if delta else None
-        asked[name] = Asked(rows, mask, share)
+        asked[name] = MaskedRows(rows, mask, share)
     return asked

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.forward import clean_pass, hidden_of, masked_logits
-from spdcli.engine.product import Asked
+from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.errors import UsageError
@@ -132,7 +132,7 @@ def _try_matrices(target: Target) -> None:
             raise UsageError(f"matrix {name}: its module is not called with [B, T, {matrix.d_in}]")
         nothing = Slices(matrix.weight.new_zeros(matrix.d_in, 1), matrix.weight.new_zeros(1, matrix.d_out))
         mask = matrix.weight.new_zeros(TRIED[0], 1, 1)
-        whole = {name: Asked(rows, mask, torch.ones_like(mask))}
+        whole = {name: MaskedRows(rows, mask, torch.ones_like(mask))}
         logits = masked_logits(target, SliceSet({name: nothing}, delta=True), clean, whole)
         _agree(logits.log_softmax(-1), clean.log_probs, f"matrix {name} as x W + b gives")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -43,13 +43,13 @@ class Prompts:
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    answers: Literal["held_out", "fed"] = "held_out",
+    answers: str = "held_out",
     begin_token: bool = False,
 ) -> Prompts:
     """Tokenises `prompts` into one batch.
 
-    `answers` says whether a prompt's last token is fed or only predicted; `begin_token` puts the
-    tokenizer's begin-of-sequence token first (none is put otherwise). Raises SpdError naming a
+    `answers` (a key of `recipe.choices.ANSWERS`) says whether a prompt's last token is fed or only predicted;
+    `begin_token` puts the tokenizer's begin-of-sequence token first (none is put otherwise). Raises SpdError naming a
     prompt that has fewer than two tokens or more than the model takes.
     """
     if not prompts:

@@ -18,6 +18,7 @@ from small_runs import MODEL, ROOT, TOY, one_line, save_toy, spd_here, spd_proce
 
 import spdcli
 from spdcli.engine.forward import clean_pass
+from spdcli.engine.tables import losses_where
 from spdcli.files import load_tensors
 from spdcli.runs.directory import CHECKPOINT, DECOMPOSITION, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.training import flat
@@ -470,7 +471,7 @@ def test_a_missing_run_is_one_line(spd, recipe, tmp_path, command):
 
 # --- eval ------------------------------------------------------------------------------------------
 
-METRICS = {"faithfulness", "recon", "recon_layerwise", "stochastic_recon", "stochastic_recon_layerwise"}
+METRICS = set(losses_where(lambda loss: loss.reported))
 
 
 CONTRACT = ("active", "unique", "total_active", "metrics", "standard_error", "attention_kl", "accuracy")

@@ -19,7 +19,8 @@ from spdcli.costs.random_targets import random_subject, untrained_subject
 from spdcli.costs.tally import Tally
 from spdcli.costs.timing import ENOUGH_STEPS, seconds_of_a_step
 from spdcli.engine.fit import fit, start_fit
-from spdcli.engine.forward import Noise, clean_pass
+from spdcli.engine.forward import clean_pass
+from spdcli.engine.masks import Noise
 from spdcli.engine.step import backward_step
 from spdcli.machine import describe, free_bytes, peak_bytes, training_bytes, unborn_bytes, used_bytes
 from spdcli.recipe.reading import load_recipe

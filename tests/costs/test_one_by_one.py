@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from twins import KeyedNoise, close, decompose, language_subject, looked_at, toy_subject
+from twins import COEFFICIENTS, KeyedNoise, close, decompose, language_subject, looked_at, toy_subject
 
 from spdcli.costs.one_by_one import fit_one_by_one, one_by_one_step, whole_gates
 from spdcli.engine import importance
 from spdcli.engine.fit import FitSettings, fit, start_fit
 from spdcli.engine.forward import clean_pass
-from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.engine.optimise import OptimiserSettings
 from spdcli.engine.step import LossSettings, backward_step
 from spdcli.engine.variants import draw_variants
 
 TOLERANCE = 1e-9  # float64, after some hundred passes of three blocks are summed
-COEFFICIENTS = dict(
-    zip([*RECONSTRUCTION, "minimality", "faithfulness"], (0.5, 0.3, 2, 1, 0.7, 3, 0.02, 5), strict=True)
-)
 CASES = [
     ("toy", "attention", "all", {}),
     ("toy", "scalar", "last", {"samples": 2}),

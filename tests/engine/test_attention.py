@@ -8,6 +8,7 @@ from twins import Watch, attention_loop, close, gradients
 
 from spdcli.engine import attention
 from spdcli.engine.attention import importance_attention
+from spdcli.engine.tables import BACKENDS
 
 FORMS = pytest.mark.parametrize("form", ["scalar", "query"])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
@@ -98,7 +99,7 @@ def test_flex_says_what_it_cannot():
 
 
 @FORMS
-@pytest.mark.parametrize("backend", ["auto", "dense", "blocked", "flex"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sequence_longer_than_the_table_is_refused(backend, form):
     with torch.no_grad(), pytest.raises(ValueError, match="7 positions, but relative biases for 6"):
         importance_attention(*tensors(form, T - 1), backend=backend)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spdcli.engine.forward import Noise, clean_pass, importance_masks, replaced
+from spdcli.engine.forward import clean_pass, replaced
 from spdcli.engine.importance import Importances, ImportanceSettings
+from spdcli.engine.masks import Noise, importance_masks
 from spdcli.engine.step import LossSettings, backward_step
 from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.errors import RecipeError

@@ -9,20 +9,20 @@ from twins import Watch, close, gradients
 
 from spdcli.engine import gates
 from spdcli.engine.gates import scalar_gates, vector_gates
+from spdcli.engine.tables import ACTIVATIONS
 
 N, I, C, G = 11, 5, 3, 4
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 ACTIVATION = pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 
 
 def vector_twin(x, w1, b1, w2, b2, activation):
     """`[N, G, C]` made whole."""
     hidden = torch.einsum("ni,igc->ngc", x, w1.view(-1, *w2.shape)) + b1.view(w2.shape)
-    return (ACTIVATIONS[activation](hidden) * w2).sum(1) + b2
+    return (getattr(F, activation)(hidden) * w2).sum(1) + b2
 
 
 def scalar_twin(x, w1, b1, w2, b2, activation):
-    return (ACTIVATIONS[activation](x[:, None] * w1 + b1) * w2).sum(1) + b2
+    return (getattr(F, activation)(x[:, None] * w1 + b1) * w2).sum(1) + b2
 
 
 KINDS = {

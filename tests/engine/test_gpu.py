@@ -11,7 +11,8 @@ from twins import gradients
 
 from spdcli.engine.attention import importance_attention
 from spdcli.engine.fit import fit, start_fit
-from spdcli.engine.forward import Noise, clean_pass
+from spdcli.engine.forward import clean_pass
+from spdcli.engine.masks import Noise
 from spdcli.engine.step import backward_step
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.settings import fit_settings, optimiser_settings

@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional as F
 from twins import attention_loop, close, gradients
 
-from spdcli.engine.importance import GATES, Importances, ImportanceSettings, leaky, span_basis
+from spdcli.engine.importance import Importances, ImportanceSettings, leaky, span_basis
+from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 WIDTHS = {"h.0.a": 4, "h.0.b": 6, "h.1.c": 4}  # two matrices share a width, and so a mixer
 SLICES = {"h.0.a": 3, "h.0.b": 2, "h.1.c": 5}
 B, T, LONGEST = 2, 5, 7
-KINDS = sorted(GATES)
+KINDS = sorted(IMPORTANCE_FUNCTIONS)
 
 
 def build(kind, **settings):
@@ -32,7 +33,7 @@ def data():
 
 def gate_loop(gate, c, read, activation):
     """One slice's MLP on what it reads, a vector."""
-    act = {"relu": F.relu, "gelu": F.gelu}[activation]
+    act = getattr(F, activation)
     slices = gate.w2.shape[1]
     own = slice(c, None, slices)  # unit g of slice c is column g * C + c
     return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[:, c] + gate.b2[c]
@@ -40,7 +41,7 @@ def gate_loop(gate, c, read, activation):
 
 def slow(importances, inputs, read, kind, activation, causal, valid):
     """Eq. 4 and its simpler kin, for one slice at one position at a time."""
-    act = {"relu": F.relu, "gelu": F.gelu}[activation]
+    act = getattr(F, activation)
     out = {}
     for name in WIDTHS:
         x, gate = inputs[name], importances.gates[name.replace(".", "/")]
@@ -68,7 +69,7 @@ CASES = [(kind, "scalar", False) for kind in KINDS] + [("attention", "query", Fa
 
 
 @pytest.mark.parametrize(("kind", "relative", "causal"), CASES)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 @pytest.mark.parametrize("lengths", [None, (5, 3)])
 def test_every_kind_slice_by_slice(lengths, kind, relative, causal, activation):
     importances = build(kind, relative=relative, causal=causal, activation=activation, gate_bias=0.25)

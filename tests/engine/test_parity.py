@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from twins import (
+    COEFFICIENTS,
     KeyedNoise,
     Subject,
     close,
@@ -20,18 +21,16 @@ from twins import (
     toy_subject,
 )
 
-from spdcli.engine.forward import Noise, clean_pass, importance_masks, masked_logits
-from spdcli.engine.importance import GATES
+from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.engine.masks import Noise, importance_masks
 from spdcli.engine.step import LossSettings, backward_step, exact_faithfulness, reconstruction
 from spdcli.engine.subcomponents import SliceSet
+from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.engine.variants import Piece, Variant, draw_variants, fixed_variant
 
 TOLERANCE = 1e-9  # float64, after some hundred passes of three blocks are summed
-COEFFICIENTS = dict(
-    zip([*RECONSTRUCTION, "minimality", "faithfulness"], (0.5, 0.3, 2, 1, 0.7, 3, 0.02, 5), strict=True)
-)
 P = 0.6
 PLENTY = 1e12
 
@@ -417,7 +416,7 @@ def test_evaluation_without_gradient_gives_every_kl(subject):
     close(torch.cat([got[b] for b in sorted(got)]).mean(), done.losses["recon"], TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", sorted(GATES))
+@pytest.mark.parametrize("kind", sorted(IMPORTANCE_FUNCTIONS))
 def test_importances_do_not_depend_on_padding(kind, tiny_gpt2_dir):
     subject = language_subject(tiny_gpt2_dir)
     decomposition = decompose(subject.target, ["h.1.mlp.c_fc"], kind=kind)

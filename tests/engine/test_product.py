@@ -7,7 +7,7 @@ import torch
 from twins import Watch, close, gradients
 
 from spdcli.engine import product
-from spdcli.engine.product import Asked, replaced_product
+from spdcli.engine.product import MaskedRows, replaced_product
 from spdcli.engine.subcomponents import masked_product
 
 R, T, I, O, C, B = 7, 3, 5, 4, 6, 3
@@ -40,7 +40,7 @@ def asks(kind, rows=ROWS):
     origin = torch.arange(r) % B if "origin" in kind else None
     noise = random(r, T, C, seed=2).sigmoid() if "noise" in kind else None
     delta = random(r, 1 if "fixed" in kind else T, 1, seed=3) if "delta" in kind else None
-    return Asked(torch.tensor(rows, dtype=torch.long), mask, delta, origin, noise)
+    return MaskedRows(torch.tensor(rows, dtype=torch.long), mask, delta, origin, noise)
 
 
 KINDS = ["plain", "noise", "origin noise", "origin noise delta", "delta", "fixed origin", "fixed delta"]
@@ -66,9 +66,9 @@ def test_rows_are_answered_as_they_ask(kind, rows, positions, elements, monkeypa
 
 def test_full_masks_are_exactly_the_target():
     x, weight, U, V = random(R, T, I), random(I, O), random(I, C), random(C, O)
-    ones = Asked(torch.tensor(ROWS), torch.ones(4, T, C).double(), torch.ones(4, T, 1).double())
+    ones = MaskedRows(torch.tensor(ROWS), torch.ones(4, T, C).double(), torch.ones(4, T, 1).double())
     assert torch.equal(replaced_product(x, weight, None, U, V, ones), x @ weight)
-    drawn = Asked(ones.rows, random(4, T, C).sigmoid(), ones.delta, noise=torch.ones(4, T, C).double())
+    drawn = MaskedRows(ones.rows, random(4, T, C).sigmoid(), ones.delta, noise=torch.ones(4, T, C).double())
     assert torch.equal(replaced_product(x, weight, None, U, V, drawn), x @ weight)  # noise 1 is a mask of 1
 
 
@@ -77,7 +77,7 @@ def test_inner_activations_are_all_that_is_kept(monkeypatch):
     monkeypatch.setattr(product, "CHUNK_ELEMENTS", positions * slices)
     x, U, V = (torch.randn(s).requires_grad_() for s in ((rows, positions, 4), (4, slices), (slices, 4)))
     mask, noise = torch.rand(8, positions, slices).requires_grad_(), torch.rand(rows, positions, slices)
-    asked = Asked(torch.arange(rows), mask, None, torch.arange(rows) % 8, noise)
+    asked = MaskedRows(torch.arange(rows), mask, None, torch.arange(rows) % 8, noise)
     wide = rows * positions * slices * 4
     with Watch() as watch:
         replaced_product(x, torch.randn(4, 4), None, U, V, asked).sum().backward()

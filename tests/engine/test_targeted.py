@@ -8,7 +8,8 @@ from small_runs import model_recipe
 from twins import close, decompose, toy_subject
 
 from spdcli.engine.fit import FitSettings, fit, start_fit
-from spdcli.engine.forward import Noise, clean_pass
+from spdcli.engine.forward import clean_pass
+from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings
 from spdcli.engine.step import LossSettings, Step, backward_step
 from spdcli.engine.target import Batch

@@ -10,18 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.engine.tables import LOSSES, SOURCES
 from spdcli.engine.variants import Variant, chunks, draw_variants
 
 BLOCKS = {"h.1.a": 1, "h.1.b": 1, "h.2.a": 2, "h.4.a": 4, "h.4.b": 4}
 SHAPE = (3, 4)
 # Variants for 5 matrices and 2 samples; importance masks are no sample, so they are drawn once.
+SIZES = {"all": 1, "each": 5, "subset": 1}
 COUNTS = {
-    "recon": 1,
-    "recon_layerwise": 5,
-    "recon_partial": 1,
-    "stochastic_recon": 2,
-    "stochastic_recon_layerwise": 10,
-    "stochastic_recon_partial": 2,
+    name: SIZES[LOSSES[name].scope] * (2 if SOURCES[LOSSES[name].source].sampled else 1) for name in RECONSTRUCTION
 }
 
 
@@ -35,13 +32,19 @@ def test_every_loss_gets_its_variants_in_equal_shares(subset):
     assert Counter(variant.loss for variant in variants) == COUNTS
     for variant in variants:
         assert variant.weight == pytest.approx(1 / COUNTS[variant.loss])
-        assert variant.source == ("stochastic" if variant.loss.startswith("stochastic") else "importance")
+        assert variant.source == LOSSES[variant.loss].source
 
 
 @pytest.mark.parametrize("loss", RECONSTRUCTION)
 def test_a_loss_alone_is_drawn_alone(loss):
     assert {variant.loss for variant in draw([loss])} == {loss}
-    assert len(draw([loss], samples=3)) == COUNTS[loss] * (1.5 if loss.startswith("stochastic") else 1)
+    assert len(draw([loss], samples=3)) == COUNTS[loss] * (1.5 if SOURCES[LOSSES[loss].source].sampled else 1)
+
+
+def test_the_papers_grid():
+    papers = ("recon", "recon_layerwise", "recon_partial")
+    assert [COUNTS[name] for name in papers] == [1, 5, 1]
+    assert [COUNTS[f"stochastic_{name}"] for name in papers] == [2, 10, 2]
 
 
 def test_scopes():

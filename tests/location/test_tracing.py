@@ -10,7 +10,7 @@ from conftest import save_tiny_model
 from small_runs import loud_toy, toy_recipe
 from twins import hooks, language_subject
 
-from spdcli.engine.interchange import KINDS, Patch, Site, patched_run
+from spdcli.engine.interchange import KINDS, Interchange, Site, interchanged_run
 from spdcli.errors import UsageError
 from spdcli.location import tracing
 from spdcli.location.subject_prompts import SubjectPrompt, subject_prompts
@@ -139,21 +139,21 @@ def test_the_best_sites_and_their_reverse(subject):
         assert best.reverse == pytest.approx(sum(reverse) / 2, rel=1e-9)
 
 
-def test_patches_of_all_kinds_in_one_batch(subject):
+def test_interchanges_of_all_kinds_in_one_batch(subject):
     """Rows that enter at every block, the last hidden state among them, are each what they are alone."""
     runs = clean_and_corrupted(subject.target, first_prompt(subject), 0.1, SETTINGS)
     sites = [Site("mlp", 2, 0, 1), Site("attention", 1, 0, 2), Site("state", 3, 0, 0), Site("state", 5, 2, 2)]
-    patches = [Patch(site, draw, 0) for site in sites for draw in (1, 0)]
-    assert [patch.site.entry for patch in patches] == [0, 0, 0, 0, 1, 1, 3, 3]
-    together = patched_run(subject.target, runs.calls, runs.corrupted, runs.clean, patches)
-    for row, patch in zip(together, patches, strict=True):
-        alone = patched_run(subject.target, runs.calls, runs.corrupted, runs.clean, [patch])[0]
+    interchanges = [Interchange(site, draw, 0) for site in sites for draw in (1, 0)]
+    assert [one.site.entry for one in interchanges] == [0, 0, 0, 0, 1, 1, 3, 3]
+    together = interchanged_run(subject.target, runs.calls, runs.corrupted, runs.clean, interchanges)
+    for row, one in zip(together, interchanges, strict=True):
+        alone = interchanged_run(subject.target, runs.calls, runs.corrupted, runs.clean, [one])[0]
         torch.testing.assert_close(row, alone, rtol=1e-10, atol=1e-12)
     answers = [round(p, 12) for p in runs.answers(together).tolist()]
     assert answers[-1] == answers[-2]  # the last hidden state alone decides, and is the clean one in either draw
-    assert len(set(answers)) == len(patches) - 1
+    assert len(set(answers)) == len(interchanges) - 1
     with pytest.raises(AssertionError, match="ordered"):
-        patched_run(subject.target, runs.calls, runs.corrupted, runs.clean, patches[::-1])
+        interchanged_run(subject.target, runs.calls, runs.corrupted, runs.clean, interchanges[::-1])
     assert not any(module._forward_hooks for module in subject.target.model.modules())
 
 

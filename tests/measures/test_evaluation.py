@@ -10,6 +10,7 @@ import torch
 from small_runs import loud_toy, model_recipe, toy_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spdcli.engine import tables
 from spdcli.engine.forward import clean_pass
 from spdcli.measures import evaluation
 from spdcli.measures.evaluation import EVALUATION_SEED, Mean, evaluate
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 FLOAT32 = {"rel": 1e-4, "abs": 1e-7}  # sums in another order
 NOISE = 0.25
 TOY = ["target.d_model=4", "target.heads=2", "target.vocabulary=4", "target.length=6", "slices.C=3"]
-LOSSES = ("recon", "recon_layerwise", "stochastic_recon", "stochastic_recon_layerwise")
+LOSSES = evaluation.LOSSES
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +123,8 @@ def slow_evaluation(subject, decomposition, batches, threshold):
                 return slow_toy(toy, tokens, stand_ins(weights, decomposition, g, chosen, source))
 
             for loss in LOSSES:
-                source = "stochastic" if "stochastic" in loss else "importance"
-                sets = [[name] for name in names] if "layerwise" in loss else [names]
+                source, scope = tables.LOSSES[loss].source, tables.LOSSES[loss].scope
+                sets = [[name] for name in names] if scope == "each" else [names]
                 values = [kl(log_p, run(chosen, source)[0]) for chosen in sets]
                 found[loss].append(statistics.mean(values))
                 if loss == "recon_layerwise":

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from spdcli.recipe.losses import Losses
 from spdcli.recipe.reading import dump_recipe, load_recipe, shipped
 from spdcli.recipe.rules import HOLDING
-from spdcli.recipe.schema import Losses
 
 PAPER = {
     ("induction", "train"): {  # Table 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_runs import loud_toy, model_recipe, save_toy, toy_recipe
 
-from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.engine.tables import LOSSES
 from spdcli.errors import SpdError
 from spdcli.files import save_tensors
 from spdcli.runs.decomposition import load_decomposition, parameter_counts, start_decomposition
@@ -256,7 +256,7 @@ def test_a_decomposition_of_another_target_is_refused(tmp_path):
 # --- settings --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["faithfulness", "minimality", *RECONSTRUCTION])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_coefficient_reaches_the_engine(tmp_path, loss):
     assert loss_settings(toy_recipe(f"losses.{loss}=0.375", folder=tmp_path)).coefficients[loss] == 0.375
 

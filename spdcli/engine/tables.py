@@ -1,0 +1,286 @@
+"""What can be chosen, a row each: losses, mask sources and scopes, importance functions, starts, optimizers ...
+
+Knows neither torch nor any other module, so that a recipe and the command line's help can be made from it. A new loss
+of the grid is one row in LOSSES; whatever else names losses (the recipe's [losses], its rules, evaluation, benchmarks,
+the tests) reads them here. Rows that are code say where it is, `module:name`, and it is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value that a setting may have: what it means, and its code as `module:name`, where it has a function or a
+    class of its own."""
+
+    about: str
+    code: str = ""
+
+    def load(self) -> Any:
+        """The function or class that `code` names."""
+        return _load(self.code)
+
+
+@cache
+def _load(code: str) -> Any:
+    return resolve_name(code)
+
+
+@dataclass(frozen=True)
+class Source(Choice):
+    """Where the masks of a loss come from.
+
+    `code` is a function that says how far every mask is moved from the importance g towards 1, as `masks.uniform`
+    does; without one masks are g itself and the delta is off. `sampled`: a recipe's `samples` draws it so many times.
+    """
+
+    sampled: bool = False
+
+
+SOURCES: dict[str, Source] = {
+    "importance": Source("every mask is the importance g itself, and the delta is off"),
+    "stochastic": Source("masks from U(g, 1), the delta's from U(0, 1)", "spdcli.engine.masks:uniform", sampled=True),
+}
+
+# Which matrices are replaced together: functions from matrices to the selections that one sample of a loss runs.
+SCOPES: dict[str, Choice] = {
+    "all": Choice("all matrices at once", "spdcli.engine.variants:all_matrices"),
+    "each": Choice("every matrix by itself, the others untouched", "spdcli.engine.variants:each_alone"),
+    "subset": Choice("a random subset of the matrices", "spdcli.engine.variants:random_subset"),
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A term of the training objective; its name is that of its coefficient in a recipe.
+
+    `equation` is where the paper has it. A reconstruction loss is one cell of a grid: masks from `source`, a key of
+    SOURCES, on the matrices of `scope`, a key of SCOPES; both are None for a loss of another kind. `holds`: it holds
+    slices to the target, so that a recipe needs one such. `reported`: `spd eval` measures it. `compared`: it has a
+    column in the table of `spd compare`. `attended`: the attention loss compares its variants' attention patterns.
+    """
+
+    name: str
+    equation: str
+    about: str
+    source: str | None = None
+    scope: str | None = None
+    holds: bool = True
+    reported: bool = False
+    compared: bool = False
+    attended: bool = False
+
+    @property
+    def in_grid(self) -> bool:
+        """Whether it is a reconstruction loss: a KL of variants of the target."""
+        return self.scope is not None
+
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        Loss(
+            "faithfulness",
+            "Eq. 1, left",
+            "squared difference between each matrix W and the sum of its slices, a mean over all weights",
+            reported=True,
+            compared=True,
+        ),
+        Loss(
+            "minimality",
+            "Eq. 1, right",
+            "sum over matrices and slices of the importance to the power p, a mean over positions",
+            holds=False,
+        ),
+        Loss(
+            "recon",
+            "section 4",
+            "KL (nats) to the target with all matrices masked by importances",
+            "importance",
+            "all",
+            reported=True,
+            compared=True,
+            attended=True,
+        ),
+        Loss(
+            "recon_layerwise",
+            "Table 1c",
+            "KL (nats) to the target with one matrix masked by importances, a mean over matrices",
+            "importance",
+            "each",
+            reported=True,
+            compared=True,
+        ),
+        Loss(
+            "recon_partial",
+            "Eq. 5 and 7",
+            "KL (nats) to the target with a random subset of the matrices masked by importances",
+            "importance",
+            "subset",
+        ),
+        Loss(
+            "stochastic_recon",
+            "Eq. 2",
+            "KL (nats) to the target with all matrices masked by numbers drawn between importance and 1",
+            "stochastic",
+            "all",
+            reported=True,
+            compared=True,
+            attended=True,
+        ),
+        Loss(
+            "stochastic_recon_layerwise",
+            "Eq. 3",
+            "KL (nats) to the target with one matrix masked by numbers drawn between importance and 1, a mean over "
+            "matrices",
+            "stochastic",
+            "each",
+            reported=True,
+        ),
+        Loss(
+            "stochastic_recon_partial",
+            "Eq. 6 and 8",
+            "KL (nats) to the target with a random subset of the matrices masked by numbers drawn between importance "
+            "and 1",
+            "stochastic",
+            "subset",
+        ),
+        Loss(
+            "attention",
+            "after Table 1c",
+            "KL (nats) of attention patterns to the target's, in the variants of recon and stochastic_recon; for the "
+            "toy alone; the paper measures it and does not train on it",
+            holds=False,
+        ),
+    )
+}
+
+
+def losses_where(chosen: Callable[[Loss], bool]) -> tuple[str, ...]:
+    """The names of the losses that `chosen` is True of, in the order of LOSSES."""
+    return tuple(name for name, loss in LOSSES.items() if chosen(loss))
+
+
+@dataclass(frozen=True)
+class ImportanceFunction(Choice):
+    """A kind of importance function (section 4.1).
+
+    `code` builds the gates of one matrix, from the width of what they read, C and the settings. `reads_inner`: they
+    read the inner activations x U instead of the matrix's input x. `attends`: Algorithm 1 mixes positions first, so
+    that gates read 2 d_in numbers. `spans`: they can read coordinates in the span of a fixed set of data (basis span).
+    `benchmarked`: `spd bench importance` times it.
+    """
+
+    reads_inner: bool = False
+    attends: bool = False
+    spans: bool = False
+    benchmarked: bool = True
+
+
+IMPORTANCE_FUNCTIONS: dict[str, ImportanceFunction] = {
+    "scalar": ImportanceFunction(
+        "one MLP a slice, on its inner activation x . U_c", "spdcli.engine.importance:ScalarGates", reads_inner=True
+    ),
+    "vector": ImportanceFunction(
+        "one MLP a slice, on the matrix's whole input x", "spdcli.engine.importance:VectorGates", spans=True
+    ),
+    "shared": ImportanceFunction(
+        "one MLP for all slices of a matrix, on its input x", "spdcli.engine.importance:SharedGates", benchmarked=False
+    ),
+    "attention": ImportanceFunction(
+        "attention over the sequence, then one MLP a slice (Eq. 4, Algorithm 1)",
+        "spdcli.engine.importance:VectorGates",
+        attends=True,
+    ),
+}
+
+ACTIVATIONS: dict[str, Choice] = {
+    "relu": Choice("max(x, 0)", "spdcli.engine.gates:RELU"),
+    "gelu": Choice("x times the normal distribution's cumulative at x", "spdcli.engine.gates:GELU"),
+}
+
+NORMS: dict[str, Choice] = {
+    "none": Choice("the input as it is"),
+    "rms": Choice("every position's input divided by its root mean square"),
+}
+
+BASES: dict[str, Choice] = {
+    "full": Choice("all d_in coordinates"),
+    "span": Choice("coordinates in the span of the prompts' inputs: the same functions on them, with fewer parameters"),
+}
+
+RELATIVE_BIASES: dict[str, Choice] = {
+    "scalar": Choice("one learned number an offset"),
+    "query": Choice("a learned vector an offset, multiplied by the query"),
+}
+
+RELATIVE_STARTS: dict[str, Choice] = {
+    "zero": Choice("no bias"),
+    "local": Choice("-0.5 |offset|, so that near positions come first; for relative = 'scalar'"),
+}
+
+BACKENDS: dict[str, Choice] = {
+    "auto": Choice("the fastest of the others for the sizes at hand"),
+    "dense": Choice("all scores at once; for short sequences", "spdcli.engine.attention:dense_attention"),
+    "blocked": Choice("strips of queries: memory linear in the length", "spdcli.engine.attention:blocked_attention"),
+    "flex": Choice("torch's flex attention; GPU and relative = 'scalar'", "spdcli.engine.attention:flex_attention"),
+}
+
+
+@dataclass(frozen=True)
+class Start(Choice):
+    """How U and V start. `code` makes them of one matrix's W, C, inputs, second moment and generator.
+
+    `needs_inputs`: it reads the matrix's inputs on the data. `needs_moment`: the second moment of its inputs on broad
+    text. `fixed_data`: it is for a fixed set of prompts alone.
+    """
+
+    needs_inputs: bool = False
+    needs_moment: bool = False
+    fixed_data: bool = False
+
+
+STARTS: dict[str, Start] = {
+    "random": Start("Gaussian directions, U V of the norm of W", "spdcli.engine.subcomponents:random_start"),
+    "svd": Start("the largest singular triples of W", "spdcli.engine.subcomponents:svd_start"),
+    "svd_span": Start(
+        "the largest singular triples of W on the span of the data",
+        "spdcli.engine.subcomponents:svd_span_start",
+        needs_inputs=True,
+    ),
+    "dual": Start(
+        "a slice for each distinct input of the prompts: it reads that one as 1 and the others as 0",
+        "spdcli.engine.subcomponents:dual_start",
+        needs_inputs=True,
+        fixed_data=True,
+    ),
+    "dual_whitened": Start(
+        "as dual, with the reading directions that answer least to broad text",
+        "spdcli.engine.subcomponents:dual_whitened_start",
+        needs_inputs=True,
+        needs_moment=True,
+        fixed_data=True,
+    ),
+}
+
+SUBSETS: dict[str, Choice] = {
+    "forward": Choice("one subset for all positions of a step's sample"),
+    "position": Choice("another subset at every position"),
+}
+
+OPTIMIZERS: dict[str, Choice] = {
+    "adam": Choice("Adam; weight decay is added to the gradient", "torch.optim:Adam"),
+    "adamw": Choice("Adam with decoupled weight decay", "torch.optim:AdamW"),
+}
+
+SCHEDULES: dict[str, Choice] = {
+    "constant": Choice("the learning rate stays", "spdcli.engine.optimise:constant"),
+    "cosine": Choice("it falls to 0 along half a cosine", "spdcli.engine.optimise:cosine"),
+    "linear": Choice("it falls to 0 along a line", "spdcli.engine.optimise:linear"),
+}
