@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,8 @@ from spdcli.commands.options import (
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from spdcli.location.report import RunReport
 
 REPORT, DATA, TEXT = "report", "report.json", "report.md"
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of the noise of causal tracing.")]
@@ -69,71 +71,76 @@ def report(
     file = read_facts(facts, without=False)
     assert file is not None
     from spdcli.files import write_atomically, write_json
-    from spdcli.location.report import ReportSettings, make_report
+    from spdcli.location.report import ReportSettings, report_facts
     from spdcli.location.report_markdown import markdown
     from spdcli.location.tracing import TraceSettings
+    from spdcli.records import plain
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    chosen = loaded.recipe.seed if seed is None else seed
-    settings = ReportSettings(TraceSettings(noise, sigma, samples, window, chosen), random, matrix, chosen)
-    with console.live() as line:
-        steps = iter(range(1, 1000))
-        total = 4 + 2 * len(loaded.recipe.data.prompts if loaded.recipe.data else [])
-        found = make_report(loaded, file, subject or [], settings, lambda text: line.update(text, next(steps), total))
-    told = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": chosen}
-    told["layers"] = len(loaded.subject.target.blocks)
-    data = {"schema": "spd.report/1", "run": str(run), "settings": told, **found}
+    seed, layers, recipe = loaded.seed_or(seed), len(loaded.subject.target.blocks), loaded.recipe
+    settings = ReportSettings(TraceSettings(noise, sigma, samples, window, seed), random, matrix, seed)
+    with console.progress() as tell:
+        facts_of_run = report_facts(
+            loaded.subject,
+            loaded.decomposition,
+            recipe.data,
+            recipe.slices.ridge,
+            file,
+            subject or [],
+            settings,
+            tell,
+        )
+    said = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": seed, "layers": layers}
+    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **plain(facts_of_run)}
     folder = out or run / REPORT
-    figures = draw(data, folder)
+    figures = draw(facts_of_run, folder)
     data["figures"] = figures
     write_json(folder / DATA, data)
-    write_atomically(folder / TEXT, lambda beside: beside.write_text(markdown(data, figures), encoding="utf-8"))
-    console.show(data, *render(data))
+    text = markdown(str(run), facts_of_run, settings, layers, figures)
+    write_atomically(folder / TEXT, lambda beside: beside.write_text(text, encoding="utf-8"))
+    console.show(data, *render(facts_of_run))
     console.result(folder / TEXT)
 
 
-def draw(data: dict[str, Any], folder: Path) -> list[Path]:
+def draw(report: RunReport, folder: Path) -> list[Path]:
     """Figures 3, 4, 7 or 8, and 9 of a report."""
     from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed
     from spdcli.records import plain
 
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = save_zeroed(data["mlp_zeroed"], folder)
-    if any(entry["slices"] for entry in data["prompts"]):
-        drawn += save_slices(data, folder)
-    for row, entry in enumerate(data["prompts"]):
-        drawn += save_trace(plain(entry["trace"]), folder, f"trace-{row + 1}")
-        if entry["slices"]:
-            drawn += save_names(entry, row, folder, f"names-{row + 1}")
-    return drawn
+    figures = save_zeroed(report.mlp_zeroed, folder)
+    if any(fact.slices for fact in report.prompts):
+        figures += save_slices(plain(report), folder)
+    for row, fact in enumerate(report.prompts):
+        figures += save_trace(plain(fact.trace), folder, f"trace-{row + 1}")
+        if fact.slices:
+            figures += save_names(plain(fact), row, folder, f"names-{row + 1}")
+    return figures
 
 
-def render(data: dict[str, Any]) -> list[RenderableType]:
+def render(report: RunReport) -> list[RenderableType]:
     """The short form: one table a fact, what was sought for the effect under a line, and what leaks."""
     from rich.table import Table
 
     from spdcli.location.report_markdown import cells, leak_heads, leak_rows
 
     parts: list[RenderableType] = []
-    for entry in data["prompts"]:
-        title = f"{entry['prompt']}: where is it? P({entry['answer']!r}) = {entry['before']:.4f}"
-        known = data["facts"]["known"]
-        found = Table(title=title, caption="under the last line: sought for the effect, and no evidence of a place")
-        found.add_column("edit, or intervention")
-        for name in ("this fact", "other prompts", f"{known} facts: median", "mean", "max"):
-            found.add_column(name, justify="right")
-        rows = entry["rows"]
-        for row, following in zip(rows, [*rows[1:], None], strict=True):
-            last = following is None or following["kind"] != row["kind"]
-            found.add_row(*cells(row), end_section=last)
-        parts.append(found)
-        if entry["related"]:
+    for fact in report.prompts:
+        title = f"{fact.prompt}: where is it? P({fact.answer!r}) = {fact.before:.4f}"
+        table = Table(title=title, caption="under the last line: sought for the effect, and no evidence of a place")
+        table.add_column("edit, or intervention")
+        for name in ("this fact", "other prompts", f"{report.facts.known} facts: median", "mean", "max"):
+            table.add_column(name, justify="right")
+        for row, following in zip(fact.rows, [*fact.rows[1:], None], strict=True):
+            table.add_row(*cells(row), end_section=following is None or following.kind != row.kind)
+        parts.append(table)
+        if fact.related:
             leaks = Table(title="What leaks: in other words, and in reverse")
-            for number, head in enumerate(leak_heads(entry)):
+            for number, head in enumerate(leak_heads(fact)):
                 leaks.add_column(head, justify="right" if number > 1 else "left")
-            for cell in leak_rows(entry):
+            for cell in leak_rows(fact):
                 leaks.add_row(*cell)
             parts.append(leaks)
     return parts

@@ -94,7 +94,7 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Consol
     from spdcli.edits.facts_file import load_facts
     from spdcli.files import load_tensors, write_json
     from spdcli.paper.fact_claims import PAIRS
-    from spdcli.paper.fact_table import fact_table, open_stage
+    from spdcli.paper.fact_table import fact_table, open_table
     from spdcli.runs.decomposition import load_decomposition
     from spdcli.runs.directory import DECOMPOSITION
     from spdcli.runs.training import finish_run
@@ -104,9 +104,12 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Consol
         subject = prepared(run, loaded, report)
         finish_run(run, loaded, lambda: subject, report)
     decomposition = load_decomposition(recipe, subject, load_tensors(run / DECOMPOSITION)[0])
-    ridge, seed = recipe.slices.ridge, recipe.seed
-    stage = open_stage(subject, decomposition, load_facts(), PAIRS[pair].subjects, ridge, seed)
-    table = fact_table(stage)
+    from spdcli.records import plain
+
+    assert recipe.data is not None
+    ridge, seed, begin = recipe.slices.ridge, recipe.seed, recipe.data.begin_token
+    context = open_table(subject, decomposition, load_facts(), PAIRS[pair].subjects, ridge, seed, begin)
+    table = plain(fact_table(context))
     write_json(run / TABLE, {"schema": "spd.facts.table/1", "table": table})
     return table
 

@@ -10,35 +10,43 @@ the run with the corrupted subject (mean over draws). They say nothing about oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from spdcli.edits.ablation import Cut, ablate_facts, measure_cuts, zeroed_mlp
-from spdcli.edits.answer_changes import AnswerChanges, own_questions, present_answers
+from spdcli.edits.answer_changes import AnswerChanges, measure_edits
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import AskedFacts, facts_beside, known_mask
-from spdcli.edits.prompts_and_answers import pick
-from spdcli.edits.selection import activity_of
+from spdcli.edits.known_facts import fact_questions
+from spdcli.edits.suppression import Address
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
-from spdcli.location.fact_edits import Scene, chosen_matrix, matrix_like
-from spdcli.location.report_rows import ZeroedLayers, fact_entry
+from spdcli.location.fact_context import (
+    FactContext,
+    chosen_matrix,
+    fact_context,
+    known_facts,
+    matrix_like,
+    naming_tokens,
+)
+from spdcli.location.report_edits import ReportEdits, report_edits
+from spdcli.location.report_rows import ZEROED, ReportRow, edit_rows, one_row, traced_rows
 from spdcli.location.subject_prompts import subject_prompts
-from spdcli.location.tracing import TraceSettings, trace_prompt
-from spdcli.measures.texts import own_texts
+from spdcli.location.tracing import ON_SUBJECT, Trace, TraceSettings, trace_prompt
+from spdcli.location.zeroed_layers import ZeroedLayers, zeroed_layers
+from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.schema import GENERATED, Data
-from spdcli.runs.loading import LoadedRun
 from spdcli.runs.subject import Subject
-from spdcli.targets.broad_text import draw_stream, second_moments
+from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.prompts import encode
 
-HALVED = 0.5  # of another prompt's answer: a layer that costs more destroys the model
-Tell = Callable[[str], object]
+LEAKS = ("rule", "effect", "direct")  # the edits that related prompts are asked after
 
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """`trace` as for `spd trace`; `random` directions as a control; the matrix (None: see `chosen_matrix`)."""
+    """`trace` as for `spd trace`; how many `random` directions are a control; the edited matrix (None: see
+    `chosen_matrix`)."""
 
     trace: TraceSettings
     random: int = 3
@@ -46,97 +54,216 @@ class ReportSettings:
     seed: int = 0
 
 
-def make_report(
-    loaded: LoadedRun, facts: Facts, subjects: Sequence[str], settings: ReportSettings, tell: Tell
-) -> dict[str, Any]:
-    """What `spd.report/1` says of a run, without its name and its figures; `tell` hears what is being measured."""
-    subject, recipe = loaded.subject, loaded.recipe
-    if subject.prompts is None or recipe.data is None:
+@dataclass(frozen=True)
+class ChosenSlices:
+    """The addresses of a fact's slices, by rule and by effect; empty where there is none."""
+
+    rule: list[str]
+    effect: list[str]
+
+
+@dataclass(frozen=True)
+class SliceEffect:
+    """Slices by rule suppressed together, which were taken at `tokens`: P(answer) of every prompt of the run before
+    and after, and after / before (Figures 3 and 4)."""
+
+    slices: list[str]
+    tokens: list[str]
+    before: list[float]
+    after: list[float]
+    ratio: list[float]
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What one edit leaves of the answer of a related prompt."""
+
+    after: float
+    ratio: float
+    rank_after: int
+
+
+@dataclass(frozen=True)
+class RelatedPrompt:
+    """The fact in other words or asked in reverse (`kind`), its answer `token` before, and after `edits` by name."""
+
+    kind: str
+    prompt: str
+    token: str
+    before: float
+    rank_before: int
+    edits: dict[str, Leak]
+
+
+@dataclass(frozen=True)
+class FactReport:
+    """Everything about one prompt's fact. `before` is P(answer) of the model as it is.
+
+    `tokens` are what is fed, as text, and `subject` the positions of what the prompt is about; `named_at` those that
+    the edits without a decomposition are of. `slices` has the rule's slices each alone, then all of them together.
+    """
+
+    prompt: str
+    answer: str
+    tokens: Sequence[str]
+    subject: Sequence[int]
+    trace: Trace
+    second_matrix: str
+    before: float
+    chosen: ChosenSlices
+    named_at: Sequence[int]
+    rows: list[ReportRow]
+    slices: list[SliceEffect]
+    related: list[RelatedPrompt]
+
+
+@dataclass(frozen=True)
+class FactCounts:
+    """How many other facts were asked, and how many of them the unchanged model knows."""
+
+    asked: int
+    known: int
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What `spd.report/1` says of a run: the edited matrix, every MLP layer zeroed (changes of the prompts by label),
+    and each prompt's fact."""
+
+    matrix: str
+    facts: FactCounts
+    mlp_zeroed: Mapping[str, AnswerChanges]
+    prompts: list[FactReport]
+
+
+def report_facts(
+    subject: Subject,
+    decomposition: Decomposition,
+    data: Data | None,
+    ridge: float,
+    facts: Facts,
+    subjects: Sequence[str],
+    settings: ReportSettings,
+    report: Report = silent,
+) -> RunReport:
+    """The report on the facts of a run's prompts: `data` and `ridge` are its recipe's `[data]` and `slices.ridge`.
+
+    `subjects` are words that the prompts are about, and those that `facts` names come after them. UsageError for the
+    toy, and for a prompt without a subject.
+    """
+    if subject.prompts is None or data is None:
         raise UsageError("a report is about facts, and the induction toy knows none", "spd eval explains the toy")
-    begin = recipe.data.begin_token
-    prompts = encode(subject.prompts.tokenizer, recipe.data.prompts, "held_out", begin)
+    steps = iter(range(1, 1000))
+    tell = lambda text: report(Progress(text, next(steps), 4 + 2 * len(data.prompts)))  # noqa: E731
+    prompts = encode(subject.prompts.tokenizer, data.prompts, "held_out", data.begin_token)
     about = subject_prompts(prompts, subjects, facts.subjects())
-    matrix = chosen_matrix(subject.target, loaded.decomposition.names, settings.matrix)
+    matrix = chosen_matrix(subject.target, decomposition.names, settings.matrix)
     tell("which facts the model knows")
-    known = known_facts(subject, facts, recipe.data)
+    known = known_facts(subject, facts, data.prompts, data.begin_token)
     traces = []
     for prompt in about:
         tell(f"causal tracing: {prompt.text}")
         traces.append(trace_prompt(subject.target, prompt, settings.trace))
-    seconds = [matrix_like(subject.target, matrix, one.best_site("mlp", "subject").layer) for one in traces]
+    seconds = [matrix_like(subject.target, matrix, one.best_site("mlp", ON_SUBJECT).layer) for one in traces]
     tell("what is usual in broad text")
-    scene = open_scene(loaded, matrix, seconds, settings)
+    naming = [naming_tokens(prompt.subject) for prompt in about]
+    stream = broad_text(subject, data, settings.seed)
+    context = fact_context(subject, decomposition, known, naming, [matrix, *seconds], stream, ridge, settings.seed)
     tell("MLP layers zeroed, one after the other")
-    zeroed = zeroed_layers(loaded, scene, known)
-    entries = []
-    for row, prompt in enumerate(about):
-        tell(f"edits: {prompt.text}")
-        told: dict[str, Any] = {"prompt": prompt.text, "answer": prompt.answer_text}
-        told |= {"tokens": list(prompt.pieces), "subject": list(prompt.subject)}
-        told |= {"trace": traces[row], "second_matrix": seconds[row]}
-        entries.append(told | fact_entry(scene, row, told, known, zeroed, facts, begin))
-    count = {"asked": len(facts.without(recipe.data.prompts)), "known": len(known.questions.texts) if known else 0}
-    return {"matrix": matrix, "facts": count, "mlp_zeroed": zeroed.prompts, "prompts": entries}
+    zeroed = zeroed_layers(context)
+    reports = []
+    for row, (trace, second) in enumerate(zip(traces, seconds, strict=True)):
+        tell(f"edits: {trace.prompt}")
+        reports.append(fact_report(context, row, trace, second, zeroed, facts, data.begin_token, settings.random))
+    counts = FactCounts(len(facts.without(data.prompts)), len(known.questions.texts) if known else 0)
+    return RunReport(matrix, counts, zeroed.prompts, reports)
 
 
-def known_facts(subject: Subject, facts: Facts, data: Data) -> AskedFacts | None:
-    """The facts beside the run's prompts that the unchanged model knows."""
-    beside, _ = facts_beside(subject, facts, data.prompts, data.begin_token)
-    if beside is None:
-        return None
-    now = present_answers(subject.target, beside.questions)
-    rows = known_mask(now["p"], now["rank"], beside.known).nonzero()[:, 0].tolist()
-    return replace(beside, questions=pick(beside.questions, rows)) if rows else None
-
-
-def open_scene(loaded: LoadedRun, matrix: str, seconds: Sequence[str], settings: ReportSettings) -> Scene:
-    """What all facts share; broad text is the recipe's, or sampled from the target where it names none."""
-    subject, recipe = loaded.subject, loaded.recipe
-    assert subject.prompts is not None
-    assert recipe.data is not None
+def broad_text(subject: Subject, data: Data, seed: int) -> Batch:
+    """The recipe's broad text, or text that is sampled from the target where the recipe names none."""
     if subject.stream is not None:
-        stream = subject.stream()
-    else:
-        shape = (recipe.data.stream_sequences, recipe.data.stream_length)
-        model: Any = subject.target.model
-        stream = draw_stream(GENERATED, model, subject.prompts.tokenizer, *shape, settings.seed)
-        stream = stream.to(subject.target.device)
-    return Scene(
-        target=subject.target,
-        decomposition=loaded.decomposition,
-        activity=activity_of(subject, loaded.decomposition, own_texts(subject, settings.seed)),
-        questions=own_questions(subject, 0, settings.seed),
-        tokenizer=subject.prompts.tokenizer,
-        matrix=matrix,
-        moments=second_moments(subject.target, stream, list(dict.fromkeys([matrix, *seconds]))),
-        ridge=recipe.slices.ridge,
-        random=settings.random,
-        seed=settings.seed,
+        return subject.stream()
+    assert subject.prompts is not None
+    model: Any = subject.target.model
+    shape = (data.stream_sequences, data.stream_length)
+    return draw_stream(GENERATED, model, subject.prompts.tokenizer, *shape, seed).to(subject.target.device)
+
+
+def fact_report(
+    context: FactContext,
+    row: int,
+    trace: Trace,
+    second: str,
+    zeroed: ZeroedLayers,
+    facts: Facts,
+    begin_token: bool,
+    random: int,
+) -> FactReport:
+    """The report on the fact of prompt `row`, which `trace` has traced; `second` is the second matrix."""
+    shown = report_edits(context, row, trace.tokens, second, random)
+    known = context.known
+    on_prompts = measure_edits(context.target, context.prompts, shown.edits)
+    in_table = {name: shown.edits[name] for one in shown.rows for name in one.edits}
+    on_facts = {} if known is None else measure_edits(context.target, known.questions, in_table)
+    rows = traced_rows(trace)
+    for layer in dict.fromkeys((0, zeroed.needed[row])):
+        changes = zeroed.prompts[f"mlp {layer}"]
+        rows.append(one_row(f"MLP {layer} zeroed", ZEROED, changes, zeroed.facts.get(layer), row, known))
+    for one in shown.rows:
+        rows += edit_rows(one, on_prompts, on_facts, row, known)
+    return FactReport(
+        prompt=trace.prompt,
+        answer=trace.answer,
+        tokens=trace.tokens,
+        subject=trace.subject,
+        trace=trace,
+        second_matrix=second,
+        before=on_prompts["direct"][row].before,
+        chosen=ChosenSlices([str(one) for one in shown.fact.rule], [str(one) for one in shown.fact.effect]),
+        named_at=shown.fact.positions,
+        rows=rows,
+        slices=slice_effects(shown, on_prompts, trace.tokens),
+        related=related_prompts(context, shown, facts, trace.prompt, begin_token),
     )
 
 
-def zeroed_layers(loaded: LoadedRun, scene: Scene, known: AskedFacts | None) -> ZeroedLayers:
-    """Every MLP layer on the prompts; layer 0, and each prompt's most needed other one, on the known facts too."""
-    every = [zeroed_mlp(scene.target, layer) for layer in range(len(scene.target.blocks))]
-    run = (loaded.subject, loaded.decomposition)
-    cuts: dict[str, Cut] = {one.label: ((), [one]) for one in every}
-    alone = measure_cuts(*run, scene.questions, cuts, others="on", samples=1, seed=0)
-    needed = [most_needed(row, list(alone.values())) for row in range(len(scene.questions.texts))]
-    if known is None:
-        return ZeroedLayers(alone, {}, needed)
-    asked = sorted({0, *needed})
-    return ZeroedLayers(alone, {n: ablate_facts(*run, known.questions, ((), [every[n]])) for n in asked}, needed)
+def slice_effects(
+    shown: ReportEdits, on_prompts: Mapping[str, AnswerChanges], tokens: Sequence[str]
+) -> list[SliceEffect]:
+    """The rule's slices, each suppressed alone and then all together, on every prompt (Figures 3 and 4)."""
+
+    def effect(edit: str, slices: Mapping[Address, Sequence[int]]) -> SliceEffect:
+        changes = on_prompts[edit]
+        positions = sorted({position for taken_at in slices.values() for position in taken_at})
+        return SliceEffect(
+            slices=[str(address) for address in slices],
+            tokens=[tokens[position] for position in positions],
+            before=[change.before for change in changes],
+            after=[change.after for change in changes],
+            ratio=[change.ratio for change in changes],
+        )
+
+    rule = shown.fact.rule
+    alone = [effect(str(address), {address: positions}) for address, positions in rule.items()]
+    return alone if len(alone) < 2 else [*alone, effect("rule", rule)]
 
 
-def most_needed(row: int, by_layer: Sequence[AnswerChanges]) -> int:
-    """The layer other than 0 that lowers the answer of prompt `row` most, without halving that of another prompt.
-
-    A layer that does destroys the model and tells no fact's place, as layer 0 does; where all are so, all count.
-    """
-    later = range(1, len(by_layer))
-
-    def spares(layer: int) -> bool:
-        return all(effect.ratio > HALVED for other, effect in enumerate(by_layer[layer]) if other != row)
-
-    fair = [layer for layer in later if spares(layer)] or later
-    return min(fair, key=lambda layer: by_layer[layer][row].ratio, default=0)
+def related_prompts(
+    context: FactContext, shown: ReportEdits, facts: Facts, prompt: str, begin_token: bool
+) -> list[RelatedPrompt]:
+    """The fact in other words and asked in reverse, before and after the edits of LEAKS: what leaks."""
+    related = facts.related_to(prompt)
+    if not related:
+        return []
+    assert context.subject.prompts is not None
+    tokenizer = context.subject.prompts.tokenizer
+    questions = fact_questions(tokenizer, related, begin_token, context.target.device)
+    edits = {name: shown.edits[name] for name in LEAKS if name in shown.edits}
+    measured = measure_edits(context.target, questions, edits)
+    entries = []
+    for number, one in enumerate(related):
+        changes = {name: by_prompt[number] for name, by_prompt in measured.items()}
+        first = next(iter(changes.values()))
+        leaks = {name: Leak(change.after, change.ratio, change.rank_after) for name, change in changes.items()}
+        entries.append(RelatedPrompt(one.kind, one.prompt, first.token, first.before, first.rank_before, leaks))
+    return entries

@@ -15,10 +15,12 @@ from spdcli.edits.choices import STATISTICS
 from spdcli.edits.known_facts import ChangeSizes
 from spdcli.figures.facts import save_names, save_slices
 from spdcli.files import save_tensors
-from spdcli.location.report import most_needed
+from spdcli.location.report import FactCounts, ReportSettings, RunReport
+from spdcli.location.report_edits import SLICES
 from spdcli.location.report_markdown import markdown, percent, size, table
-from spdcli.location.report_rows import combined, traced_rows
-from spdcli.location.tracing import BestSite, Trace
+from spdcli.location.report_rows import ReportRow, summed_up, traced_rows
+from spdcli.location.tracing import BestSite, Trace, TraceSettings
+from spdcli.location.zeroed_layers import most_needed
 from spdcli.records import plain
 from spdcli.runs.directory import DECOMPOSITION
 
@@ -36,7 +38,7 @@ subject = "Kobe Bryant"
 [[fact]]
 category = "sport"
 prompt = "{TIGER}"
-subject = "Tiger Woods"
+subject = "sport of"
 
 [[fact]]
 category = "sport"
@@ -109,6 +111,7 @@ def test_the_rows_are_what_the_other_commands_say(spd, run, facts):
     )
     assert kobe["chosen"]["rule"] == [f"{FC}:0"]
     assert tiger["chosen"]["rule"] == [f"{FC}:2"]
+    assert [(one["slices"], one["tokens"]) for one in tiger["slices"]] == [([f"{FC}:2"], [" of"])]
     for how in ("rule", "effect"):
         chosen = [part for one in kobe["chosen"][how] for part in ("--slice", one)]
         suppressed = answer(spd, "suppress", run, *chosen, "--facts", facts)
@@ -180,6 +183,12 @@ def test_the_report_is_a_directory(spd, run, facts):
     assert again["prompts"] == data["prompts"]  # the seed says all
 
 
+def rule_of(spd, run, name):
+    """How much of the weights a slice's suppression takes, |ûᵀ W v̂|."""
+    (cut,) = answer(spd, "suppress", run, "--slice", name, "--no-facts")["matrices"]
+    return abs(cut["projections"][0])
+
+
 def test_a_model_that_knows_no_fact(spd, run):
     data = answer(spd, "report", run, *FEW, "--matrix", "h.1.mlp.c_proj", "--subject", "Bryant")
     assert data["matrix"] == "h.1.mlp.c_proj"
@@ -187,7 +196,12 @@ def test_a_model_that_knows_no_fact(spd, run):
     assert data["facts"]["asked"] > 100
     assert data["prompts"][0]["subject"] == [2]
     assert all(row["facts"] is None for entry in data["prompts"] for row in entry["rows"])
-    assert data["prompts"][0]["chosen"]["rule"] == ["h.1.mlp.c_proj:4"]  # 1 is active at another token, too
+    both = {name: rule_of(spd, run, name) for name in ("h.1.mlp.c_proj:1", "h.1.mlp.c_proj:4")}
+    assert data["prompts"][0]["chosen"]["rule"] == [max(both, key=both.get)]  # 1 is active at another token, too
+    tiger = data["prompts"][1]
+    assert tiger["chosen"]["rule"] == tiger["slices"] == []  # 'Tiger Woods', where no slice of this prompt is active
+    assert tiger["named_at"] == [1, 2]
+    assert "slices, by rule" not in [row["name"] for row in tiger["rows"]]
 
 
 def test_what_cannot_be_reported(spd, run, tmp_path):
@@ -220,10 +234,12 @@ def test_the_needed_layer_destroys_nothing_else():
 
 def test_rows_of_several_edits_are_sizes():
     facts = lambda x: ChangeSizes(relative_change=dict.fromkeys(STATISTICS, x))  # noqa: E731
-    rows = [{"own": -0.5, "others": None, "facts": facts(0.1)}, {"own": 0.1, "others": -0.2, "facts": facts(0.3)}]
-    largest = combined(rows, max)
-    assert (largest["own"], largest["others"], plain(largest["facts"])["max_relative_change"]) == (0.5, 0.2, 0.3)
-    assert combined([{"own": 0.1, "others": None, "facts": None}], max)["facts"] is None
+    rows = [ReportRow("a", SLICES, -0.5, None, facts(0.1)), ReportRow("b", SLICES, 0.1, -0.2, facts(0.3))]
+    largest = plain(summed_up("both", rows, max))
+    assert (largest["own"], largest["others"], largest["facts"]["max_relative_change"]) == (0.5, 0.2, 0.3)
+    assert (largest["name"], largest["kind"], largest["sizes"]) == ("both", SLICES, True)
+    assert "restores" not in largest
+    assert summed_up("", [ReportRow("a", SLICES, 0.1, None, None)], max).facts is None
 
 
 def test_traced_rows_by_hand():
@@ -233,19 +249,21 @@ def test_traced_rows_by_hand():
         for where, position, effect in (("subject", 0, 0.2), ("after", 1, 0.4))
     ]
     rows = traced_rows(Trace("K is it", " it", ("K", " is"), (0,), 1.0, 0.4, 0.1, 0.0, {}, best))
-    assert [row["name"] for row in rows] == [
+    assert [row.name for row in rows] == [
         "tracing: hidden state at 'K', layer 0",
         "tracing: MLPs at ' is', layers 0 to 4",
         "tracing: attention at ' is', layers 0 to 4",
     ]
-    assert [row["own"] for row in rows] == pytest.approx([-0.75] * 3)
+    assert [row.own for row in rows] == pytest.approx([-0.75] * 3)
+    assert [row.restores for row in rows] == [0.2, 0.4, 0.4]
 
 
 def test_markdown_by_hand():
     assert [percent(-0.915), percent(None), size(-0.004)] == ["-91.5%", "–", "0.4%"]
     assert table(("a", "b"), [("x|y", "1")]) == ["| a | b |", "|---|---:|", "| x&#124;y | 1 |", ""]
-    bare = {"run": "r", "matrix": "m", "facts": {"known": 3, "asked": 4}, "prompts": []}
-    text = markdown(bare | {"settings": {"noise": 3.0, "samples": 4, "window": 10, "layers": 30}}, [])
+    bare = RunReport("m", FactCounts(asked=4, known=3), {}, [])
+    text = markdown("r", bare, ReportSettings(TraceSettings(samples=4)), 30, [])
+    assert "4 draws, windows of 10 of 30 layers" in text
     assert "the 3 of 4 other facts that the unchanged model knows" in text
 
 

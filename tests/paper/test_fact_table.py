@@ -15,11 +15,13 @@ from spdcli.edits import facts_file as facts_module
 from spdcli.edits.facts_file import Fact, Facts, Known
 from spdcli.edits.suppression import find_slices, suppression
 from spdcli.errors import SpdError, UsageError
+from spdcli.location.fact_edits import METHODS, fact_edits, most_important_at, slices_by_effect, slices_by_rule
 from spdcli.paper import fact_claims as fact_bounds
 from spdcli.paper.fact_claims import PAIRS, Pair, fact_claims, method_rows
-from spdcli.paper.fact_table import METHODS, by_effect, by_rule, edits_of, fact_table, open_stage, positions_of
+from spdcli.paper.fact_table import fact_table, open_table
 from spdcli.paper.table1 import compare, passes
 from spdcli.recipe.reading import load_recipe
+from spdcli.records import plain
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject
 
@@ -41,8 +43,8 @@ FACTS = Facts(
 )
 
 
-def stage_of(folder, tmp_path, *settings, facts=FACTS):
-    """A stage whose slices are untrained duals, active at their own token alone."""
+def context_of(folder, tmp_path, *settings, facts=FACTS):
+    """A context whose slices are untrained duals, active at their own token alone."""
     path = tmp_path / "small.toml"
     path.write_text(MODEL)
     recipe = load_recipe(path, [f"target.model={folder}", *SETTINGS, *settings]).recipe
@@ -51,63 +53,64 @@ def stage_of(folder, tmp_path, *settings, facts=FACTS):
         if hasattr(module, "variance_epsilon"):
             module.forward = exact_norm(module)
     names = [name for name in subject.target.matrices if name.startswith(("layers.0.mlp", "layers.1.mlp"))]
-    stage = open_stage(subject, start_decomposition(recipe, subject, names), facts, SUBJECTS, recipe.slices.ridge, 0)
-    for values in stage.activity.g.values():
+    decomposition = start_decomposition(recipe, subject, names)
+    context = open_table(subject, decomposition, facts, SUBJECTS, recipe.slices.ridge, 0)
+    for values in context.activity.g.values():
         values.zero_()
-    return stage
+    return context
 
 
-def switch(stage, name, index, *places, importance=1.0):
+def switch(context, name, index, *places, importance=1.0):
     for row, position in places:
-        stage.activity.g[name][row, position, index] = importance
+        context.activity.g[name][row, position, index] = importance
 
 
 def test_the_rule_takes_the_subjects_own_slice_of_which_the_weights_hold_most(tiny_llama_dir, tmp_path):
-    stage = stage_of(tiny_llama_dir, tmp_path)
-    assert stage.own.texts[0].startswith("Kobe Bryant")  # K, obe, Bryant: the subject's last token is at 2
-    assert by_rule(stage, 0) == []
-    switch(stage, UP, 1, (0, 1))  # another token
-    switch(stage, UP, 2, (0, 2), (1, 1))  # the other prompt too
-    switch(stage, DOWN, 3, (0, 2))  # another matrix
-    assert by_rule(stage, 0) == []
+    context = context_of(tiny_llama_dir, tmp_path)
+    assert context.prompts.texts[0].startswith("Kobe Bryant")  # K, obe, Bryant: the subject's last token is at 2
+    assert slices_by_rule(context, 0) == {}
+    switch(context, UP, 1, (0, 1))  # another token
+    switch(context, UP, 2, (0, 2), (1, 1))  # the other prompt too
+    switch(context, DOWN, 3, (0, 2))  # another matrix
+    assert slices_by_rule(context, 0) == {}
     for index in (5, 6, 7):
-        switch(stage, UP, index, (0, 2), importance=0.1 * index)
-    switch(stage, UP, 6, (0, 3))  # elsewhere in the same prompt: that is allowed
-    own, weight = stage.decomposition.of(UP), stage.subject.target.matrices[UP].weight
+        switch(context, UP, index, (0, 2), importance=0.1 * index)
+    switch(context, UP, 6, (0, 3))  # elsewhere in the same prompt: that is allowed
+    own, weight = context.decomposition.of(UP), context.subject.target.matrices[UP].weight
     sizes = {c: abs((own.U[:, c] @ weight @ own.V[c] / own.U[:, c].norm() / own.V[c].norm()).item()) for c in (5, 6, 7)}
-    assert [str(address) for address in by_rule(stage, 0)] == [f"{UP}:{max(sizes, key=sizes.get)}"]
-    assert positions_of(stage, 0, by_rule(stage, 0)) == [2]
-    assert by_rule(stage, 1) == []
+    assert [str(address) for address in slices_by_rule(context, 0)] == [f"{UP}:{max(sizes, key=sizes.get)}"]
+    assert most_important_at(context, 0, list(slices_by_rule(context, 0))) == [2]
+    assert slices_by_rule(context, 1) == {}
 
 
 def test_the_choice_by_effect_is_the_best_of_all_singles_and_pairs(tiny_llama_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("spdcli.edits.selection.SPARED", 0.4)
-    stage = stage_of(tiny_llama_dir, tmp_path)
+    context = context_of(tiny_llama_dir, tmp_path)
     active = [(UP, 1), (UP, 2), (GATE, 3), (DOWN, 2), (DOWN, 4)]
     for name, index in active:
-        switch(stage, name, index, (0, index))
-    switch(stage, UP, 7, (1, 2))  # not active in the first prompt
-    switch(stage, UP, 0, (0, 0), (0, 1))  # active at a first token
-    switch(stage, "layers.1.mlp.up_proj", 1, (0, 1))  # not in the first MLP
-    chosen = by_effect(stage, 0)
-    everything = [address for address in every(stage) if (address.matrix, address.index) in active]
+        switch(context, name, index, (0, index))
+    switch(context, UP, 7, (1, 2))  # not active in the first prompt
+    switch(context, UP, 0, (0, 0), (0, 1))  # active at a first token
+    switch(context, "layers.1.mlp.up_proj", 1, (0, 1))  # not in the first MLP
+    chosen = slices_by_effect(context, 0)
+    everything = [address for address in every(context) if (address.matrix, address.index) in active]
     best, choice = math.inf, None
     for count in (1, 2):
         for slices in itertools.combinations(everything, count):
-            own, other = answers(stage, suppression(stage.subject.target, stage.decomposition, list(slices)))
+            own, other = answers(context, suppression(context.subject.target, context.decomposition, list(slices)))
             if abs(other - 1) < 0.4 and own < best:
                 best, choice = own, slices
     assert set(chosen) == set(choice)
 
 
-def every(stage):
-    return find_slices(stage.decomposition, [f"{n}:{c}" for n in (UP, GATE, DOWN) for c in range(16)])
+def every(context):
+    return find_slices(context.decomposition, [f"{n}:{c}" for n in (UP, GATE, DOWN) for c in range(16)])
 
 
-def answers(stage, edit, questions=None):
+def answers(context, edit, questions=None):
     """after / before of every question's answer, with the weights changed by hand and no padding."""
-    questions = questions or stage.own
-    target = stage.subject.target
+    questions = questions or context.prompts
+    target = context.subject.target
 
     def probabilities():
         found = []
@@ -128,24 +131,23 @@ def answers(stage, edit, questions=None):
 
 
 def test_every_number_of_the_table_against_weights_changed_by_hand(tiny_llama_dir, tmp_path):
-    stage = stage_of(tiny_llama_dir, tmp_path)
-    switch(stage, UP, 1, (0, 1))
-    switch(stage, UP, 2, (0, 2))
-    table = fact_table(stage)
-    assert [entry["prompt"] for entry in table] == stage.own.texts
+    context = context_of(tiny_llama_dir, tmp_path)
+    switch(context, UP, 1, (0, 1))
+    switch(context, UP, 2, (0, 2))
+    table = plain(fact_table(context))
+    assert [entry["prompt"] for entry in table] == context.prompts.texts
     assert table[1]["edits"] == {}  # nothing is active there
     assert list(table[0]["edits"]) == list(METHODS)
-    edits, chosen = edits_of(stage, 0)
-    assert chosen["rule"] == [f"{UP}:2"]
-    for method, edit in edits.items():
+    assert table[0]["edits"]["rule"]["slices"] == [f"{UP}:2"]
+    for method, edit in fact_edits(context, 0).edits.items():
         found = table[0]["edits"][method]
-        own, other = answers(stage, edit)
+        own, other = answers(context, edit)
         assert found["own"] == pytest.approx(own - 1, rel=1e-6)
         assert found["others"] == pytest.approx(abs(other - 1), rel=1e-6, abs=1e-9)
-        changes = [abs(ratio - 1) for ratio in answers(stage, edit, stage.facts)]
+        changes = [abs(ratio - 1) for ratio in answers(context, edit, context.known.questions)]
         assert found["median_relative_change"] == pytest.approx(sum(changes) / 2, rel=1e-6, abs=1e-9)
         assert found["max_relative_change"] == pytest.approx(max(changes), rel=1e-6, abs=1e-9)
-        assert found["worst"]["prompt"] == stage.facts.texts[changes.index(max(changes))]
+        assert found["worst"]["prompt"] == context.known.questions.texts[changes.index(max(changes))]
         assert found["known"] == 2
         assert (found["slices"] is None) == (method not in ("rule", "effect"))
         if method not in ("rule", "effect"):
@@ -158,16 +160,16 @@ def test_every_number_of_the_table_against_weights_changed_by_hand(tiny_llama_di
 
 def test_what_a_table_cannot_be_made_of(tiny_llama_dir, tmp_path):
     with pytest.raises(SpdError, match="knows none of the facts"):
-        stage_of(tiny_llama_dir, tmp_path, facts=FACTS.model_copy(update={"known": Known(probability=0.999)}))
+        context_of(tiny_llama_dir, tmp_path, facts=FACTS.model_copy(update={"known": Known(probability=0.999)}))
     path = tmp_path / "small.toml"
     recipe = load_recipe(path, [f"target.model={tiny_llama_dir}", *SETTINGS]).recipe
     subject = language_subject(recipe, torch.device("cpu"))
     elsewhere = start_decomposition(recipe, subject, ["layers.1.mlp.up_proj"])
     with pytest.raises(SpdError, match="does not decompose the first MLP"):
-        open_stage(subject, elsewhere, FACTS, SUBJECTS, 0.3, 0)
+        open_table(subject, elsewhere, FACTS, SUBJECTS, 0.3, 0)
     first = start_decomposition(recipe, subject, [UP])
     with pytest.raises(UsageError, match="prompt 2 has no token ' Bryant'"):
-        open_stage(subject, first, FACTS, (" Bryant", " Bryant"), 0.3, 0)
+        open_table(subject, first, FACTS, (" Bryant", " Bryant"), 0.3, 0)
 
 
 # --- bounds ----------------------------------------------------------------------------------------
