@@ -80,23 +80,23 @@ def measure(
 ) -> dict[str, Any]:
     """One run, trained and evaluated unless it is there already."""
     from spdcli.api import finished
-    from spdcli.measures.evaluation import evaluate
+    from spdcli.measures.evaluation import evaluate_without_circuit
     from spdcli.runs.training import claimed_run
 
     console.note(f"{name}, {loaded.recipe.decompose.steps} steps, in {folder}")
     with console.progress() as report:
         opened = finished(claimed_run(folder, loaded, force), loaded, report)
     last = opened.home.metrics()[-1]
-    found = evaluate(opened.subject, opened.decomposition, sequences, 0.0, loaded.recipe.seed)
+    evaluation = evaluate_without_circuit(opened.subject, opened.decomposition, sequences, 0.0, loaded.recipe.seed)
     return {
         "with": name,
         "run": str(folder),
         "steps": last["step"],
         "seconds": last["seconds"],
         "active": sum(last["active"].values()),
-        "total_active": found["total_active"],
-        "metrics": found["metrics"],
-        "standard_error": found["standard_error"],
+        "total_active": evaluation.total_active,
+        "metrics": evaluation.metrics,
+        "standard_error": evaluation.standard_error,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,16 @@ from spdcli.paper.table1 import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
-    from spdcli.runs.loading import LoadedRun
+    from spdcli.measures.circuit import Circuit
+    from spdcli.measures.gate_knowledge import Control
+    from spdcli.measures.language_evaluation import LanguageEvaluation
+    from spdcli.measures.target_share import TargetShare
+    from spdcli.measures.toy_evaluation import ToyEvaluation
+    from spdcli.runs.subject import Subject
 
 Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure on.")]
 
@@ -56,99 +63,83 @@ def evaluate(
     (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts.
     """
     console = make_console(json, quiet, verbose)
+    from spdcli.figures.run_files import write_evaluation
+    from spdcli.measures.evaluation import evaluate as measure
     from spdcli.runs.directory import EVAL
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    data = evaluate_run(loaded, sequences, threshold, loaded.recipe.seed if seed is None else seed)
-    prompts = loaded.subject.prompts
-    parts = toy_tables(data) if prompts is None else language_tables(data, prompts.pieces)
-    console.show(data, *parts)
+    evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed))
+    console.show(write_evaluation(loaded, evaluation), *render(evaluation, loaded.subject))
     console.result(run / EVAL)
 
 
-def evaluate_run(loaded: LoadedRun, sequences: int, threshold: float, seed: int) -> dict[str, Any]:
-    """Measures a run into its eval.json and, for a toy of the paper's kind, its figures; returns what it wrote."""
-    from spdcli.files import write_json
-    from spdcli.measures.circuit_data import has_circuit
-    from spdcli.measures.evaluation import evaluate as measure
-    from spdcli.runs.directory import EVAL
+def render(evaluation: ToyEvaluation | LanguageEvaluation, subject: Subject) -> list[Table | str]:
+    """What a person sees of an evaluation."""
+    from spdcli.measures.language_evaluation import LanguageEvaluation
 
-    found = measure(loaded.subject, loaded.decomposition, sequences, threshold, seed)
-    run = loaded.home
-    settings = {"run": str(run.path), "target": loaded.recipe.target.kind, "seed": seed, "threshold": threshold}
-    data: dict[str, Any] = {"schema": "spd.eval/1", **settings, **found}
-    if has_circuit(loaded.subject):
-        data["circuit"] = explain(loaded, threshold, seed)
-    write_json(run / EVAL, data)
-    return data
+    if isinstance(evaluation, LanguageEvaluation):
+        assert subject.prompts is not None
+        return language_tables(evaluation, subject.prompts.pieces)
+    circuit = circuit_tables(evaluation.circuit) if evaluation.circuit else []
+    return [active_table(evaluation), metrics_table(evaluation), FREE_PATTERNS, *circuit]
 
 
-def explain(loaded: LoadedRun, threshold: float, seed: int) -> dict[str, Any]:
-    """The mechanism of the toy and what its gates know (section 6.1), with the figures of both."""
-    from spdcli.figures.circuit import save_circuit
-    from spdcli.measures import circuit, circuit_data
-    from spdcli.measures import gate_knowledge as controls
-    from spdcli.runs.directory import FIGURES
-
-    subject = loaded.subject
-    stage = circuit_data.circuit_data(subject, loaded.decomposition, circuit.SEQUENCES, threshold, seed)
-    found = circuit.circuit(stage) | {"controls": controls.gate_controls(stage, seed)}
-    shown = circuit.example(stage)
-    save_circuit(found, shown, [subject.token_text(token) for token in shown["tokens"]], loaded.home / FIGURES)
-    return found
-
-
-def toy_tables(data: dict[str, Any]) -> list[Table | str]:
-    """Table 1 with the paper's numbers in brackets."""
+def active_table(evaluation: ToyEvaluation) -> Table:
+    """Tables 1a and 1b, with the paper's numbers in brackets."""
     from rich.table import Table
 
     active = Table(title="Average active slices a position, and unique slices (the paper's in brackets)")
     active.add_column("")
     for heading in ("s1", "m", "s2", "random", "unique"):
         active.add_column(heading, justify="right")
-    for name, classes in data["active"].items():
-        ours = [f"{classes[kind]:.3f}" for kind in ("s1", "m", "s2", "random")] + [str(data["unique"][name])]
+    for name, classes in evaluation.active.items():
+        ours = [f"{classes[kind]:.3f}" for kind in ("s1", "m", "s2", "random")] + [str(evaluation.unique[name])]
         paper = (
             [f" ({value:.3f})" for value in PAPER_ACTIVE[name][:4]] + [f" ({PAPER_ACTIVE[name][4]})"]
             if name in PAPER_ACTIVE
             else [""] * 5
         )
         active.add_row(name, *(mine + theirs for mine, theirs in zip(ours, paper, strict=True)))
-    metrics = Table(title=f"Metrics over {data['sequences']} sequences")
+    return active
+
+
+def metrics_table(evaluation: ToyEvaluation) -> Table:
+    """Table 1c beside the paper's."""
+    from rich.table import Table
+
+    metrics = Table(title=f"Metrics over {evaluation.sequences} sequences")
     for heading in ("", "ours", "standard error", "paper"):
         metrics.add_column(heading, justify="left" if not heading else "right")
-    for name, value in data["metrics"].items():
-        error = data["standard_error"][name]
+    for name, value in evaluation.metrics.items():
+        error = evaluation.standard_error[name]
         metrics.add_row(name, f"{value:.1e}", f"{error:.0e}" if error else "exact", _paper(PAPER_METRICS.get(name)))
-    for layer, value in enumerate(data["attention_kl"]):
-        metrics.add_row(
-            f"attention KL, layer {layer + 1}", f"{value:.3f}", "", _paper(dict(enumerate(PAPER_ATTENTION)).get(layer))
-        )
-        for kind, what in (("matters", "where the pattern matters"), ("rest", "everywhere else")):
-            if data["attention_kl_split"][layer][kind] is not None:
-                metrics.add_row(f"  {what}", f"{data['attention_kl_split'][layer][kind]:.3f}", "", "")
-    for kind, value in data["accuracy"].items():
-        metrics.add_row(f"accuracy, {kind} model", f"{value:.2%}", "", "")
-    explained = circuit_tables(data["circuit"]) if "circuit" in data else []
-    return [active, metrics, FREE_PATTERNS, *explained]
+    paper = dict(enumerate(PAPER_ATTENTION, 1))
+    for value, split in zip(evaluation.attention_kl, evaluation.attention_kl_split, strict=True):
+        metrics.add_row(f"attention KL, layer {split.layer}", f"{value:.3f}", "", _paper(paper.get(split.layer)))
+        for part, what in ((split.matters, "where the pattern matters"), (split.rest, "everywhere else")):
+            if part is not None:
+                metrics.add_row(f"  {what}", f"{part:.3f}", "", "")
+    for kind, share in (("target", evaluation.accuracy.target), ("masked", evaluation.accuracy.masked)):
+        metrics.add_row(f"accuracy, {kind} model", f"{share:.2%}", "", "")
+    return metrics
 
 
-def circuit_tables(circuit: dict[str, Any]) -> list[Table | str]:
+def circuit_tables(circuit: Circuit) -> list[Table | str]:
     """The mechanism of section 6.1, and what is left of it without the gates' knowledge."""
     from rich.table import Table
 
-    attention = Table(title=f"Attention of the circuit over {circuit['sequences']} sequences")
+    attention = Table(title=f"Attention of the circuit over {circuit.sequences} sequences")
     for heading in ("", "target", "active slices alone", "paper"):
         attention.add_column(heading, justify="left" if not heading else "right")
     for key, (label, paper) in STEPS.items():
-        target, masked = (circuit["attention"][kind][key] for kind in ("target", "masked"))
+        target, masked = (getattr(one, key) for one in (circuit.attention.target, circuit.attention.masked))
         attention.add_row(label, f"{target:.4f}", f"{masked:.4f}", _paper(paper))
-    return [attention, *_slice_lines(circuit), controls_table(circuit["controls"])]
+    return [attention, *_slice_lines(circuit), controls_table(circuit.controls)]
 
 
-def controls_table(controls: dict[str, Any]) -> Table:
+def controls_table(controls: Mapping[str, Control]) -> Table:
     """Accuracy when all gates, those of one layer or those of one matrix know less; attention when all do."""
     from rich.table import Table
 
@@ -156,32 +147,31 @@ def controls_table(controls: dict[str, Any]) -> Table:
     for heading in ("importances", "all", "m to s1", "s2 to m", "layer 1", "layer 2"):
         table.add_column(heading, justify="left" if heading == "importances" else "right")
     table.add_column("one matrix (%)")
-    for control, found in controls.items():
-        whole = found["all"]
-        steps = [f"{whole[step]:.3f}" for step in ("m_to_s1", "s2_to_m")]
-        layers = [f"{one['accuracy']:.0%}" for one in found["layers"]]
+    for name, control in controls.items():
+        steps = [f"{control.all.m_to_s1:.3f}", f"{control.all.s2_to_m:.3f}"]
+        layers = [f"{one.accuracy:.0%}" for one in control.layers]
         layers += [""] * (2 - len(layers))
-        each = "  ".join(f"{name} {100 * one['accuracy']:.0f}" for name, one in found["matrices"].items())
-        table.add_row(control.replace("_", " "), f"{whole['accuracy']:.2%}", *steps, *layers, each)
+        each = "  ".join(f"{matrix} {100 * one.accuracy:.0f}" for matrix, one in control.matrices.items())
+        table.add_row(name.replace("_", " "), f"{control.all.accuracy:.2%}", *steps, *layers, each)
     return table
 
 
-def _slice_lines(circuit: dict[str, Any]) -> list[str]:
+def _slice_lines(circuit: Circuit) -> list[str]:
     """Which slice of K0 finds the next position, and what V1 spans."""
     lines = []
-    offsets, identity = circuit["offsets"], circuit["identity"]
-    if offsets is not None and offsets["aligns"] is not None:
-        best = next(entry for entry in offsets["slices"] if entry["slice"] == offsets["aligns"])
+    offsets, identity = circuit.offsets, circuit.identity
+    if offsets is not None and offsets.aligns is not None:
+        best = next(entry for entry in offsets.slices if entry.slice == offsets.aligns)
         lines.append(
-            f"{best['slice']} aligns token n with position n+1: by the encodings alone its score there is "
-            f"{best['contrast']:.2f} above other offsets' (all of K0: {offsets['whole']['contrast']:.2f})."
+            f"{best.slice} aligns token n with position n+1: by the encodings alone its score there is "
+            f"{best.contrast:.2f} above other offsets' (all of K0: {offsets.whole.contrast:.2f})."
         )
     if identity is not None:
-        enough = next((k for k, right in enumerate(identity["decoding"], 1) if right >= ENOUGH), None)
-        needed = f"more than {len(identity['decoding'])}" if enough is None else str(enough)
+        enough = next((k for k, right in enumerate(identity.decoding, 1) if right >= ENOUGH), None)
+        needed = f"more than {len(identity.decoding)}" if enough is None else str(enough)
         lines.append(
-            f"V1's active slices: {identity['above_one_percent']} singular values above 1 % of the largest, "
-            f"participation ratio {identity['participation']:.1f}; "
+            f"V1's active slices: {identity.above_one_percent} singular values above 1 % of the largest, "
+            f"participation ratio {identity.participation:.1f}; "
             f"{needed} directions tell m right in {ENOUGH:.1%} of sequences."
         )
     return lines
@@ -191,7 +181,7 @@ def _paper(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def language_tables(data: dict[str, Any], pieces: list[list[str]]) -> list[Table | str]:
+def language_tables(evaluation: LanguageEvaluation, pieces: list[list[str]]) -> list[Table | str]:
     """Active slices a token and matrix, then what the model of active slices alone still predicts."""
     from rich.table import Table
 
@@ -201,7 +191,7 @@ def language_tables(data: dict[str, Any], pieces: list[list[str]]) -> list[Table
         table.add_column("matrix")
         for token in tokens:
             table.add_column(token.strip() or repr(token), justify="right")
-        for name, counts in data["active"].items():
+        for name, counts in evaluation.active.items():
             row = [counts[f"{prompt}:{position}"] for position in range(len(tokens))]
             if any(row):
                 table.add_row(name, *(str(count) if count else "·" for count in row))
@@ -209,26 +199,26 @@ def language_tables(data: dict[str, Any], pieces: list[list[str]]) -> list[Table
     answers = Table(title="Probability of the answer")
     for heading in ("prompt", "answer", "target", "active slices alone"):
         answers.add_column(heading, justify="left" if heading in ("prompt", "answer") else "right")
-    for answer in data["answers"]:
-        answers.add_row(answer["prompt"], answer["answer"], f"{answer['target']:.3f}", f"{answer['masked']:.3f}")
-    metrics = ", ".join(f"{name} {value:.2e}" for name, value in data["metrics"].items())
-    entropy = data["cross_entropy"]
+    for one in evaluation.answers:
+        answers.add_row(one.prompt, one.answer, f"{one.target:.3f}", f"{one.masked:.3f}")
+    metrics = ", ".join(f"{name} {value:.2e}" for name, value in evaluation.metrics.items())
+    entropy = evaluation.cross_entropy
     return [
         *tables,
         answers,
-        f"{data['total_active']} of {data['total_slices']} slices are active somewhere. {metrics}.",
-        *grounding_lines(data["grounding"]),
-        f"Cross-entropy of the text, nats a token: target {entropy['target']:.3f}, "
-        f"active slices alone {entropy['masked']:.3f}.",
+        f"{evaluation.total_active} of {evaluation.total_slices} slices are active somewhere. {metrics}.",
+        *target_share_lines(evaluation.grounding),
+        f"Cross-entropy of the text, nats a token: target {entropy.target:.3f}, "
+        f"active slices alone {entropy.masked:.3f}.",
     ]
 
 
-def grounding_lines(found: dict[str, Any]) -> list[str]:
+def target_share_lines(share: TargetShare) -> list[str]:
     """How far active slices lie along the target's weights, and where they are."""
-    if found["last_block"] is None:
+    if share.last_block is None:
         return []
-    blocks = ", ".join(f"{block}: {count}" for block, count in found["blocks"].items())
+    blocks = ", ".join(f"{block}: {count}" for block, count in share.blocks.items())
     return [
-        f"Of an active slice {found['in_weights']:.0%} is in the weights, of what active slices write "
-        f"{found['in_outputs']:.0%} lies along the target's own answer (means). Active slices by block: {blocks}."
+        f"Of an active slice {share.in_weights:.0%} is in the weights, of what active slices write "
+        f"{share.in_outputs:.0%} lies along the target's own answer (means). Active slices by block: {blocks}."
     ]

@@ -90,8 +90,9 @@ def seed_recipes(
 
 
 def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
-    """What `spd eval` found of the run, measured now unless it was measured so before."""
-    from spdcli.commands.evaluate import evaluate_run
+    """What `spd eval` says of the run, measured now unless it was measured so before."""
+    from spdcli.figures.run_files import write_evaluation
+    from spdcli.measures.evaluation import evaluate
     from spdcli.runs.directory import EVAL
 
     seed = opened.recipe.seed
@@ -99,7 +100,7 @@ def evaluation_of(opened: LoadedRun, sequences: int) -> dict[str, Any]:
     before = read_json(opened.home / EVAL)
     if "circuit" in before and all(before.get(key) == value for key, value in wanted.items()):
         return before
-    return evaluate_run(opened, sequences, 0.0, seed)
+    return write_evaluation(opened, evaluate(opened.subject, opened.decomposition, sequences, 0.0, seed))
 
 
 def svd_baseline(opened: LoadedRun, console: Console) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Figures of the induction circuit (`spd eval` of the toy): PNG and SVG, readable in grey."""
+"""Figures of the induction circuit (Figure 1, section 6.1), by `spd eval` of the toy: PNG and SVG, readable in grey."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,22 +11,25 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from spdcli.figures.curves import save
+from spdcli.measures.circuit import Circuit, CircuitExample, ImportanceProfile
+from spdcli.measures.circuit_identity import Identity
+from spdcli.measures.circuit_offsets import Offsets
 from spdcli.targets.sequences import POSITION_CLASSES
 
 LINES = ("-", "--", "-.", ":")
 
 
-def save_circuit(circuit: Mapping[str, Any], example: Mapping[str, Any], names: Sequence[str], directory: Path) -> None:
-    """All figures of one run: `circuit` and `example` as `analysis.circuit` makes them, `names` the tokens' names."""
+def save_circuit(circuit: Circuit, example: CircuitExample, names: Sequence[str], directory: Path) -> None:
+    """All figures of one run; `names` are those of the example's tokens."""
     save_sequence(example, names, directory)
-    save_importance(circuit["importance"], directory)
+    save_importance(circuit.importance, directory)
     save_attention(example, directory)
     save_mechanism(circuit, directory)
 
 
-def save_sequence(example: Mapping[str, Any], names: Sequence[str], directory: Path) -> list[Path]:
+def save_sequence(example: CircuitExample, names: Sequence[str], directory: Path) -> list[Path]:
     """Figure 1: one sequence with s1, m and s2 marked, and what attends to what in the two layers."""
-    length, at = len(names), example["at"]
+    length, at = len(names), example.at
     figure = Figure(figsize=(max(5.0, 0.19 * length), 2.4))
     axes = figure.subplots()
     labels = {place: kind for kind, place in at.items()}
@@ -38,7 +40,7 @@ def save_sequence(example: Mapping[str, Any], names: Sequence[str], directory: P
         if marked:
             axes.text(place, -1.0, labels[place], ha="center", va="center", fontsize=8)
     for layer, (query, key) in enumerate((("m", "s1"), ("s2", "m"))):
-        strength = example["target"][layer][at[query], at[key]]
+        strength = example.target[layer][at[query], at[key]]
         _arc(axes, at[query], at[key], f"layer {layer + 1}: {query} attends to {key} ({strength:.2f})")
     axes.set(xlim=(-1, length), ylim=(-1.4, 3.2), aspect="equal")
     axes.set_axis_off()
@@ -61,12 +63,12 @@ def _arc(axes: Axes, start: int, stop: int, label: str) -> None:
     )
 
 
-def save_importance(importance: Mapping[str, Any], directory: Path) -> list[Path]:
+def save_importance(importance: ImportanceProfile, directory: Path) -> list[Path]:
     """Mean summed importance of every matrix: by position class, and by distance from s1. Black is 1 and more."""
-    matrices, distances = list(importance["classes"]), importance["distances"]
+    matrices, distances = list(importance.classes), importance.distances
     figure = Figure(figsize=(9, 0.4 * len(matrices) + 1.6), layout="constrained")
     by_class, by_distance = figure.subplots(1, 2, width_ratios=[1, 2.4])
-    values = [[importance["classes"][name][kind] for kind in POSITION_CLASSES] for name in matrices]
+    values = [[importance.classes[name][kind] for kind in POSITION_CLASSES] for name in matrices]
     by_class.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
@@ -74,7 +76,7 @@ def save_importance(importance: Mapping[str, Any], directory: Path) -> list[Path
             by_class.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     by_class.set_xticks(range(len(POSITION_CLASSES)), POSITION_CLASSES)
     shown = by_distance.imshow(
-        [importance["by_distance"][name] for name in matrices], cmap="Greys", vmin=0, vmax=1, aspect="auto"
+        [importance.by_distance[name] for name in matrices], cmap="Greys", vmin=0, vmax=1, aspect="auto"
     )
     by_distance.set_xticks(range(len(distances)), [f"{d:+d}" if d else "s1" for d in distances], fontsize=8)
     by_distance.set_xlabel("position, counted from s1 (m is +1)")
@@ -84,14 +86,14 @@ def save_importance(importance: Mapping[str, Any], directory: Path) -> list[Path
     return save(figure, directory, "importance")
 
 
-def save_attention(example: Mapping[str, Any], directory: Path) -> list[Path]:
+def save_attention(example: CircuitExample, directory: Path) -> list[Path]:
     """Attention of one sequence, both layers: original, decomposed, and their difference. Circles: what must be."""
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     grid = figure.subplots(2, 3)
-    at = example["at"]
+    at = example.at
     steps = ((at["m"], at["s1"]), (at["s2"], at["m"]))
     for layer in range(2):
-        original, decomposed = example["target"][layer], example["masked"][layer]
+        original, decomposed = example.target[layer], example.masked[layer]
         panels = (("original", original), ("active slices alone", decomposed), ("difference", decomposed - original))
         for axes, (title, pattern) in zip(grid[layer], panels, strict=True):
             signed = title == "difference"
@@ -105,12 +107,12 @@ def save_attention(example: Mapping[str, Any], directory: Path) -> list[Path]:
     return save(figure, directory, "attention")
 
 
-def save_mechanism(circuit: Mapping[str, Any], directory: Path) -> list[Path]:
+def save_mechanism(circuit: Circuit, directory: Path) -> list[Path]:
     """How K0's slices tell the next position, what V1 spans, and how many directions tell the tokens apart.
 
     A panel whose matrices are not decomposed is left out; without any panel there is no figure.
     """
-    offsets, identity = circuit["offsets"], circuit["identity"]
+    offsets, identity = circuit.offsets, circuit.identity
     panels = (offsets is not None) + 2 * (identity is not None)
     if panels == 0:
         return []
@@ -123,26 +125,27 @@ def save_mechanism(circuit: Mapping[str, Any], directory: Path) -> list[Path]:
     return save(figure, directory, "mechanism")
 
 
-def _draw_offsets(axes: Axes, offsets: Mapping[str, Any]) -> None:
-    axes.plot(offsets["offsets"], offsets["whole"]["scores"], color="black", linewidth=2, label="W of Q0 and K0")
-    chosen = [entry for entry in offsets["slices"] if entry["slice"].startswith("K0")]
-    for number, entry in enumerate(chosen):
+def _draw_offsets(axes: Axes, offsets: Offsets) -> None:
+    axes.plot(offsets.offsets, offsets.whole.scores, color="black", linewidth=2, label="W of Q0 and K0")
+    of_keys = [entry for entry in offsets.slices if entry.slice.startswith("K0")]
+    for number, entry in enumerate(of_keys):
         style = LINES[(number + 1) % len(LINES)]
-        label = entry["slice"] if number < 6 else None
-        axes.plot(offsets["offsets"], entry["scores"], color="0.4", linestyle=style, linewidth=1, label=label)
+        label = entry.slice if number < 6 else None
+        axes.plot(offsets.offsets, entry.scores, color="0.4", linestyle=style, linewidth=1, label=label)
     axes.axvline(1, color="0.7", linewidth=0.8)
     axes.set(xlabel="query position - key position", ylabel="score of encodings alone", title="keys of K0's slices")
     axes.legend(frameon=False, fontsize=7)
 
 
-def _draw_identity(values: Axes, decoding: Axes, identity: Mapping[str, Any]) -> None:
-    for key, marker, label in (("singular_values_target", "o", "W"), ("singular_values", "x", "active slices")):
-        numbers = range(1, len(identity[key]) + 1)
-        values.plot(numbers, identity[key], color="black", marker=marker, linewidth=0.7, markersize=4, label=label)
+def _draw_identity(values: Axes, decoding: Axes, identity: Identity) -> None:
+    lines = ((identity.singular_values_target, "o", "W"), (identity.singular_values, "x", "active slices"))
+    for singular_values, marker, label in lines:
+        numbers = range(1, len(singular_values) + 1)
+        values.plot(numbers, singular_values, color="black", marker=marker, linewidth=0.7, markersize=4, label=label)
     values.set(xlabel="number", ylabel="singular value", title="V1", ylim=(0, None))
     values.legend(frameon=False, fontsize=7)
-    numbers = range(1, len(identity["decoding"]) + 1)
-    decoding.plot(numbers, identity["decoding"], color="black", marker="o", markersize=4)
+    numbers = range(1, len(identity.decoding) + 1)
+    decoding.plot(numbers, identity.decoding, color="black", marker="o", markersize=4)
     decoding.set(xlabel="directions of what V1 writes at m", ylabel="m told right", title="identity", ylim=(0, 1.05))
     for axes in (values, decoding):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

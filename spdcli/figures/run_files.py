@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from spdcli.figures.circuit import save_circuit
 from spdcli.figures.curves import save_rank_curves
 from spdcli.files import write_json
+from spdcli.measures.circuit import circuit_example
+from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.svd import RankCurves
+from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.records import plain
-from spdcli.runs.directory import FIGURES, RunDirectory
+from spdcli.runs.directory import EVAL, FIGURES, RunDirectory
+from spdcli.runs.loading import LoadedRun
 
 SVD = f"{FIGURES}/svd.json"
 SVD_FIGURE = f"{FIGURES}/svd.png"
+
+
+def write_evaluation(run: LoadedRun, evaluation: ToyEvaluation | LanguageEvaluation) -> dict[str, Any]:
+    """Writes `spd.eval/1` into the run's eval.json, and for a toy whose circuit was measured its figures (Figure 1 and
+    section 6.1); returns the JSON object."""
+    head = {"schema": "spd.eval/1", "run": str(run.home.path), "target": run.recipe.target.kind}
+    data = head | plain(evaluation)
+    if isinstance(evaluation, ToyEvaluation) and evaluation.circuit:
+        example = circuit_example(run.subject, run.decomposition, evaluation.threshold, evaluation.seed)
+        names = [run.subject.token_text(token) for token in example.tokens]
+        save_circuit(evaluation.circuit, example, names, run.home / FIGURES)
+    write_json(run.home / EVAL, data)
+    return data
 
 
 def write_rank_curves(run: RunDirectory, curves: RankCurves) -> dict[str, Any]:

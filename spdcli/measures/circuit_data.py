@@ -10,10 +10,13 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition, masked_product
 from spdcli.engine.target import Target
-from spdcli.measures.evaluation import EVALUATION_SEED
+from spdcli.measures.evaluation_data import EVALUATION_SEED
 from spdcli.runs.subject import Subject
 from spdcli.targets.induction import InductionToy, ToyBlock
 from spdcli.targets.sequences import induction_batch
+
+SEQUENCES = 1024  # that `spd eval` measures the circuit on
+REACH = 8  # positions either way that offsets and distances are followed
 
 
 @dataclass(frozen=True, eq=False)

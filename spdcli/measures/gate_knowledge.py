@@ -11,9 +11,9 @@ Where the model of active slices alone still works without a kind of knowledge, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,32 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit_data import CircuitData
 from spdcli.targets.induction import recorded_patterns
 from spdcli.targets.sequences import POSITION_CLASSES
+
+
+@dataclass(frozen=True)
+class Performance:
+    """How a masked toy does: the share of sequences answered right, KL(target ‖ masked) at s2 in nats, and the mean
+    attention probabilities of the circuit's two steps."""
+
+    accuracy: float
+    kl: float
+    m_to_s1: float
+    s2_to_m: float
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is left under one control: with `all` matrices' importances replaced, with those of one of the `layers` in
+    order, and with those of one of the `matrices`, while the others keep theirs.
+
+    `own` has nothing to replace: there is only `all`. `importance` by matrix and position class is the mean of the
+    replaced importances, summed over slices.
+    """
+
+    all: Performance
+    layers: Sequence[Performance]
+    matrices: Mapping[str, Performance]
+    importance: Mapping[str, Mapping[str, float]]
 
 
 @contextmanager
@@ -70,11 +96,10 @@ def from_other_positions(data: CircuitData, generator: torch.Generator) -> dict[
 
 def always_on(data: CircuitData) -> dict[str, Tensor]:
     """1 for every slice that is active somewhere, at every position; 0 for the others."""
-    made = {}
-    for name, g in data.g.items():
-        made[name] = torch.zeros_like(g)
-        made[name][..., data.active[name]] = 1.0
-    return made
+    masks = {name: torch.zeros_like(g) for name, g in data.g.items()}
+    for name, mask in masks.items():
+        mask[..., data.active[name]] = 1.0
+    return masks
 
 
 CONTROLS: dict[str, Callable[[CircuitData, torch.Generator], Mapping[str, Tensor]]] = {
@@ -87,34 +112,28 @@ CONTROLS: dict[str, Callable[[CircuitData, torch.Generator], Mapping[str, Tensor
 
 
 @torch.no_grad()
-def gate_controls(data: CircuitData, seed: int) -> dict[str, dict[str, Any]]:
-    """What the model of active slices alone does under every control.
-
-    `{control: {all, layers, matrices, importance}}`: `all` replaces every matrix's importances, `layers[i]` those of
-    one layer and `matrices[m]` those of m alone, while the others keep theirs (`own` has nothing to replace). Each is
-    `{accuracy, kl, m_to_s1, s2_to_m}`: share of sequences answered right, KL(target ‖ masked) at s2 in nats, and the
-    mean attention of the circuit's two steps. `importance[m]` is the mean of m's summed importances by class.
-    """
+def gate_controls(data: CircuitData, seed: int) -> dict[str, Control]:
+    """What the model of active slices alone does under every control; `seed` draws what they need."""
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, dict[str, Any]] = {}
+    controls = {}
     for control, change in CONTROLS.items():
         changed = change(data, generator)
         names = [] if control == "own" else list(data.g)
         layers = [[name for name in names if data.target.matrices[name].block == layer] for layer in range(2)]
-        found[control] = {
-            "all": performance(data, changed),
-            "layers": [performance(data, data.g | {n: changed[n] for n in group}) for group in layers if group],
-            "matrices": {name: performance(data, data.g | {name: changed[name]}) for name in names},
-            "importance": {
+        controls[control] = Control(
+            all=performance(data, changed),
+            layers=[performance(data, data.g | {n: changed[n] for n in group}) for group in layers if group],
+            matrices={name: performance(data, data.g | {name: changed[name]}) for name in names},
+            importance={
                 name: {kind: g.sum(-1)[data.clean.batch.classes[kind]].mean().item() for kind in POSITION_CLASSES}
                 for name, g in changed.items()
             },
-        }
-    return found
+        )
+    return controls
 
 
-def performance(data: CircuitData, g: Mapping[str, Tensor]) -> dict[str, float]:
-    """How the model with masks `g` answers, and how strongly its circuit attends (see `gate_controls`)."""
+def performance(data: CircuitData, g: Mapping[str, Tensor]) -> Performance:
+    """How the model with masks `g[m]` `[B, T, C]` answers, and how strongly its circuit attends."""
     masks = importance_masks(g, data.decomposition.delta)
     with recorded_patterns(data.toy) as patterns:
         if all(data.target.matrices[name].block > 0 for name in g):  # the first block is not run again below
@@ -124,9 +143,9 @@ def performance(data: CircuitData, g: Mapping[str, Tensor]) -> dict[str, float]:
     log_p, answers = data.clean.log_probs, data.clean.batch.answers
     assert answers is not None
     rows, at = data.rows, data.at
-    return {
-        "accuracy": log_q.argmax(-1).eq(answers).float().mean().item(),
-        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        "m_to_s1": patterns[0][rows, 0, at["m"], at["s1"]].exp().mean().item(),
-        "s2_to_m": patterns[1][rows, 0, at["s2"], at["m"]].exp().mean().item(),
-    }
+    return Performance(
+        accuracy=log_q.argmax(-1).eq(answers).float().mean().item(),
+        kl=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        m_to_s1=patterns[0][rows, 0, at["m"], at["s1"]].exp().mean().item(),
+        s2_to_m=patterns[1][rows, 0, at["s2"], at["m"]].exp().mean().item(),
+    )

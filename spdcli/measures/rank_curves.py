@@ -24,7 +24,7 @@ from spdcli.engine.step import reconstruction
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, draw_variants, fixed_variant
-from spdcli.measures.evaluation import evaluation_batches
+from spdcli.measures.evaluation_data import evaluation_batches
 from spdcli.runs.subject import Subject
 
 PLAN_BYTES = 2**28  # nothing is kept for backward here, and larger chunks leave the processor's cache

@@ -1,7 +1,8 @@
 """Are a run's slices parts of the target, or computation of their own? How far active slices lie along the weights.
 
 A decomposition of a large model on few prompts has room to cheat (appendix A.3.3): slices can write what the target
-never does, most easily in its last layers. Two measures over active slices tell:
+never does, most easily in its last layers. Two measures over active slices say
+how far they are the target's own:
 
     in weights   of slice c with directions û, v̂ and size s = ‖u‖ ‖v‖: <W, û v̂ᵀ> / s, clamped to [0, 1]. A slice that is
                  what W does along its directions has 1; one that W has nothing of has 0
@@ -15,7 +16,7 @@ directions (whitened duals) `in weights` is below 1 although they write exactly 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,31 @@ from torch import Tensor
 from spdcli.engine.forward import Clean
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Target
+
+
+@dataclass(frozen=True)
+class MatrixShare:
+    """One matrix's number of `active` slices, and the means of both measures over them; None over nothing."""
+
+    active: int
+    in_weights: float | None
+    in_outputs: float | None
+
+
+@dataclass(frozen=True)
+class TargetShare:
+    """How far active slices are parts of the target: `grounding` in `spd.eval/1`.
+
+    `in_weights` and `in_outputs`, in [0, 1], are means over all active slices and over all places with active slices.
+    `blocks` counts active slices by block, `last_block` is the share of them in the last decomposed one. Means over
+    nothing are None.
+    """
+
+    in_weights: float | None
+    in_outputs: float | None
+    blocks: Mapping[int, int]
+    last_block: float | None
+    by_matrix: Mapping[str, MatrixShare]
 
 
 def weight_shares(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
@@ -41,16 +67,11 @@ def output_shares(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, g: Tensor) ->
 
 
 @torch.no_grad()
-def grounding(
+def target_share(
     target: Target, slices: SliceSet, clean: Clean, g: Mapping[str, Tensor], threshold: float
-) -> dict[str, Any]:
-    """Both measures over the slices and positions that are active on the prompts of `clean`, importances `g[m]`.
-
-    `by_matrix` has each matrix's active slices and its means; `in_weights` and `in_outputs` are means over all active
-    slices and over all places with active slices; `blocks` counts active slices a block and `last_block` is the share
-    of the last decomposed one. Means over nothing are None.
-    """
-    by_matrix: dict[str, dict[str, Any]] = {}
+) -> TargetShare:
+    """Both measures where the importances `g[m]` `[B, T, C]` on the prompts of `clean` are above `threshold`."""
+    by_matrix: dict[str, MatrixShare] = {}
     blocks: dict[int, int] = {}
     weights, outputs = [], []
     for name, importances in g.items():
@@ -65,15 +86,15 @@ def grounding(
         weights.append(shares)
         outputs.append(written)
         blocks[matrix.block] = blocks.get(matrix.block, 0) + int(active.sum())
-        by_matrix[name] = {"active": int(active.sum()), "in_weights": _mean(shares), "in_outputs": _mean(written)}
+        by_matrix[name] = MatrixShare(int(active.sum()), _mean(shares), _mean(written))
     total = sum(blocks.values())
-    return {
-        "in_weights": _mean(torch.cat(weights)),
-        "in_outputs": _mean(torch.cat(outputs)),
-        "blocks": {str(block): count for block, count in sorted(blocks.items())},
-        "last_block": blocks[max(blocks)] / total if total else None,
-        "by_matrix": by_matrix,
-    }
+    return TargetShare(
+        in_weights=_mean(torch.cat(weights)),
+        in_outputs=_mean(torch.cat(outputs)),
+        blocks=dict(sorted(blocks.items())),
+        last_block=blocks[max(blocks)] / total if total else None,
+        by_matrix=by_matrix,
+    )
 
 
 def _mean(values: Tensor) -> float | None:

@@ -9,17 +9,11 @@ from small_circuits import ALL, SEQUENCES, planted_circuit, small_circuit, uneve
 from small_runs import loud_toy, toy_recipe
 
 from spdcli.figures.circuit import save_circuit
-from spdcli.measures.circuit import (
-    by_offset,
-    circuit,
-    circuit_attention,
-    example,
-    identity,
-    importance_profile,
-    offset_profiles,
-)
+from spdcli.measures.circuit import circuit_attention, example, importance_profile, measure_circuit
 from spdcli.measures.circuit_data import circuit_data, has_circuit
-from spdcli.measures.evaluation import evaluate
+from spdcli.measures.circuit_identity import identity
+from spdcli.measures.circuit_offsets import by_offset, offset_profiles
+from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import toy_subject
@@ -40,11 +34,11 @@ def test_a_planted_previous_token_head_loses_everything_with_the_querys_position
     data = planted_circuit(tmp_path)
     uniform = (1 / (data.at["m"] + 1.0)).mean().item()
     for kind in (False, True):
-        found = circuit_attention(data, kind)
-        assert found["m_to_s1"] == pytest.approx(1.0, abs=1e-4)
+        attention = circuit_attention(data, kind)
+        assert attention.m_to_s1 == pytest.approx(1.0, abs=1e-4)
         for name in ("unplaced_query", "unplaced_query_and_s1", "content_only"):
-            assert found[f"m_to_s1_{name}"] == pytest.approx(uniform, rel=1e-5)
-        assert found["s2_to_m"] == pytest.approx(1 / 8, rel=1e-5)  # nothing planted in the second layer
+            assert getattr(attention, f"m_to_s1_{name}") == pytest.approx(uniform, rel=1e-5)
+        assert attention.s2_to_m == pytest.approx(1 / 8, rel=1e-5)  # nothing planted in the second layer
 
 
 def slow_first_attention(data, row, masked, placed_query, placed_key):
@@ -69,7 +63,7 @@ def slow_first_attention(data, row, masked, placed_query, placed_key):
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
     data = small_circuit(tmp_path, names=names)
-    found = circuit_attention(data, masked)
+    attention = circuit_attention(data, masked)
     cases = {
         "m_to_s1": (True, lambda t, s1: True),
         "m_to_s1_unplaced_query": (False, lambda t, s1: True),
@@ -78,20 +72,20 @@ def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
     }
     for key, (query, placed) in cases.items():
         slow = sum(slow_first_attention(data, row, masked, query, placed) for row in range(SEQUENCES)) / SEQUENCES
-        assert found[key] == pytest.approx(slow, **FLOAT32), key
-    assert len({round(found[key], 5) for key in cases}) == 4  # the cases differ on this toy
+        assert getattr(attention, key) == pytest.approx(slow, **FLOAT32), key
+    assert len({round(getattr(attention, key), 5) for key in cases}) == 4  # the cases differ on this toy
 
 
 def test_positions_added_to_the_embedding_are_taken_away_too(tmp_path):
     data = small_circuit(tmp_path, "target.positions='added'")
-    found = circuit_attention(data, False)
+    attention = circuit_attention(data, False)
     row_values = []
     for row in range(SEQUENCES):
         tokens, m = data.clean.batch.tokens[row], int(data.at["m"][row])
         x = data.toy.embed.weight[tokens]
         scores = (x @ data.target.matrices["K0"].weight) @ (x[m] @ data.target.matrices["Q0"].weight) / 2
         row_values.append(scores[: m + 1].softmax(0)[m - 1].item())
-    assert found["m_to_s1_content_only"] == pytest.approx(sum(row_values) / SEQUENCES, **FLOAT32)
+    assert attention.m_to_s1_content_only == pytest.approx(sum(row_values) / SEQUENCES, **FLOAT32)
 
 
 # --- offsets ---------------------------------------------------------------------------------------
@@ -104,26 +98,26 @@ def test_scores_by_offset_by_hand():
 
 def test_the_planted_keys_peak_one_position_on(tmp_path):
     data = planted_circuit(tmp_path)
-    found = offset_profiles(data)
-    assert found["whole"]["peak"] == 1
-    assert found["whole"]["cosine"] == pytest.approx(1.0, abs=1e-5)
-    assert found["aligns"].startswith("K0:")
+    offsets = offset_profiles(data)
+    assert offsets.whole.peak == 1
+    assert offsets.whole.cosine == pytest.approx(1.0, abs=1e-5)
+    assert offsets.aligns.startswith("K0:")
     for name in ("Q0", "K0"):  # the slices are the whole matrix, and scores are linear in each
-        parts = [entry["scores"] for entry in found["slices"] if entry["slice"].startswith(name)]
+        parts = [entry.scores for entry in offsets.slices if entry.slice.startswith(name)]
         assert len(parts) == 8
         assert [sum(column) for column in zip(*parts, strict=True)] == pytest.approx(
-            found["whole"]["scores"], rel=1e-3, abs=1e-3
+            offsets.whole.scores, rel=1e-3, abs=1e-3
         )
 
 
 def test_a_slices_offset_profile_by_hand(tmp_path):
     data = small_circuit(tmp_path)
-    found = offset_profiles(data)
+    offsets = offset_profiles(data)
     positions, own = data.toy.positions, data.decomposition.of("K0")
-    assert [entry["slice"] for entry in found["slices"] if entry["slice"][0] == "K"] == ["K0:0", "K0:1"]
-    entry = next(entry for entry in found["slices"] if entry["slice"] == "K0:1")
+    assert [entry.slice for entry in offsets.slices if entry.slice[0] == "K"] == ["K0:0", "K0:1"]
+    entry = next(entry for entry in offsets.slices if entry.slice == "K0:1")
     query = positions @ data.target.matrices["Q0"].weight
-    for offset, score in zip(found["offsets"], entry["scores"], strict=True):
+    for offset, score in zip(offsets.offsets, entry.scores, strict=True):
         pairs = [(n + offset, n) for n in range(8) if 0 <= n + offset < 8]
         slow = [(positions[n] @ own.U[:, 1]) * (own.V[1] @ query[later]) / 2 for later, n in pairs]
         assert score == pytest.approx(torch.stack(slow).mean().item(), **FLOAT32)
@@ -131,11 +125,11 @@ def test_a_slices_offset_profile_by_hand(tmp_path):
     for n in range(7):
         key = (positions[n] @ own.U[:, 1]) * own.V[1]
         cosines.append((key @ query[n + 1] / key.norm() / query[n + 1].norm()).item())
-    assert entry["cosine"] == pytest.approx(sum(cosines) / 7, **FLOAT32)
+    assert entry.cosine == pytest.approx(sum(cosines) / 7, **FLOAT32)
     tokens = data.toy.embed.weight @ own.U[:, 1]
-    assert entry["reads"]["s"] == pytest.approx(tokens[5].item())
-    assert entry["reads"]["tokens"]["mean"] == pytest.approx(tokens[:5].mean().item(), abs=1e-6)
-    assert entry["reads"]["positions"]["std"] == pytest.approx((positions @ own.U[:, 1]).std(correction=0).item())
+    assert entry.reads.s == pytest.approx(tokens[5].item())
+    assert entry.reads.tokens.mean == pytest.approx(tokens[:5].mean().item(), abs=1e-6)
+    assert entry.reads.positions.std == pytest.approx((positions @ own.U[:, 1]).std(correction=0).item())
 
 
 # --- identity and importance -----------------------------------------------------------------------
@@ -143,14 +137,14 @@ def test_a_slices_offset_profile_by_hand(tmp_path):
 
 def test_identity_by_hand(tmp_path):
     data = small_circuit(tmp_path)
-    found = identity(data)
+    v1 = identity(data)
     own = data.decomposition.of("V1")
     assert data.active["V1"] == [0, 1]
     values = torch.linalg.svdvals(own.U[:, :2] @ own.V[:2])
-    assert found["singular_values"] == pytest.approx(values.tolist(), abs=1e-5)
+    assert v1.singular_values == pytest.approx(values.tolist(), abs=1e-5)
     a, b = (value.item() ** 2 for value in values[:2])
-    assert found["participation"] == pytest.approx((a + b) ** 2 / (a * a + b * b), rel=1e-3)
-    assert found["above_one_percent"] == 2
+    assert v1.participation == pytest.approx((a + b) ** 2 / (a * a + b * b), rel=1e-3)
+    assert v1.above_one_percent == 2
     written = []
     for row in range(SEQUENCES):
         m = data.at["m"][row]
@@ -160,16 +154,16 @@ def test_identity_by_hand(tmp_path):
     for row, one in enumerate(written):  # all directions: nothing is cut away
         logits = data.toy.unembed.weight @ (data.clean.entries[1][row, -1] + one)
         right += int(logits.argmax() == data.clean.batch.answers[row])
-    assert found["decoding"][-1] == pytest.approx(right / SEQUENCES)
-    assert len(found["decoding"]) == 4
+    assert v1.decoding[-1] == pytest.approx(right / SEQUENCES)
+    assert len(v1.decoding) == 4
 
 
 def test_importance_by_class_and_by_distance_by_hand(tmp_path):
     data = small_circuit(tmp_path, sequences=40)
-    found = importance_profile(data)
+    profile = importance_profile(data)
     total = data.g["V1"].sum(-1)
     by_class: dict[str, list] = {"s1": [], "m": [], "s2": [], "random": []}
-    by_distance: dict[int, list] = {distance: [] for distance in found["distances"]}
+    by_distance: dict[int, list] = {distance: [] for distance in profile.distances}
     for row in range(40):
         s1 = int(data.at["s1"][row])
         for t in range(8):
@@ -178,8 +172,8 @@ def test_importance_by_class_and_by_distance_by_hand(tmp_path):
             if kind != "s2" and t - s1 in by_distance:
                 by_distance[t - s1].append(total[row, t].item())
     for kind, values in by_class.items():
-        assert found["classes"]["V1"][kind] == pytest.approx(sum(values) / len(values), **FLOAT32)
-    for distance, value in zip(found["distances"], found["by_distance"]["V1"], strict=True):
+        assert profile.classes["V1"][kind] == pytest.approx(sum(values) / len(values), **FLOAT32)
+    for distance, value in zip(profile.distances, profile.by_distance["V1"], strict=True):
         assert value == pytest.approx(sum(by_distance[distance]) / len(by_distance[distance]), **FLOAT32)
 
 
@@ -228,9 +222,9 @@ def test_importances_come_from_where_the_controls_say(tmp_path):
     shifts = set()
     for row in range(SEQUENCES):
         assert torch.equal(neighbour["Q0"][row], data.g["Q0"][row - 1])
-        found = [k for k in range(8) if all(torch.equal(shifted[n][row], data.g[n][row].roll(k, 0)) for n in ALL)]
-        assert len(found) == 1  # the same shift for all matrices
-        shifts |= set(found)
+        shift = [k for k in range(8) if all(torch.equal(shifted[n][row], data.g[n][row].roll(k, 0)) for n in ALL)]
+        assert len(shift) == 1  # the same shift for all matrices
+        shifts |= set(shift)
     assert 0 not in shifts
     assert len(shifts) > 1
     assert torch.equal(on["K1"], torch.tensor([1.0, 1.0, 0.0]).expand(SEQUENCES, 8, 3))
@@ -240,32 +234,32 @@ def test_performance_agrees_with_the_evaluation(tmp_path):
     recipe = toy_recipe("target.vocabulary=5", "slices.C=3", folder=tmp_path)
     subject = toy_subject(recipe, loud_toy(recipe, seed=1))
     decomposition = uneven_gates(start_decomposition(recipe, subject, ALL))
-    found = evaluate(subject, decomposition, 64, 0.0, seed=1)  # its stream of sequences is the circuit_data's of seed 0
+    evaluation = evaluate_without_circuit(subject, decomposition, 64, 0.0, seed=1)  # the sequences of seed 0 below
     data = circuit_data(subject, decomposition, 64, 0.0, seed=0)
     controls = gate_controls(data, seed=0)
-    assert controls["own"]["all"]["accuracy"] == pytest.approx(found["accuracy"]["masked"])
-    assert controls["own"]["all"]["kl"] == pytest.approx(found["metrics"]["recon"], rel=1e-4)
+    assert controls["own"].all.accuracy == pytest.approx(evaluation.accuracy.masked)
+    assert controls["own"].all.kl == pytest.approx(evaluation.metrics["recon"], rel=1e-4)
     masked = circuit_attention(data, True)
     for step in ("m_to_s1", "s2_to_m"):
-        assert controls["own"]["all"][step] == pytest.approx(masked[step], rel=1e-5)
-    assert controls["own"]["matrices"] == {}
-    assert controls["own"]["layers"] == []
+        assert getattr(controls["own"].all, step) == pytest.approx(getattr(masked, step), rel=1e-5)
+    assert controls["own"].matrices == {}
+    assert controls["own"].layers == []
     first, second = (
         {name: CONTROLS["always_on"](data, torch.Generator())[name] for name in names} for names in (ALL[:3], ALL[3:])
     )
-    assert controls["always_on"]["layers"] == [performance(data, data.g | part) for part in (first, second)]
-    own, on = controls["own"]["all"], controls["always_on"]["matrices"]["V1"]
-    assert on["m_to_s1"] == pytest.approx(own["m_to_s1"])  # V1 alone is changed: attention stays
-    assert on["s2_to_m"] == pytest.approx(own["s2_to_m"])
-    assert on["kl"] != own["kl"]
-    assert controls["always_on"]["importance"]["Q0"] == {"s1": 2, "m": 2, "s2": 2, "random": 2}
+    assert controls["always_on"].layers == [performance(data, data.g | part) for part in (first, second)]
+    own, on = controls["own"].all, controls["always_on"].matrices["V1"]
+    assert on.m_to_s1 == pytest.approx(own.m_to_s1)  # V1 alone is changed: attention stays
+    assert on.s2_to_m == pytest.approx(own.s2_to_m)
+    assert on.kl != own.kl
+    assert controls["always_on"].importance["Q0"] == {"s1": 2, "m": 2, "s2": 2, "random": 2}
 
 
 def test_a_decomposition_of_the_second_layer_alone_has_the_targets_first_attention(tmp_path):
     data = small_circuit(tmp_path, names=["K1", "V1"])
-    found = performance(data, data.g)
-    assert found["m_to_s1"] == pytest.approx(circuit_attention(data, False)["m_to_s1"], rel=1e-5)
-    assert circuit(data)["offsets"] is None
+    attention = performance(data, data.g)
+    assert attention.m_to_s1 == pytest.approx(circuit_attention(data, False).m_to_s1, rel=1e-5)
+    assert measure_circuit(data, seed=0).offsets is None
 
 
 # --- figures ---------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ def test_a_decomposition_of_the_second_layer_alone_has_the_targets_first_attenti
 def test_the_figures_are_readable_in_grey(tmp_path, names):
     data = small_circuit(tmp_path, names=names)
     shown = example(data)
-    save_circuit(circuit(data), shown, [str(token) for token in shown["tokens"]], tmp_path / "figures")
+    save_circuit(measure_circuit(data, seed=0), shown, [str(token) for token in shown.tokens], tmp_path / "figures")
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
     figures = ["attention", "importance", "mechanism", "sequence"]
     if "K0" not in names:
@@ -289,9 +283,9 @@ def test_the_figures_are_readable_in_grey(tmp_path, names):
 def test_the_example_is_one_of_the_sequences(tmp_path):
     data = small_circuit(tmp_path)
     shown = example(data)
-    at = shown["at"]
-    assert shown["tokens"][at["s1"]] == shown["tokens"][at["s2"]] == 5
+    at = shown.at
+    assert shown.tokens[at["s1"]] == shown.tokens[at["s2"]] == 5
     assert (at["m"], at["s2"]) == (at["s1"] + 1, 7)
-    for pattern in (*shown["target"], *shown["masked"]):
+    for pattern in (*shown.target, *shown.masked):
         assert pattern.shape == (8, 8)
         assert pattern.sum(1) == pytest.approx(torch.ones(8).numpy(), abs=1e-5)

@@ -27,7 +27,7 @@ from pruned_by_hand import (
 from small_runs import model_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spdcli.measures import evaluation, rank_curves
+from spdcli.measures import evaluation_data, rank_curves
 from spdcli.measures.greedy_svd import default_step, greedy, plain_set, plain_triples, weighted_set, weighted_triples
 from spdcli.measures.rank_curves import (
     curve_data,
@@ -50,7 +50,7 @@ from spdcli.runs.subject import language_subject
 )
 def test_the_greedy_order_is_that_of_algorithm_2(tmp_path, monkeypatch, names, changes, step, plan_bytes, at_once):
     monkeypatch.setattr(rank_curves, "PLAN_BYTES", plan_bytes)
-    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", at_once)
+    monkeypatch.setattr(evaluation_data, "SEQUENCES_AT_ONCE", at_once)
     subject, _, data = toy_data(tmp_path, names, *changes)
     assert len(data.cleans) == -(-SEQUENCES // at_once)
     by_hand = toy_by_hand(subject.toy, tokens_of(data))

@@ -22,8 +22,8 @@ from pruned_by_hand import (
 from small_runs import model_recipe
 
 from spdcli.engine.forward import clean_pass
-from spdcli.measures import evaluation
-from spdcli.measures.evaluation import evaluate
+from spdcli.measures import evaluation_data
+from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.greedy_svd import weighted_set
 from spdcli.measures.rank_curves import (
     CurveData,
@@ -41,7 +41,7 @@ from spdcli.runs.subject import language_subject
 
 @torch.no_grad()
 def test_slices_go_in_the_order_of_their_mean_importance(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 4)
+    monkeypatch.setattr(evaluation_data, "SEQUENCES_AT_ONCE", 4)
     subject, decomposition, data = toy_data(tmp_path, ALL, "slices.delta=true")
     by_hand = toy_by_hand(subject.toy, tokens_of(data))
     inputs = inputs_of(subject, data)
@@ -67,21 +67,21 @@ def test_slices_go_in_the_order_of_their_mean_importance(tmp_path, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("delta", ["true", "false"])
 def test_at_threshold_0_the_masked_model_is_that_of_eval(tmp_path, monkeypatch, delta):
-    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 3)
+    monkeypatch.setattr(evaluation_data, "SEQUENCES_AT_ONCE", 3)
     subject, decomposition, data = toy_data(tmp_path, ALL, f"slices.delta={delta}")
     assert len(data.cleans) == 4
     curve = by_threshold(data, quiet)
-    found = evaluate(subject, decomposition, SEQUENCES, 0.0, SEED)
+    evaluation = evaluate_without_circuit(subject, decomposition, SEQUENCES, 0.0, SEED)
     shares = {"s1": 1, "m": 1, "s2": 1, "random": 5}
-    active = {n: sum(shares[kind] * a for kind, a in of.items()) / 8 for n, of in found["active"].items()}
+    active = {n: sum(shares[kind] * a for kind, a in of.items()) / 8 for n, of in evaluation.active.items()}
     assert curve[0].threshold == 0
     assert curve[0].ranks == pytest.approx(active)
-    assert curve[0].kl == pytest.approx(found["metrics"]["recon"], **FLOAT32)
+    assert curve[0].kl == pytest.approx(evaluation.metrics["recon"], **FLOAT32)
 
     at = next(point for point in curve if point.threshold == 0.5)
-    closer = evaluate(subject, decomposition, SEQUENCES, 0.5, SEED)
+    closer = evaluate_without_circuit(subject, decomposition, SEQUENCES, 0.5, SEED)
     assert at.ranks == pytest.approx(
-        {n: sum(shares[kind] * a for kind, a in of.items()) / 8 for n, of in closer["active"].items()}
+        {n: sum(shares[kind] * a for kind, a in of.items()) / 8 for n, of in closer.active.items()}
     )
     assert curve[-1].rank == 0
     assert len(curve) > 5
@@ -89,13 +89,13 @@ def test_at_threshold_0_the_masked_model_is_that_of_eval(tmp_path, monkeypatch, 
 
 @torch.no_grad()
 def test_all_active_slices_masked_are_the_model_of_eval_and_fewer_are_fewer(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "SEQUENCES_AT_ONCE", 3)
+    monkeypatch.setattr(evaluation_data, "SEQUENCES_AT_ONCE", 3)
     subject, decomposition, data = toy_data(tmp_path, ALL)
     curve = by_kept_and_masked(data, quiet)
-    found = evaluate(subject, decomposition, SEQUENCES, 0.0, SEED)
-    assert curve[0].rank == found["total_active"]
-    assert curve[0].kl == pytest.approx(found["metrics"]["recon"], **FLOAT32)
-    assert [point.rank for point in curve] == list(range(found["total_active"], -1, -1))
+    evaluation = evaluate_without_circuit(subject, decomposition, SEQUENCES, 0.0, SEED)
+    assert curve[0].rank == evaluation.total_active
+    assert curve[0].kl == pytest.approx(evaluation.metrics["recon"], **FLOAT32)
+    assert [point.rank for point in curve] == list(range(evaluation.total_active, -1, -1))
     # With one slice left, it is the one of the largest mean importance; masks of the others are 0.
     means = {n: torch.cat([g[n] for _, g in data.importances()]).mean((0, 1)) for n in data.names}
     best = max(means, key=lambda name: means[name].max().item())

@@ -8,7 +8,7 @@ from twins import close, language_subject
 
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Slices, SliceSet, start_slices
-from spdcli.measures.target_share import grounding, output_shares, weight_shares
+from spdcli.measures.target_share import MatrixShare, output_shares, target_share, weight_shares
 
 NAMES = ["layers.0.mlp.up_proj", "layers.2.mlp.down_proj"]
 
@@ -58,21 +58,21 @@ def test_dual_slices_write_what_the_target_writes_and_new_ones_do_not(target_and
     duals = SliceSet(start_slices(matrices, 16, "dual", data, 0), delta=True)
     row = int(clean.batch.valid[0].sum()) + 1  # of the second sequence's second token, prompts one after the other
     places = [(NAMES[0], 0, 2, 2), (NAMES[0], 1, 1, row), (NAMES[1], 0, 0, 0)]
-    found = grounding(target, duals, clean, importances(clean, duals, places), 0.0)
-    assert found["in_outputs"] == pytest.approx(1.0)
-    assert found["blocks"] == {"0": 2, "2": 1}
-    assert found["last_block"] == pytest.approx(1 / 3)
-    assert found["by_matrix"][NAMES[0]]["active"] == 2
+    share = target_share(target, duals, clean, importances(clean, duals, places), 0.0)
+    assert share.in_outputs == pytest.approx(1.0)
+    assert share.blocks == {0: 2, 2: 1}
+    assert share.last_block == pytest.approx(1 / 3)
+    assert share.by_matrix[NAMES[0]].active == 2
     expected = []
     for name, _, _, c in places:
         u, v = duals.of(name).U[:, c], duals.of(name).V[c]
         inner = u @ target.matrices[name].weight @ v / (u.norm() * v.norm())
         expected.append(min(1.0, max(0.0, (inner / (u.norm() * v.norm())).item())))
-    assert found["in_weights"] == pytest.approx(sum(expected) / 3)
+    assert share.in_weights == pytest.approx(sum(expected) / 3)
     new = {n: Slices(duals.of(n).U.detach(), random(16, target.matrices[n].d_out, seed=4)) for n in NAMES}
-    cheating = grounding(target, SliceSet(new, delta=True), clean, importances(clean, duals, places), 0.0)
-    assert cheating["in_outputs"] < 0.3
-    assert cheating["in_weights"] < 0.5 * found["in_weights"]
+    cheating = target_share(target, SliceSet(new, delta=True), clean, importances(clean, duals, places), 0.0)
+    assert cheating.in_outputs < 0.3
+    assert cheating.in_weights < 0.5 * share.in_weights
 
 
 def test_padding_and_the_threshold_do_not_count(target_and_clean):
@@ -82,9 +82,9 @@ def test_padding_and_the_threshold_do_not_count(target_and_clean):
     assert not clean.batch.valid[1, 5]
     g = importances(clean, duals, [(NAMES[0], 1, 5, 3)])
     g[NAMES[1]][0, 0, 0] = 0.2
-    found = grounding(target, duals, clean, g, 0.3)
-    assert found["in_weights"] is None
-    assert found["in_outputs"] is None
-    assert found["last_block"] is None
-    assert found["by_matrix"][NAMES[1]] == {"active": 0, "in_weights": None, "in_outputs": None}
-    assert grounding(target, duals, clean, g, 0.1)["last_block"] == 1.0
+    share = target_share(target, duals, clean, g, 0.3)
+    assert share.in_weights is None
+    assert share.in_outputs is None
+    assert share.last_block is None
+    assert share.by_matrix[NAMES[1]] == MatrixShare(0, None, None)
+    assert target_share(target, duals, clean, g, 0.1).last_block == 1.0
