@@ -6,11 +6,13 @@ import ctypes
 import os
 import platform
 import resource
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from spdcli.records import ABSENT, Absent
 
 PRODUCT_SIZE = 1536  # of the square products that the matrix-product rate is measured on
 STATUS = Path("/proc/self/status")
@@ -67,20 +69,33 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """What a measurement has to be read with: processor, threads, library, device."""
-    found = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device.type,
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+@dataclass(frozen=True)
+class Machine:
+    """What a measurement has to be read with: the processor's name and cores, torch's threads, the versions of system,
+    Python and torch, the device (cpu or cuda), and a GPU's name."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    system: str
+    python: str
+    torch: str
+    device: str
+    gpu: str | Absent = ABSENT
+
+
+def describe(device: torch.device) -> Machine:
+    """This machine, for a measurement on `device`."""
+    return Machine(
+        processor=processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        system=platform.platform(terse=True),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        device=device.type,
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else ABSENT,
+    )
 
 
 def synchronise(device: torch.device) -> None:
@@ -96,12 +111,16 @@ def product_inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
 
 def training_bytes(parameters: int, element: int) -> int:
-    """Bytes of so many trained parameters with all that is kept of them: what a run needs whatever its batch is."""
+    """Bytes that `parameters` trained numbers of `element` bytes each take while they are trained.
+
+    Their values, their gradients and Adam's two moments: what a run needs whatever its batch is.
+    """
     return (1 + STATES) * element * parameters
 
 
-def unborn_bytes(module: nn.Module) -> int:
-    """Bytes that training will still ask for: gradients and moments of a module that has its values."""
+def state_bytes(module: nn.Module) -> int:
+    """Bytes that training a module takes besides the module itself: the gradients and Adam's two moments of its
+    trained parameters, which come into being with the first step."""
     return STATES * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 

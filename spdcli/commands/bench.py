@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from spdcli.commands.options import Device, Json, Quiet, Verbose, make_console
+from spdcli.costs.cases import BENCHMARKS
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from spdcli.costs.bench import Row
+    from spdcli.machine import Machine
 
-class Benchmark(StrEnum):
-    """The benchmarks of `costs.cases`, without importing it."""
-
-    importance = "importance"
-    step = "step"
-    scaling = "scaling"
-    allocator = "allocator"
-    memory = "memory"
-
+    BenchmarkName = str
+else:
+    BenchmarkName = Literal[tuple(BENCHMARKS)]
 
 What = Annotated[
-    Benchmark,
+    BenchmarkName,
     typer.Argument(
-        help="importance: Table 2; step: one plan against one by one; scaling: with matrices, tokens, C; "
-        "allocator: with and without its thresholds; memory: attention at 5120 and 10240 positions.",
+        help=f"{'; '.join(f'{name}: {benchmark.about}' for name, benchmark in BENCHMARKS.items())}.",
         show_default=False,
     ),
 ]
@@ -80,29 +77,32 @@ def bench(
     console = make_console(json, quiet, verbose)
     sizes = parse_lengths(lengths)
     from spdcli.costs.bench import Conditions, measure
-    from spdcli.costs.cases import Wanted, groups_of
+    from spdcli.costs.cases import Options, groups_of
     from spdcli.machine import describe
     from spdcli.runs.subject import choose_device
 
     chosen = choose_device(device or "auto")
-    groups = groups_of(what, Wanted(sizes, batch, chosen.type, case or [], per_loss))
+    groups = groups_of(what, Options(sizes, batch, chosen.type, case or [], per_loss))
     if not groups:
-        raise UsageError(f"no case of {what.value} is called like {', '.join(case or [])}")
+        raise UsageError(f"no case of {what} is called like {', '.join(case or [])}")
     for group in groups:
         console.debug(" | ".join(one.name for one in group.cases))
-    with console.live() as live:
-        found = measure(groups, Conditions(rounds, chosen.type, threads), live.update)
-    machine = describe(chosen) | ({} if threads is None else {"threads": threads})
+    with console.progress() as report:
+        results = measure(groups, Conditions(rounds, chosen.type, threads), report)
+    machine = describe(chosen)
+    if threads is not None:
+        machine = replace(machine, threads=threads)
+    rows = [row_data(row) for row in results.rows]
     console.show(
-        {"schema": "spd.bench/1", "benchmark": what.value, "machine": machine, **found},
-        table(found["rows"], f"spd bench {what.value}: {title(machine)}"),
-        *(f"{name}: {ratio:.2f}" for name, ratio in found["ratios"].items()),
+        {"schema": "spd.bench/1", "benchmark": what, "machine": machine, "rows": rows, "ratios": results.ratios},
+        table(results.rows, f"spd bench {what}: {title(machine)}"),
+        *(f"{name}: {ratio:.2f}" for name, ratio in results.ratios.items()),
     )
-    for row in found["rows"]:
-        if "skipped" in row:
-            console.note(f"{row['name']}: not measured: {row['skipped']}")
+    for row in results.rows:
+        if row.measurement is None:
+            console.note(f"{row.case.name}: not measured: {row.skipped}")
         elif quiet:
-            console.result(f"{row['name']}: {row['seconds']:.4g} s")
+            console.result(f"{row.case.name}: {row.measurement.seconds:.4g} s")
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -115,35 +115,44 @@ def parse_lengths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def title(machine: dict[str, Any]) -> str:
+def title(machine: Machine) -> str:
     """The machine in a few words."""
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    return f"{where}, torch {machine['torch']}"
+    where = machine.gpu or f"{machine.processor}, {machine.threads} threads"
+    return f"{where}, torch {machine.torch}"
 
 
-def table(rows: list[dict[str, Any]], heading: str) -> Table:
+def row_data(row: Row) -> dict[str, Any]:
+    """A row as `--json` shows it: the measurement's numbers, or why there are none, and the case."""
+    case = row.case
+    kept = {"way": case.way, "recipe": case.recipe, "settings": case.settings, "keep_freed": case.keep_freed}
+    if row.measurement is None:
+        return {"name": case.name, **kept, **case.labels, "skipped": row.skipped}
+    return {"name": case.name, **vars(row.measurement), **kept, **case.labels}
+
+
+def table(rows: Sequence[Row], heading: str) -> Table:
     """One row a case."""
     from rich.table import Table
 
-    made = Table(title=heading)
-    made.add_column("case")
+    cases = Table(title=heading)
+    cases.add_column("case")
     columns = ("batch", "s/step", "it/s", "peak GB", "GFLOP", "GB touched", "GFLOP/s", "of a product")
-    batches = any("batch" in row for row in rows)
+    batches = any("batch" in row.case.labels for row in rows)
     for column in columns if batches else columns[1:]:
-        made.add_column(column, justify="right")
+        cases.add_column(column, justify="right")
     for row in rows:
-        batch = [str(row["batch"])] if batches else []
-        if "skipped" in row:
-            made.add_row(row["name"], *batch, "skipped")
+        batch, numbers = [str(row.case.labels["batch"])] if batches else [], row.measurement
+        if numbers is None:
+            cases.add_row(row.case.name, *batch, "skipped")
             continue
         cells = [
-            f"{row['seconds']:.3g}",
-            f"{1 / row['seconds']:.3g}",
-            f"{row['peak_bytes'] / 1e9:.2f}",
-            f"{row['flops'] / 1e9:.1f}",
-            f"{row['bytes'] / 1e9:.1f}",
-            f"{row['flops_per_second'] / 1e9:.1f}",
-            f"{row['product_share']:.0%}",
+            f"{numbers.seconds:.3g}",
+            f"{1 / numbers.seconds:.3g}",
+            f"{numbers.peak_bytes / 1e9:.2f}",
+            f"{numbers.flops / 1e9:.1f}",
+            f"{numbers.bytes / 1e9:.1f}",
+            f"{numbers.flops_per_second / 1e9:.1f}",
+            f"{numbers.product_share:.0%}",
         ]
-        made.add_row(row["name"], *batch, *cells)
-    return made
+        cases.add_row(row.case.name, *batch, *cells)
+    return cases

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from spdcli.console import Console
 from spdcli.errors import UsageError
+from spdcli.recipe.choices import DEVICES
+
+if TYPE_CHECKING:
+    DeviceName = str
+else:
+    DeviceName = Literal[tuple(DEVICES)]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result's line and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what is going on.")]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"] | None,
+    DeviceName | None,
     typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.", show_default=False),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random choice.", show_default=False)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spdcli.commands.options import Device, Json, Quiet, RecipeName, Set, Verbose, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from spdcli.costs.estimate import Estimate
 
 
 def plan(
@@ -29,17 +31,18 @@ def plan(
     loaded = load_recipe(recipe, set_ or [], device=device)
     from spdcli.costs.estimate import estimate
     from spdcli.errors import SpdError
+    from spdcli.records import plain
     from spdcli.runs.subject import choose_device
 
     with console.live() as live:
         live.update("a step is counted without numbers, then a few are made", 0, 1)
-        found = estimate(loaded, choose_device(loaded.recipe.device))
-    console.show({"schema": "spd.plan/1", **found}, table(found))
-    if not found["fits"]:
-        sizes = f"needs {amount(found['bytes']['total'])}, and {amount(found['free_bytes'])} are free"
-        raise SpdError(f"{loaded.recipe.name} does not fit: it {sizes}", f"--set {', or '.join(found['change'])}")
-    took = "no step could be timed: memory ended" if found["seconds"] is None else span(found["seconds"])
-    console.result(f"fits: {amount(found['bytes']['total'])}, {took}")
+        costs = estimate(loaded, choose_device(loaded.recipe.device))
+    console.show({"schema": "spd.plan/1", **plain(costs)}, table(costs))
+    if not costs.fits:
+        sizes = f"needs {amount(costs.bytes.total)}, and {amount(costs.free_bytes)} are free"
+        raise SpdError(f"{loaded.recipe.name} does not fit: it {sizes}", f"--set {', or '.join(costs.change)}")
+    time = "no step could be timed: memory ended" if costs.seconds is None else span(costs.seconds)
+    console.result(f"fits: {amount(costs.bytes.total)}, {time}")
 
 
 def amount(size: float) -> str:
@@ -55,24 +58,24 @@ def span(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(costs: Estimate) -> Table:
     """One row a number."""
     from rich.table import Table
 
-    title = f"{found['recipe']}: {found['matrices']} matrices, {found['tokens']} tokens a step"
-    made = Table(title=title, min_width=len(title))
-    made.add_column("")
-    made.add_column("", justify="right")
-    for name, count in found["parameters"].items():
-        made.add_row(f"parameters of {name}", f"{count:,}")
-    made.add_section()
-    for name, size in found["bytes"].items():
-        made.add_row(f"memory: {name}", amount(size))
-    made.add_row("memory that is free", amount(found["free_bytes"]))
-    made.add_section()
-    made.add_row("operations of a step", f"{found['flops_per_step'] / 1e9:,.1f} GFLOP")
-    if found["seconds"] is not None:
-        made.add_row("a step", f"{found['seconds_per_step']:.3g} s")
-        training = f", after {found['toy_steps']} of the toy's" if found["toy_steps"] else ""
-        made.add_row(f"all {found['steps']} steps{training}", span(found["seconds"]))
-    return made
+    title = f"{costs.recipe}: {costs.matrices} matrices, {costs.tokens} tokens a step"
+    rows = Table(title=title, min_width=len(title))
+    rows.add_column("")
+    rows.add_column("", justify="right")
+    for name, count in vars(costs.parameters).items():
+        rows.add_row(f"parameters of {name}", f"{count:,}")
+    rows.add_section()
+    for name, size in vars(costs.bytes).items():
+        rows.add_row(f"memory: {name}", amount(size))
+    rows.add_row("memory that is free", amount(costs.free_bytes))
+    rows.add_section()
+    rows.add_row("operations of a step", f"{costs.flops_per_step / 1e9:,.1f} GFLOP")
+    if costs.seconds is not None:
+        rows.add_row("a step", f"{costs.seconds_per_step:.3g} s")
+        training = f", after {costs.toy_steps} of the toy's" if costs.toy_steps else ""
+        rows.add_row(f"all {costs.steps} steps{training}", span(costs.seconds))
+    return rows

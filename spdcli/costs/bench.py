@@ -11,35 +11,19 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from spdcli.costs.worker import Case, serve
+from spdcli.costs.groups import Case, Group
+from spdcli.costs.worker import COUNT, PEAK, STEP, Count, Failure, serve
 from spdcli.errors import SpdError
+from spdcli.progress import Progress, Report, silent
 
 PRODUCT = Case("matrix product", "", way="product")
 LONG_STEP = 30.0  # seconds; a case whose first step takes longer is measured by that step alone
 SHARE = 0.5  # of the free memory, that a large case may need: others of its group, and other programs, need some too
-Say = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Cases that are measured side by side, and the ratios of their seconds that are wanted.
-
-    `ratios[name]` is (numerator, denominator), two names of cases; so is `memory`, of their peaks. `growth[name]` is
-    three cases of sizes s, 2s and 4s: the second growth of the peak over the first, 2 where memory grows in
-    proportion to the size, 4 where with its square. `seconds` bounds what the measured steps of one case take, by its
-    first step: then it makes fewer than other cases, but one.
-    """
-
-    cases: Sequence[Case]
-    ratios: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    memory: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    growth: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    seconds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -49,6 +33,47 @@ class Conditions:
     rounds: int = 3
     device: str = "cpu"
     threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a case.
+
+    `seconds` is the median of a step over the rounds, `steps` how many rounds that are and `fastest` the least of
+    them. `peak_bytes` is the most memory that the case's process had at once, `base_bytes` what it had before anything
+    was built. Of one step, `flops` are the floating-point operations of its products, `bytes` what its `operations`
+    read and write. `flops_per_second` is their rate, `product_flops_per_second` that of one large matrix product in
+    the same rounds, and `product_share` the first over the second.
+    """
+
+    seconds: float
+    peak_bytes: int
+    steps: int
+    fastest: float
+    base_bytes: int
+    flops: int
+    bytes: int
+    operations: int
+    flops_per_second: float
+    product_flops_per_second: float
+    product_share: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case of a benchmark and its measurement, or, for one that was never started, why: `skipped`, in words."""
+
+    case: Case
+    measurement: Measurement | None = None
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a benchmark gives: a row a case, in order, and the ratios that its groups ask for, by name."""
+
+    rows: list[Row]
+    ratios: dict[str, float]
 
 
 class Member:
@@ -63,29 +88,29 @@ class Member:
         )
         self.process.start()
         theirs.close()
-        self.seconds: list[float] = []
-        self.took = 0.0  # by the first step
-        self.counted: dict[str, Any] = {}
-        self.base = self._answer()["ready"]
+        self.seconds: list[float] = []  # of each measured step
+        self.count: Count | None = None  # of the first step
+        self.base: int = self._answer()
 
     def first_step(self) -> None:
         """Make one step and count it; it is measured only if it is a LONG_STEP, and then no other follows."""
-        self.counted = self.ask("count")
-        self.took = self.counted.pop("seconds")
-        if self.took >= LONG_STEP:
-            self.seconds = [self.took]
+        self.count = count = self.request(COUNT)
+        if count.seconds >= LONG_STEP:
+            self.seconds = [count.seconds]
 
     def step(self, limit: float) -> None:
         """Make one more step, unless it is not the first and all of them would take more than `limit` seconds."""
-        if self.took < LONG_STEP and (not self.seconds or self.took * (len(self.seconds) + 1) <= limit):
-            self.seconds.append(self.ask("step")["seconds"])
+        assert self.count is not None
+        each = self.count.seconds
+        if each < LONG_STEP and (not self.seconds or each * (len(self.seconds) + 1) <= limit):
+            self.seconds.append(self.request(STEP))
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """The process's answer to `what`; SpdError, naming the case, where it failed."""
+    def request(self, what: str) -> Any:
+        """The process's answer to STEP, COUNT or PEAK; SpdError, naming the case, where it failed."""
         self.connection.send(what)
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         try:
             answer = self.connection.recv()
         except EOFError:
@@ -94,8 +119,8 @@ class Member:
                 f"{self.case.name}: its process ended with code {self.process.exitcode}, for want of memory as a rule",
                 "a smaller --batch, or fewer cases by --case",
             ) from None
-        if "error" in answer:
-            raise SpdError(f"{self.case.name}: {answer['error']}")
+        if isinstance(answer, Failure):
+            raise SpdError(f"{self.case.name}: {answer.reason}")
         return answer
 
 
@@ -114,48 +139,45 @@ def started(cases: Iterable[Case], conditions: Conditions) -> Iterator[list[Memb
             member.process.join()
 
 
-def measure(groups: Sequence[Group], conditions: Conditions, say: Say) -> dict[str, Any]:
-    """Rows and ratios of all groups, as `spd bench --json` shows them.
+def measure(groups: Sequence[Group], conditions: Conditions, report: Report = silent) -> Results:
+    """Build the cases of each group, make `conditions.rounds` measured steps of each in turns, and compare them.
 
-    A row: `seconds` is the median of a step over the rounds, `fastest` the least of them, `peak_bytes` the most memory
-    that the case's process had at once, `base_bytes` what it had before anything was built, `flops` those of one
-    step's matrix products, `bytes` what its operations read and write, `flops_per_second` of the two, and
-    `product_share` that rate over the rate of one large matrix product in the same rounds. A large case that needs
-    more than its SHARE of the free memory is never started: its row says so, as `skipped`, and has no numbers.
+    A large case that needs more than its SHARE of the free memory is never started, and its row says so. `report`
+    hears of every step before it is made.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     ratios: dict[str, float] = {}
-    total = sum(len(group.cases) for group in groups) * (conditions.rounds + 1)
-    done = 0
+    steps = conditions.rounds + 1
+    total, done = sum(len(group.cases) for group in groups) * steps, 0
     for group in groups:
         skipped = {case.name: why for case in group.cases if (why := too_large(case, conditions.device))}
-        done += len(skipped) * (conditions.rounds + 1)
+        done += len(skipped) * steps
         cases = [case for case in group.cases if case.name not in skipped]
         with started([PRODUCT, *cases] if cases else [], conditions) as members:
-            for number in range(conditions.rounds + 1):
+            for number in range(steps):
                 for member in members:
-                    say(member.case.name, done, total)
+                    report(Progress(member.case.name, done, total))
                     if number == 0:
                         member.first_step()
                     else:
                         member.step(math.inf if member is members[0] else group.seconds)
                     done += member is not members[0]
-            found = {member.case.name: row(member, members[0]) for member in members[1:]}
-        rows += [found.get(case.name) or told(case) | {"skipped": skipped[case.name]} for case in group.cases]
-        ratios |= ratios_of(group, found)
-    return {"rows": rows, "ratios": ratios}
+            measurements = {member.case.name: measurement(member, members[0]) for member in members[1:]}
+        rows += [Row(case, measurements.get(case.name), skipped.get(case.name, "")) for case in group.cases]
+        ratios |= ratios_of(group, measurements)
+    return Results(rows, ratios)
 
 
-def ratios_of(group: Group, found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """What a group says of its cases, where they were measured: `found[name]` is a case's row."""
+def ratios_of(group: Group, measurements: Mapping[str, Measurement]) -> dict[str, float]:
+    """The ratios that a group asks for, of those of its cases, by name, that were measured."""
     ratios = {}
     for pairs, key in ((group.ratios, "seconds"), (group.memory, "peak_bytes")):
         for name, (above, below) in pairs.items():
-            if above in found and below in found:
-                ratios[name] = found[above][key] / found[below][key]
+            if above in measurements and below in measurements:
+                ratios[name] = getattr(measurements[above], key) / getattr(measurements[below], key)
     for name, three in group.growth.items():
-        if found.keys() >= set(three):
-            small, middle, large = (found[case]["peak_bytes"] for case in three)
+        if measurements.keys() >= set(three):
+            small, middle, large = (measurements[case].peak_bytes for case in three)
             if middle > small:
                 ratios[name] = (large - middle) / (middle - small)
     return ratios
@@ -170,40 +192,30 @@ def too_large(case: Case, device: str) -> str:
     from spdcli.costs.estimate import estimate
     from spdcli.recipe.reading import load_recipe
 
-    found = estimate(load_recipe(case.recipe, case.settings), torch.device(device), seconds=False)
-    needed, free = found["bytes"]["total"], found["free_bytes"]
+    plan = estimate(load_recipe(case.recipe, case.settings), torch.device(device), seconds=False)
+    needed, free = plan.bytes.total, plan.free_bytes
     if needed <= SHARE * free:
         return ""
     return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free, of which a case may have {SHARE:.0%}"
 
 
-def told(case: Case) -> dict[str, Any]:
-    """What a row says of its case, whatever it measured."""
-    return {
-        "name": case.name,
-        "way": case.way,
-        "recipe": case.recipe,
-        "settings": list(case.settings),
-        "keep_freed": case.keep_freed,
-        **case.labels,
-    }
-
-
-def row(member: Member, product: Member) -> dict[str, Any]:
-    """What a member has measured."""
-    case, seconds = member.case, statistics.median(member.seconds)
-    rate = member.counted["flops"] / seconds
-    product_rate = product.counted["flops"] / statistics.median(product.seconds)
-    return {
-        "name": case.name,
-        "seconds": seconds,
-        "peak_bytes": member.ask("peak")["peak_bytes"],
-        "steps": len(member.seconds),
-        "fastest": min(member.seconds),
-        "base_bytes": member.base,
-        **member.counted,
-        "flops_per_second": rate,
-        "product_flops_per_second": product_rate,
-        "product_share": rate / product_rate,
-        **told(case),
-    }
+def measurement(member: Member, product: Member) -> Measurement:
+    """What was measured of a member, beside the matrix product of its group."""
+    assert member.count is not None
+    assert product.count is not None
+    seconds = statistics.median(member.seconds)
+    rate = member.count.flops / seconds
+    product_rate = product.count.flops / statistics.median(product.seconds)
+    return Measurement(
+        seconds=seconds,
+        peak_bytes=member.request(PEAK),
+        steps=len(member.seconds),
+        fastest=min(member.seconds),
+        base_bytes=member.base,
+        flops=member.count.flops,
+        bytes=member.count.bytes,
+        operations=member.count.operations,
+        flops_per_second=rate,
+        product_flops_per_second=product_rate,
+        product_share=rate / product_rate,
+    )

@@ -1,27 +1,25 @@
-"""The cases of every benchmark. A new one is a function that gives groups and an entry in the table at the end."""
+"""The cases of every benchmark: a new one is a function that gives groups, and a row in the table at the end.
+
+Importance functions, backends and losses are those of `engine.tables`. Nothing that takes time is imported, so that
+the command line's help can be made from the table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-from spdcli.costs.bench import Group
-from spdcli.costs.worker import Case
-from spdcli.engine.attention import DENSE_LENGTH
-from spdcli.engine.losses import RECONSTRUCTION
+from spdcli.costs.groups import Case, Group
+from spdcli.engine.tables import BACKENDS, IMPORTANCE_FUNCTIONS, LOSSES, losses_where
 
 MAX_BATCH, LONG, LONG_BATCH = 64, 10240, 4  # Table 2: batch 64, and 4 at length 10240
 CASE_SECONDS = 10.0  # that the measured steps of one case of Table 2 may take in all, if they are more than one
 DEFAULT_TOKENS = 4096  # in a batch of Table 2, unless --batch says otherwise: what two cores do in a moment
-GATE_KINDS = (
-    ("scalar", "auto"),
-    ("vector", "auto"),
-    ("attention", "dense"),
-    ("attention", "blocked"),
-    ("attention", "flex"),
-)
+RECONSTRUCTION = losses_where(lambda loss: loss.in_grid)
 ALL_LOSSES = tuple(f"losses.{name}=1" for name in RECONSTRUCTION)
+EVERY = {6: "six"}.get(len(RECONSTRUCTION), str(len(RECONSTRUCTION)))  # how many losses the paper's grid has, in words
 TOY = ("importance.kind=vector",)  # on induction.toml: 6 matrices, C 100, gate width 16, the losses of Table 4
 SHARED = ("importance.kind=shared",)  # on gpt2.toml: 48 matrices, gate width 64, its six losses
 PROBES = "losses.faithfulness_probes=32"
@@ -29,8 +27,8 @@ CHEAP = ("losses.layerwise_matrices=8", PROBES)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the command line asks of a benchmark: lengths and batch of `importance` (None: the defaults), device,
+class Options:
+    """The command line's options of a benchmark: lengths and batch of `importance` (None: the defaults), device,
     patterns of names (an empty list: every case), and whether every loss is measured by itself."""
 
     lengths: Sequence[int] = (16, 64, 1024, LONG)
@@ -47,37 +45,49 @@ def batch_at(length: int, batch: int | None) -> int:
     return max(1, batch * LONG_BATCH // MAX_BATCH) if length >= LONG else batch
 
 
-def importance_groups(wanted: Wanted) -> list[Group]:
+def kinds_and_backends() -> list[tuple[str, str]]:
+    """The importance functions to time, one that attends by each of its backends."""
+    backends = [name for name in BACKENDS if name != "auto"]
+    return [
+        (kind, backend)
+        for kind, function in IMPORTANCE_FUNCTIONS.items()
+        for backend in (backends if function.attends else ["auto"])
+        if function.benchmarked
+    ]
+
+
+def importance_groups(options: Options) -> list[Group]:
     """Table 2: a decomposition step of the induction toy by kind of importance function and length."""
+    from spdcli.engine.attention import DENSE_LENGTH
+
     groups = []
-    for length in wanted.lengths:
-        batch = batch_at(length, wanted.batch)
+    for length in options.lengths:
+        batch = batch_at(length, options.batch)
         shape = (f"target.length={length}", f"decompose.batch={batch}")
         labels = {"length": length, "batch": batch}
         cases = []
-        for kind, backend in GATE_KINDS:
-            if backend == "flex" and (wanted.device != "cuda" or length <= DENSE_LENGTH):
+        for kind, backend in kinds_and_backends():
+            if backend == "flex" and (options.device != "cuda" or length <= DENSE_LENGTH):
                 continue  # no backward on the processor; for short sequences dense is what it would be measured against
             name = f"{kind} {backend}".removesuffix(" auto")
             relative = ("importance.relative=scalar",) if backend == "flex" else ()
             chosen = (f"importance.kind={kind}", f"importance.backend={backend}", *relative)
             large = backend == "dense" and length > DENSE_LENGTH  # grows with the square of the length
-            made = Case(f"{name}, length {length}", "induction", (*chosen, *shape), large=large, labels=labels)
-            cases.append(made)
+            cases.append(Case(f"{name}, length {length}", "induction", (*chosen, *shape), large=large, labels=labels))
         groups.append(Group(cases, seconds=CASE_SECONDS))
     return groups
 
 
-def step_groups(wanted: Wanted) -> list[Group]:
+def step_groups(options: Options) -> list[Group]:
     """A whole step: the plan pass against every variant by itself."""
     groups = [
         _ways("toy-256", "induction", (*TOY, "decompose.batch=256"), ("plan", "one by one", "plain")),
         _ways("toy-64", "induction", (*TOY, "decompose.batch=64"), ("plan", "one by one", "plain")),
-        _ways("toy-256 all six", "induction", (*TOY, *ALL_LOSSES, "decompose.batch=256"), ("plan", "one by one")),
+        _ways(f"toy-256 all {EVERY}", "induction", (*TOY, *ALL_LOSSES, "decompose.batch=256"), ("plan", "one by one")),
         _ways("gpt2-C64", "gpt2", (*SHARED, "slices.C=64"), ("plan", "one by one"), cheap=True),
         _ways("gpt2-C768", "gpt2", (*SHARED, "slices.C=768"), ("plan", "one by one"), cheap=True),
     ]
-    if not wanted.per_loss:
+    if not options.per_loss:
         return groups
     several = groups[2:]  # the toy with every loss, and GPT-2
     return [alone for group in several for loss in RECONSTRUCTION for alone in _of_one_loss(group, loss)]
@@ -94,14 +104,16 @@ def _ways(name: str, recipe: str, settings: tuple[str, ...], ways: Sequence[str]
 
 def _of_one_loss(group: Group, loss: str) -> list[Group]:
     """The group with one loss alone and no other term; none where its recipe does not use that loss."""
-    others = tuple(f"losses.{name}=0" for name in (*RECONSTRUCTION, "faithfulness", "minimality") if name != loss)
-    toy = group.cases[0].recipe == "induction"
-    if not toy and loss == "recon_layerwise":
+    from spdcli.recipe.reading import load_recipe
+
+    recipe = load_recipe(group.cases[0].recipe, group.cases[0].settings).recipe
+    if not recipe.losses.coefficients[loss]:
         return []
+    others = tuple(f"losses.{name}=0" for name in LOSSES if name != loss)
     cases = [
         replace(case, name=f"{case.name}, {loss}", settings=(*(s for s in case.settings if s != PROBES), *others))
         for case in group.cases
-        if "sampled" not in case.name or "layerwise" in loss
+        if "sampled" not in case.name or LOSSES[loss].scope == "each"
     ]
     names = {case.name for case in cases}
     ratios = {
@@ -112,7 +124,7 @@ def _of_one_loss(group: Group, loss: str) -> list[Group]:
     return [Group(cases, ratios)]
 
 
-def scaling_groups(wanted: Wanted) -> list[Group]:
+def scaling_groups(options: Options) -> list[Group]:
     """Time and memory against matrices, tokens and C, around a toy of 6 matrices, 16 x 64 tokens and C 50."""
     middle = {"target.layers": 2, "decompose.batch": 16, "slices.C": 50}
     runs = {"target.layers": (1, 2, 4, 8), "decompose.batch": (4, 16, 64), "slices.C": (25, 50, 100, 200)}
@@ -131,7 +143,7 @@ def scaling_groups(wanted: Wanted) -> list[Group]:
     return groups
 
 
-def allocator_groups(wanted: Wanted) -> list[Group]:
+def allocator_groups(options: Options) -> list[Group]:
     """The allocator's thresholds: the same step with freed memory kept, and with glibc's defaults."""
     groups = []
     for name, recipe, settings in (
@@ -145,9 +157,9 @@ def allocator_groups(wanted: Wanted) -> list[Group]:
     return groups
 
 
-def memory_groups(wanted: Wanted) -> list[Group]:
+def memory_groups(options: Options) -> list[Group]:
     """Attention importances at 2560, 5120 and 10240 positions: memory that grows linearly with the length."""
-    cases, batch = [], batch_at(LONG, wanted.batch)
+    cases, batch = [], batch_at(LONG, options.batch)
     for length in (LONG // 4, LONG // 2, LONG):
         shape = (f"target.length={length}", f"decompose.batch={batch}")
         settings = ("importance.kind=attention", "importance.backend=blocked", *shape)
@@ -158,11 +170,11 @@ def memory_groups(wanted: Wanted) -> list[Group]:
     return [Group(cases, {"length 10240 / 5120, seconds": (large, middle)}, growth=growth)]
 
 
-def groups_of(what: str, wanted: Wanted) -> list[Group]:
+def groups_of(what: str, options: Options) -> list[Group]:
     """The groups of benchmark `what`, cut to the cases whose names match one of the patterns."""
     kept = []
-    for group in BENCHMARKS[what](wanted):
-        cases = [case for case in group.cases if _matches(case.name, wanted.patterns)]
+    for group in BENCHMARKS[what].groups(options):
+        cases = [case for case in group.cases if _matches(case.name, options.patterns)]
         names = {case.name for case in cases}
         if cases:
             ratios = {name: pair for name, pair in group.ratios.items() if names.issuperset(pair)}
@@ -176,10 +188,17 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatchcase(name, f"{pattern}*") for pattern in patterns)
 
 
-BENCHMARKS: dict[str, Callable[[Wanted], list[Group]]] = {
-    "importance": importance_groups,
-    "step": step_groups,
-    "scaling": scaling_groups,
-    "allocator": allocator_groups,
-    "memory": memory_groups,
+class Benchmark(NamedTuple):
+    """A benchmark: what it is about, in a few words, and the function that gives its groups."""
+
+    about: str
+    groups: Callable[[Options], list[Group]]
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "importance": Benchmark("Table 2", importance_groups),
+    "step": Benchmark("one plan against one by one", step_groups),
+    "scaling": Benchmark("with matrices, tokens, C", scaling_groups),
+    "allocator": Benchmark("with and without its thresholds", allocator_groups),
+    "memory": Benchmark("attention at 5120 and 10240 positions", memory_groups),
 }

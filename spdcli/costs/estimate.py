@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,8 +15,9 @@ from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.step import LossSettings, backward_step
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch
-from spdcli.machine import STATES, describe, free_bytes, unborn_bytes, used_bytes
+from spdcli.machine import STATES, Machine, describe, free_bytes, state_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import InductionTarget, Recipe
 from spdcli.runs.decomposition import untrained_decomposition
@@ -27,39 +27,102 @@ from spdcli.runs.subject import Subject, stream_batches
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of a run. `process` is Python with its libraries; `activations` what a step has at its peak, holes of the
-    allocator included; a step's gradients count as the optimizer's."""
+    """Bytes of a run.
+
+    `process` is Python with its libraries; `weights` those of target, slices and gates; `optimizer` its moments and the
+    gradients; `activations` what a step has at its peak, holes of the allocator included; `total` all of them.
+    """
 
     process: int
     weights: int
     optimizer: int
     activations: int
+    total: int = field(init=False)
 
-    @property
-    def total(self) -> int:
-        return self.process + self.weights + self.optimizer + self.activations
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.process + self.weights + self.optimizer + self.activations)
 
 
-def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> dict[str, Any]:
-    """What `spd plan --json` shows. Its seconds are measured by making steps, and None where `seconds` is False, the
-    recipe does not fit, or memory ends in the attempt."""
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers are trained: in U and V of all slices, and in the importance functions."""
+
+    slices: int
+    gates: int
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a step costs, counted without numbers: its tokens, the floating-point operations of its products, and the
+    bytes that its operations read and write."""
+
+    tokens: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds, measured: of a step of the decomposition, of one of the toy's own training, of all steps of both."""
+
+    step: float
+    toy_step: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe will cost, as `spd plan --json` shows it.
+
+    `matrices` is how many are decomposed; `free_bytes` the memory that the run may take, and `fits` whether its
+    `bytes` are no more; `change` names settings that would make it smaller where it does not. `toy_steps` are those by
+    which the toy is trained first. The seconds are measured by making steps, and None where none was made: they were
+    not wanted, the recipe does not fit, or memory ended in the attempt.
+    """
+
+    recipe: str
+    matrices: int
+    parameters: Parameters
+    bytes: Need
+    free_bytes: int
+    fits: bool
+    change: list[str]
+    tokens: int
+    flops_per_step: int
+    bytes_per_step: int
+    steps: int
+    seconds_per_step: float | None
+    toy_steps: int
+    seconds_per_toy_step: float | None
+    seconds: float | None
+    machine: Machine
+
+
+def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> Estimate:
+    """What a recipe will cost on `device`; steps are timed only with `seconds`, which takes some."""
     recipe = loaded.recipe
-    found, names, settings = _counted(loaded, device)
-    found |= {
-        "steps": recipe.decompose.steps,
-        "seconds_per_step": None,
-        "toy_steps": toy_steps(recipe),
-        "seconds_per_toy_step": None,
-        "seconds": None,
-        "machine": describe(device),
-    }
-    if seconds and found["fits"]:
-        with suppress(torch.OutOfMemoryError):
-            own = seconds_of_a_step(recipe, names, settings, device)
-            toy = seconds_of_a_toy_step(recipe, device) if found["toy_steps"] else 0.0
-            found |= {"seconds_per_step": own, "seconds_per_toy_step": toy}
-            found["seconds"] = own * found["steps"] + toy * found["toy_steps"]
-    return found
+    counts = _counted(loaded, device)
+    fits = counts.need.total <= counts.free
+    times = _timed(recipe, counts, device) if seconds and fits else None
+    gates_largest = counts.parameters.gates > counts.parameters.slices
+    return Estimate(
+        recipe=recipe.name,
+        matrices=len(counts.names),
+        parameters=counts.parameters,
+        bytes=counts.need,
+        free_bytes=counts.free,
+        fits=fits,
+        change=changes(recipe, counts.need, counts.free, gates_largest),
+        tokens=counts.step.tokens,
+        flops_per_step=counts.step.flops,
+        bytes_per_step=counts.step.bytes,
+        steps=recipe.decompose.steps,
+        seconds_per_step=None if times is None else times.step,
+        toy_steps=toy_steps(recipe),
+        seconds_per_toy_step=None if times is None else times.toy_step,
+        seconds=None if times is None else times.total,
+        machine=describe(device),
+    )
 
 
 def toy_steps(recipe: Recipe) -> int:
@@ -71,9 +134,21 @@ def toy_steps(recipe: Recipe) -> int:
     return recipe.train.steps
 
 
-def _counted(loaded: LoadedRecipe, device: torch.device) -> tuple[dict[str, Any], list[str], FitSettings]:
-    """What can be told without numbers; the names of the matrices; the loop's settings, with the memory that is left
-    for a plan."""
+@dataclass(frozen=True)
+class _Counts:
+    """What is known without numbers: the names of the matrices, sizes, and the settings of the training loop, which
+    may use for a plan what memory is left."""
+
+    names: list[str]
+    settings: FitSettings
+    parameters: Parameters
+    need: Need
+    free: int
+    step: StepCosts
+
+
+def _counted(loaded: LoadedRecipe, device: torch.device) -> _Counts:
+    """Builds the recipe's target and decomposition as shapes alone, goes through one step, and counts."""
     recipe = loaded.recipe
     heap = Heap()
     try:
@@ -86,34 +161,32 @@ def _counted(loaded: LoadedRecipe, device: torch.device) -> tuple[dict[str, Any]
         held = state.alive
         process = used_bytes(device)
         free = free_bytes(device) + process  # this process goes, the other comes
-        settings = fit_settings(recipe, free - process - held - unborn_bytes(decomposition))
+        optimizer = state_bytes(decomposition)
+        settings = fit_settings(recipe, free - process - held - optimizer)
         step = _dry_step(recipe, subject, decomposition, settings, heap)
         grown = heap.grown
     finally:
         heap.close()
-    element = subject.target.unembedding.element_size()
     parameters = sum(p.numel() for p in trained)
     gates = sum(p.numel() for p in decomposition.importances.parameters() if p.requires_grad)
-    optimizer = unborn_bytes(decomposition)
-    weights = held - sum(m.numel() for m in moments) * element
-    needed = Need(process, weights, optimizer, max(0, grown - weights - optimizer))
-    found = {
-        "recipe": recipe.name,
-        "matrices": len(names),
-        "parameters": {"slices": parameters - gates, "gates": gates},
-        "bytes": {**asdict(needed), "total": needed.total},
-        "free_bytes": free,
-        "fits": needed.total <= free,
-        "change": changes(recipe, needed, free, gates > parameters - gates),
-        **step,
-    }
-    return found, names, settings
+    weights = held - sum(m.numel() for m in moments) * subject.target.unembedding.element_size()
+    need = Need(process, weights, optimizer, max(0, grown - weights - optimizer))
+    return _Counts(names, settings, Parameters(parameters - gates, gates), need, free, step)
+
+
+def _timed(recipe: Recipe, counts: _Counts, device: torch.device) -> Durations | None:
+    """How long steps take on `device`; None where memory ends in the attempt."""
+    with suppress(torch.OutOfMemoryError):
+        own = seconds_of_a_step(recipe, counts.names, counts.settings, device)
+        toy = seconds_of_a_toy_step(recipe, device) if toy_steps(recipe) else 0.0
+        return Durations(own, toy, own * recipe.decompose.steps + toy * toy_steps(recipe))
+    return None
 
 
 def _dry_step(
     recipe: Recipe, subject: Subject, decomposition: Decomposition, settings: FitSettings, heap: Heap
-) -> dict[str, int]:
-    """One step of the loop without numbers; with a fixed batch its clean pass is made once and not counted."""
+) -> StepCosts:
+    """What one step of the loop costs; with a fixed batch its clean pass is made once and not counted."""
     generator, losses = torch.Generator(), settings.losses
     patterns = losses.coefficients.get("attention", 0) > 0
 
@@ -135,20 +208,19 @@ def _dry_step(
         if broad is not None:
             backward(passes(broad(generator)), losses.on_stream(settings.targeted))
     decomposition.zero_grad(set_to_none=True)
-    return {"tokens": int(batch.valid.sum()), "flops_per_step": step.flops, "bytes_per_step": step.bytes}
+    return StepCosts(tokens=int(batch.valid.sum()), flops=step.flops, bytes=step.bytes)
 
 
 def changes(recipe: Recipe, needed: Need, free: int, gates_largest: bool) -> list[str]:
     """Settings that make a recipe smaller, the most promising first; none where it fits."""
     if needed.total <= free:
         return []
-    found = []
-    state = needed.weights + needed.optimizer
-    if needed.activations > state:
-        found += ["decompose.plan_memory=auto", "a smaller decompose.batch"]
-    spannable = recipe.importance.kind == "vector" and recipe.target.kind == "huggingface"
+    settings = []
+    if needed.activations > needed.weights + needed.optimizer:
+        settings += ["decompose.plan_memory=auto", "a smaller decompose.batch"]
+    spannable = IMPORTANCE_FUNCTIONS[recipe.importance.kind].spans and recipe.target.kind == "huggingface"
     if gates_largest and spannable and recipe.importance.basis != "span":
-        found.append("importance.basis=span")
+        settings.append("importance.basis=span")
     if gates_largest:
-        found.append("a smaller importance.gate_width")
-    return [*found, "a smaller slices.C", "fewer slices.matrices"]
+        settings.append("a smaller importance.gate_width")
+    return [*settings, "a smaller slices.C", "fewer slices.matrices"]

@@ -1,7 +1,7 @@
 """One case of a benchmark in a process of its own: honest peaks of memory, and steps on demand.
 
-The process builds the case, then answers on a pipe: `step` with the seconds of one step, `peak` with the most
-memory it has had, `count` with what a step costs in operations and bytes besides.
+The process builds the case and sends how many bytes it used before; then it answers requests on a pipe: `step` with
+the seconds of one step, `count` with a Count of one, `peak` with the most bytes that it has had at once.
 """
 
 from __future__ import annotations
@@ -9,48 +9,48 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-WAYS = ("plan", "one by one", "plain", "product")
+from spdcli.costs.groups import Case
+
+STEP, COUNT, PEAK = "step", "count", "peak"
 
 
 @dataclass(frozen=True)
-class Case:
-    """What one process measures.
+class Count:
+    """One step: its seconds, the floating-point operations of its products, the bytes that its operations read and
+    write, and how many operations they are."""
 
-    `recipe` with `settings` (as `--set` takes them) says what is decomposed, with random weights; `way` how a step is
-    made: by the engine (plan), every variant by itself (one by one), the same with the gate network made whole
-    (plain), or, in place of a step, one square matrix product (product). `keep_freed` is the allocator's switch.
-    `large` says that it may need more memory than there is: that is found out, without numbers, before it is started.
-    """
+    seconds: float
+    flops: int
+    bytes: int
+    operations: int
 
-    name: str
-    recipe: str
-    settings: tuple[str, ...] = ()
-    way: str = "plan"
-    keep_freed: bool = True
-    large: bool = False
-    prompts: tuple[int, int] = (2, 9)
-    labels: dict[str, Any] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class Failure:
+    """What the process says, last of all, when something went wrong in it."""
+
+    reason: str
 
 
 def serve(connection: Connection, case: Case, device: str, threads: int | None) -> None:
-    """The process's life. Every answer is a dict; `error` in it ends the process."""
+    """The process's life: it builds `case`, answers requests and ends with the pipe, or with a Failure."""
     try:
-        answers = Answers(case, device, threads)
-        connection.send({"ready": answers.base})
-        while (asked := connection.recv()) != "end":
-            connection.send(answers.of(asked))
-    except (EOFError, BrokenPipeError):  # whoever asked is gone
+        built = BuiltCase(case, device, threads)
+        connection.send(built.base)
+        while True:
+            connection.send(built.answer(connection.recv()))
+    except (EOFError, BrokenPipeError):  # the other end is gone
         pass
-    except Exception as error:  # told to the process that asked, which knows what to do with it
-        connection.send({"error": f"{type(error).__name__}: {error}"})
+    except Exception as error:  # the other end knows what to do with it
+        connection.send(Failure(f"{type(error).__name__}: {error}"))
 
 
-class Answers:
-    """A case that has been built: `base` bytes were in use before that."""
+class BuiltCase:
+    """A case that is ready to make steps: `base` bytes were in use before it was built."""
 
     def __init__(self, case: Case, device: str, threads: int | None) -> None:
         import torch
@@ -62,30 +62,33 @@ class Answers:
         self.device = torch.device(device)
         if case.keep_freed:
             keep_freed_memory()
-        self.case = case
         self.base = used_bytes(self.device)
-        self.step = build(case, self.device)
+        self.step = step_of(case, self.device)
 
-    def of(self, asked: str) -> dict[str, float]:
-        """The answer to `step`, `peak` or `count`."""
+    def answer(self, request: str) -> float | int | Count:
+        """Seconds for `step`, a Count for `count`, bytes for `peak`."""
         from spdcli.costs.tally import Tally
-        from spdcli.machine import peak_bytes, synchronise
+        from spdcli.machine import peak_bytes
 
-        if asked == "peak":
-            return {"peak_bytes": peak_bytes(self.device)}
-        tally = Tally() if asked == "count" else None
+        if request == PEAK:
+            return peak_bytes(self.device)
+        if request == STEP:
+            return self._seconds()
+        with Tally() as tally:
+            seconds = self._seconds()
+        return Count(seconds, tally.flops, tally.bytes, tally.operations)
+
+    def _seconds(self) -> float:
+        from spdcli.machine import synchronise
+
         synchronise(self.device)
         begun = time.perf_counter()
-        with tally or nullcontext():
-            self.step()
+        self.step()
         synchronise(self.device)
-        seconds = {"seconds": time.perf_counter() - begun}
-        if tally is None:
-            return seconds
-        return seconds | {"flops": tally.flops, "bytes": tally.bytes, "operations": tally.operations}
+        return time.perf_counter() - begun
 
 
-def build(case: Case, device: Any) -> Callable[[], object]:
+def step_of(case: Case, device: Any) -> Callable[[], object]:
     """A function that makes one step of the case, optimizer included."""
     from spdcli.costs.random_targets import random_subject
     from spdcli.machine import product_inputs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,7 +19,8 @@ from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import KeyPath
 
 Schema = Mapping[str, Any]
-KINDS = ("induction", "huggingface", "module")
+TARGETS = get_args(Recipe.model_fields["target"].annotation)
+KINDS = [get_args(target.model_fields["kind"].annotation)[0] for target in TARGETS]
 SECTIONS = "sections, at least one"
 
 

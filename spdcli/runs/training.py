@@ -17,7 +17,7 @@ from spdcli.engine.fit import Record, fit, start_fit, warm_up_faithfulness
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import Interrupted, RecipeError, SpdError, UsageError
 from spdcli.files import save_tensors, write_atomically
-from spdcli.machine import free_bytes, training_bytes, unborn_bytes
+from spdcli.machine import free_bytes, state_bytes, training_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import InductionTarget, Recipe
@@ -175,7 +175,7 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
         reached = warm_up_faithfulness(subject.target, decomposition, warm_up)
         report(Progress(f"faithfulness {reached:.1e} after {warm_up} steps of warm-up"))
     store.start_metrics(after=state.step)
-    settings = fit_settings(recipe, free_bytes(device) - unborn_bytes(decomposition))
+    settings = fit_settings(recipe, free_bytes(device) - state_bytes(decomposition))
     steps = fit(subject.target, decomposition, subject.batches, state, settings, stream_batches(recipe, subject))
     with stop_signals() as signals:
         for record in steps:
