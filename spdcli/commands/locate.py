@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spdcli.commands.change import FactsOption, NoFacts, ask_facts, own_prompts, read_facts
+from spdcli.commands.change import FactsOption, NoFacts, read_facts
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.edits.choices import STATISTICS, USUAL_STATISTIC
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from spdcli.console import Console
-    from spdcli.edits.answer_changes import Questions
-    from spdcli.edits.facts_file import Facts
-    from spdcli.edits.selection import Activity
-    from spdcli.location.locate import Search
-    from spdcli.runs.loading import LoadedRun
-
+    from spdcli.location.locate import PairEntry, PromptSearch, SliceEntry
 
 if TYPE_CHECKING:
     Statistic = str
@@ -83,115 +78,69 @@ def locate(
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, no_facts)
     from spdcli.location.locate import Search
+    from spdcli.location.locate import locate as locate_slices
+    from spdcli.records import plain
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
+    if loaded.subject.prompts is None and facts is None:
+        file = None  # the toy knows none of those that come with spd
     search = Search(tuple(matrices or ["*"]), top, paired, pairs, collateral, others_limit, threshold)
-    seed = loaded.recipe.seed if seed is None else seed
-    located = find(console, loaded, (prompt, token), (file, facts), search, seed)
-    data = {"schema": "spd.locate/1", "run": run, **located[0], "located": located}
-    console.show(data, *[part for one in located for part in render(one)])
-    if quiet:
-        for one in located:
-            for entry in one["slices"]:
-                console.result(entry["slice"])
-
-
-def find(
-    console: Console,
-    loaded: LoadedRun,
-    asked: tuple[str | None, str | None],
-    facts: tuple[Facts | None, str | None],
-    search: Search,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """What is located for the prompt and token of `asked`, or for each prompt of the run."""
-    from spdcli.edits.prompts_and_answers import about_token, pick
-    from spdcli.edits.selection import own_activity
-    from spdcli.location.locate import candidates, known_questions
-    from spdcli.location.locate import locate as search_slices
-
-    prompt, token = asked
-    subject, decomposition = loaded.subject, loaded.decomposition
-    activity, own = own_activity(subject, decomposition, seed)
-    row = own_row(prompt, own)
-    texts = [] if row is not None or prompt is None else [prompt]
-    told = ask_facts(console, subject, loaded.recipe, facts[0], facts[1], own_prompts(loaded.recipe, texts))
-    known = known_questions(subject, told)
-    located = []
-    for number in range(len(own.texts)) if prompt is None else [row]:
-        here, question = (activity, pick(own, [number])) if number is not None else given(console, loaded, texts)
-        if token is not None:
-            question = about_token(subject, question, token)
-        others = [other for other, text in enumerate(own.texts) if text != question.texts[0]]
-        rest = pick(own, others) if others else None
-        found = candidates(decomposition, here, number or 0, search)
-        located.append(search_slices(subject, decomposition, found, question, rest, known, search))
-    return located
-
-
-def own_row(prompt: str | None, own: Questions) -> int | None:
-    """The row of a run's prompt, by its number or text; None for another text."""
-    from spdcli.edits.selection import find_prompt
-
-    if prompt is None:
-        return None
-    if prompt.isascii() and prompt.isdigit() and prompt not in own.texts:
-        return find_prompt(own.texts, int(prompt))
-    return own.texts.index(prompt) if prompt in own.texts else None
-
-
-def given(console: Console, loaded: LoadedRun, texts: list[str]) -> tuple[Activity, Questions]:
-    """The activity on a text that is none of the run's prompts, fed without its last token, and its question."""
-    from spdcli.commands.change import warn_of_span
-    from spdcli.edits.answer_changes import given_questions
-    from spdcli.edits.selection import activity_of
-    from spdcli.measures.texts import Texts
-
-    warn_of_span(console, loaded.recipe, texts)
-    begin_token = loaded.recipe.data is not None and loaded.recipe.data.begin_token
-    question = given_questions(loaded.subject, texts, begin_token)
-    unsearched = Texts(question.batch, texts, [], lambda query: [])
-    return activity_of(loaded.subject, loaded.decomposition, unsearched), question
-
-
-def render(found: dict[str, Any]) -> list[RenderableType]:
-    """The slices by effect, and the pairs that do more than their sum."""
-    limit = "" if found["limit"] is None else f", {found['statistic']} collateral at most {found['limit']:g}"
-    title = f"{found['token']!r} of {found['prompt']!r}: {found['before']:.4f} before"
-    title += f"; {found['candidates']} active slices{limit}"
-    parts: list[RenderableType] = [title, table(found["slices"], lambda entry: entry["slice"], "slice", found)]
-    if found["pairs"]:
-        above = (
-            f"{found['pairs_above_sum']} of {found['pairs_measured']} pairs do more than their sum in log-probability"
+    with console.progress() as report:
+        searches = locate_slices(
+            loaded.subject,
+            loaded.decomposition,
+            prompt,
+            token,
+            file,
+            search,
+            loaded.seed_or(seed),
+            loaded.begin_token,
+            report,
         )
-        parts += [above, table(found["pairs"], lambda entry: "\n".join(entry["slices"]), "pair", found)]
-    elif found["pairs_measured"]:
-        parts.append(f"None of {found['pairs_measured']} pairs that may be told does more than the sum of its parts.")
+    data = {"schema": "spd.locate/1", "run": run, **plain(searches[0]), "located": searches}
+    console.show(data, *[part for one in searches for part in render(one)])
+    if quiet:
+        for one in searches:
+            for entry in one.slices:
+                console.result(entry.slice)
+
+
+def render(search: PromptSearch) -> list[RenderableType]:
+    """The slices by effect, and the pairs that do more than their sum."""
+    limit = "" if search.limit is None else f", {search.statistic} collateral at most {search.limit:g}"
+    title = f"{search.token!r} of {search.prompt!r}: {search.before:.4f} before"
+    title += f"; {search.candidates} active slices{limit}"
+    parts: list[RenderableType] = [title, table(search.slices, "slice", search.known_facts)]
+    if search.pairs:
+        above = f"{search.pairs_above_sum} of {search.pairs_measured} pairs do more than their sum in log-probability"
+        parts += [above, table(search.pairs, "pair", search.known_facts)]
+    elif search.pairs_measured:
+        parts.append(f"None of {search.pairs_measured} pairs that may be told does more than the sum of its parts.")
     return parts
 
 
-def table(entries: list[dict[str, Any]], name: Any, kind: str, found: dict[str, Any]) -> RenderableType:
+def table(entries: Sequence[SliceEntry | PairEntry], kind: str, known_facts: int) -> RenderableType:
     """A row an entry: what becomes of the answer, of the other prompt that moves most, and of the known facts."""
     from rich.table import Table
 
-    made = Table(expand=True)
-    facts = ["facts: median, mean, max"] if found["known_facts"] else []
+    from spdcli.location.locate import PairEntry
+
+    effects = Table(expand=True)
+    facts = ["facts: median, mean, max"] if known_facts else []
     excess = ["excess"] if kind == "pair" else []
     for column in (kind, "after", "change", *excess, "KL", "others", *facts, "collateral"):
-        made.add_column(column, justify="left" if column == kind else "right", overflow="fold")
+        effects.add_column(column, justify="left" if column == kind else "right", overflow="fold")
     for entry in entries:
-        most = f"{max(entry['others']):.1%}" if entry["others"] else ""
-        collateral = "" if entry["collateral"] is None else f"{entry['collateral']:.2%}"
-        made.add_row(
-            name(entry),
-            f"{entry['after']:.4f}",
-            f"{entry['ratio'] - 1:+.1%}",
-            *([f"{entry['excess']:+.2f}"] if excess else []),
-            f"{entry['kl']:.3f}",
-            most,
-            *([", ".join(f"{value:.1%}" for value in entry["facts"].values())] if facts else []),
-            collateral,
+        effects.add_row(
+            "\n".join(entry.slices) if isinstance(entry, PairEntry) else entry.slice,
+            f"{entry.after:.4f}",
+            f"{entry.ratio - 1:+.1%}",
+            *([f"{entry.excess:+.2f}"] if isinstance(entry, PairEntry) else []),
+            f"{entry.kl:.3f}",
+            f"{max(entry.others):.1%}" if entry.others else "",
+            *([", ".join(f"{value:.1%}" for value in entry.facts.values())] if entry.facts else []),
+            "" if entry.collateral is None else f"{entry.collateral:.2%}",
         )
-    return made
+    return effects

@@ -16,6 +16,7 @@ from spdcli.edits.suppression import find_matrix
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
+from spdcli.progress import Progress, Report, silent
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import second_moments
 
@@ -67,9 +68,16 @@ def fact_context(
     return FactContext(subject, decomposition, activity, prompts, known, naming, matrices[0], moments, ridge, seed)
 
 
-def known_facts(subject: Subject, facts: Facts, own: Sequence[str], begin_token: bool) -> AskedFacts | None:
+def known_facts(
+    subject: Subject, facts: Facts, own: Sequence[str], begin_token: bool, report: Report = silent
+) -> AskedFacts | None:
     """The facts, whose text is none of `own`, that the unchanged model knows; None where it knows none."""
-    beside, _ = facts_beside(subject, facts, own, begin_token)
+    if subject.prompts is None:
+        raise UsageError("the induction toy knows no facts", "leave --facts out")
+    beside, dropped = facts_beside(subject, facts, own, begin_token)
+    if dropped:
+        text = f"{dropped} facts are longer than this model takes, and are left out"
+        report(Progress(text, warning=True))
     if beside is None:
         return None
     now = present_answers(subject.target, beside.questions)

@@ -2,46 +2,50 @@
 
 Candidates are the slices that are active somewhere in the prompt. Each is suppressed alone in the original weights,
 all in one plan, and ranked by how far the answer's probability falls. What else moves is measured on the run's other
-prompts for all of them, and on the facts that the model knows for those that are told. *Collateral* is a statistic
-(mean, median or max) of the relative changes |after / before - 1|, the larger of that over the run's other prompts and
-that over the facts: one other prompt is not lost among a hundred facts.
+prompts for all of them, and on the facts that the model knows for those that are listed: see `EditMeasurer`. One other
+prompt is not lost among a hundred facts, since the two count apart.
 
 Two slices can do more together than the sum of their parts: their excess is
 
     log r(a, b) - log r(a) - log r(b)        with r = after / before of the answer's probability
 
-and a pair is told when it is below 0 (the paper's "obe" and " Bryant").
+and a pair is listed when it is below 0 (the paper's "obe" and " Bryant", section 6.2 and Figure 4).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from spdcli.edits.answer_changes import Questions, measure_columns, measure_group, present_answers, question_groups
+from spdcli.edits.answer_changes import Questions, given_questions
 from spdcli.edits.choices import USUAL_STATISTIC
-from spdcli.edits.known_facts import AskedFacts, known_mask, relative_change, statistics
-from spdcli.edits.prompts_and_answers import join, pick
-from spdcli.edits.selection import Activity, in_order, with_direction, written
-from spdcli.edits.suppression import Address, Edit, suppression, suppressions
-from spdcli.engine.forward import Clean, clean_pass
+from spdcli.edits.facts_file import Facts
+from spdcli.edits.prompts_and_answers import about_token, pick
+from spdcli.edits.selection import (
+    Activity,
+    activity_of,
+    find_prompt,
+    in_order,
+    own_activity,
+    with_direction,
+    written,
+)
+from spdcli.edits.suppression import Address, suppression, suppressions
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import UsageError
+from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer, SideEffects
+from spdcli.location.fact_context import known_facts
+from spdcli.measures.importances import warn_of_span
 from spdcli.measures.inspection import matching
+from spdcli.measures.texts import Texts
+from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
-
-FACT_TOKENS = 256  # of one group of facts: an edit that is beyond the limit is given up between groups
-KEPT_TOKENS = 4096  # of facts whose hidden states are kept
 
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for: patterns of matrices, how many slices and pairs to tell, how many slices to pair, and by
+    """What to look for: patterns of matrices, how many slices and pairs to list, how many slices to pair, and by
     which statistic collateral counts and may at most be."""
 
     matrices: tuple[str, ...] = ("*",)
@@ -53,162 +57,154 @@ class Search:
     threshold: float = 0.0
 
 
-def known_questions(subject: Subject, facts: AskedFacts | None) -> Questions | None:
-    """The facts that the unchanged model knows; None where there are none."""
-    if facts is None:
-        return None
-    now = present_answers(subject.target, facts.questions)
-    rows = known_mask(now["p"], now["rank"], facts.known).nonzero()[:, 0].tolist()
-    return pick(facts.questions, rows) if rows else None
+@dataclass(frozen=True, kw_only=True)
+class SliceEntry(AnswerEffect, SideEffects):
+    """A slice, by its address, and what suppressing it does."""
+
+    slice: str
 
 
-def candidates(decomposition: Decomposition, activity: Activity, row: int, search: Search) -> list[Address]:
-    """The slices that are active somewhere in text `row` of `activity`, those that write most first."""
-    names = matching(list(activity.g), search.matrices)
-    found = {name: (activity.g[name][row] > search.threshold).any(0) for name in names}
-    positions = range(activity.texts.batch.tokens.shape[1])
-    amounts = written(decomposition, activity, row, positions)
-    return in_order(with_direction(decomposition, found), [amounts])
+@dataclass(frozen=True, kw_only=True)
+class PairEntry(AnswerEffect, SideEffects):
+    """Two slices and what suppressing them together does; `excess` is how much more that is than the sum."""
+
+    slices: list[str]
+    excess: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSearch:
+    """What was found for the answer `token` of one prompt (shape of `spd.locate/1`), the best slices and pairs first.
+
+    `before` is P(token); `candidates` counts the slices that were tried and `known_facts` the facts that should stay.
+    Of `pairs_measured` pairs `pairs_above_sum` do more than the sum of their parts.
+    """
+
+    prompt: str
+    token: str
+    before: float
+    candidates: int
+    known_facts: int
+    statistic: str
+    limit: float | None
+    slices: list[SliceEntry]
+    pairs_measured: int
+    pairs_above_sum: int
+    pairs: list[PairEntry]
 
 
 def locate(
     subject: Subject,
     decomposition: Decomposition,
-    found: Sequence[Address],
+    prompt: str | None = None,
+    token: str | None = None,
+    facts: Facts | None = None,
+    search: Search | None = None,
+    seed: int = 0,
+    begin_token: bool = False,
+    report: Report = silent,
+) -> list[PromptSearch]:
+    """The slices that carry the answer `token` of `prompt` (None: the prompt's last token), one entry a prompt.
+
+    `prompt` is one of the run's by its number, from 1, or its text, or another text, whose last token is its answer;
+    None is each prompt of the run (of the toy: a few sequences, drawn by `seed`). `begin_token` feeds the tokenizer's
+    begin-of-sequence token first to another text and to the facts. Of `facts` those that the model knows should stay
+    as they are; the toy knows none. UsageError where no slice of `search.matrices` is active.
+    """
+    search = search or Search()
+    activity, own = own_activity(subject, decomposition, seed)
+    row = None if prompt is None else prompt_row(prompt, own.texts)
+    foreign = [prompt] if prompt is not None and row is None else []
+    known = None if facts is None else known_facts(subject, facts, [*own.texts, *foreign], begin_token, report)
+    rows = range(len(own.texts)) if prompt is None else [row] if row is not None else []
+    places = [(activity, number, pick(own, [number])) for number in rows]
+    if foreign:
+        warn_of_span(decomposition, report)
+        question = given_questions(subject, foreign, begin_token)
+        places = [(activity_on(subject, decomposition, question), 0, question)]
+    searches = []
+    for here, number, asked in places:
+        question = asked if token is None else about_token(subject, asked, token)
+        others = [other for other, text in enumerate(own.texts) if text != question.texts[0]]
+        rest = pick(own, others) if others else None
+        slices = candidates(decomposition, here, number, search)
+        known_questions = None if known is None else known.questions
+        searches.append(search_prompt(subject, decomposition, slices, question, rest, known_questions, search))
+    return searches
+
+
+def prompt_row(prompt: str, texts: Sequence[str]) -> int | None:
+    """The row of a prompt among a run's own, by its number or text; None for another text."""
+    if prompt.isascii() and prompt.isdigit() and prompt not in texts:
+        return find_prompt(texts, int(prompt))
+    return list(texts).index(prompt) if prompt in texts else None
+
+
+def activity_on(subject: Subject, decomposition: Decomposition, questions: Questions) -> Activity:
+    """The slices' activity on questions of the user's own."""
+    unsearched = Texts(questions.batch, questions.texts, [], lambda query: [])
+    return activity_of(subject, decomposition, unsearched)
+
+
+def candidates(decomposition: Decomposition, activity: Activity, row: int, search: Search) -> list[Address]:
+    """The slices that are active somewhere in text `row` of `activity`, those that write most first."""
+    names = matching(list(activity.g), search.matrices)
+    active = {name: (activity.g[name][row] > search.threshold).any(0) for name in names}
+    positions = range(activity.texts.batch.tokens.shape[1])
+    amounts = written(decomposition, activity, row, positions)
+    return in_order(with_direction(decomposition, active), [amounts])
+
+
+def search_prompt(
+    subject: Subject,
+    decomposition: Decomposition,
+    slices: Sequence[Address],
     question: Questions,
     others: Questions | None,
     facts: Questions | None,
     search: Search,
-) -> dict[str, Any]:
-    """The slices among `found` that lower the answer of the one `question` most (shape of `spd.locate/1`).
+) -> PromptSearch:
+    """Those of `slices` that lower the answer of the one `question` most.
 
     `others` are prompts, `facts` known facts, that should stay as they are. With a limit, slices and pairs of more
-    collateral are passed over until `top` are found or none is left that lowers the answer; slices that move the other
+    collateral are passed over until `top` are there or none is left that lowers the answer; slices that move the other
     prompts too far are not paired. UsageError without a candidate.
     """
-    if not found:
+    if not slices:
         raise UsageError(f"no slice of these matrices is active in {question.texts[0]!r}")
-    beside = Beside(subject, question, others, facts, search)
-    single = beside.measure(suppressions(subject.target, decomposition, found))
-    ordered = sorted(single, key=lambda name: single[name]["after"])
-    chosen = beside.told({name: single[name] for name in ordered}, search.top)
-    together: dict[str, dict[str, Any]] = {}
-    parts = {str(address): address for address in found}
-    strongest = [parts[name] for name in ordered if beside.within(single[name]["others"])][: search.paired]
+    target = subject.target
+    measurer = EditMeasurer(target, question, others, facts, search.statistic, search.limit)
+    single = measurer.effects(suppressions(target, decomposition, slices))
+    single = dict(sorted(single.items(), key=lambda entry: entry[1].after))
+    listed = measurer.side_effects(single, search.top)
+    by_name = {str(address): address for address in slices}
+    strongest = [by_name[name] for name, effect in single.items() if measurer.within(effect.others)][: search.paired]
     pairs = {f"{one} {other}": [one, other] for one, other in itertools.combinations(strongest, 2)}
-    if pairs:
-        edits = {name: suppression(subject.target, decomposition, pair) for name, pair in pairs.items()}
-        for name, entry in beside.measure(edits).items():
-            apart = sum(single[str(part)]["fall"] for part in pairs[name])
-            entry |= {"slices": [str(part) for part in pairs[name]], "excess": entry["fall"] - apart}
-            together[name] = entry
-    more = sorted((name for name in together if together[name]["excess"] < 0), key=lambda n: together[n]["excess"])
-    told = beside.told({name: together[name] for name in more}, search.pairs)
-    return {
-        "prompt": question.texts[0],
-        "token": question.tokens[0],
-        "before": next(iter(single.values()))["before"],
-        "candidates": len(found),
-        "known_facts": len(facts.texts) if facts is not None else 0,
-        "statistic": search.statistic,
-        "limit": search.limit,
-        "slices": [{"slice": name, **entry} for name, entry in chosen.items()],
-        "pairs_measured": len(pairs),
-        "pairs_above_sum": len(more),
-        "pairs": list(told.values()),
+    edits = {name: suppression(target, decomposition, pair) for name, pair in pairs.items()}
+    together = measurer.effects(edits) if edits else {}
+    excess = {
+        name: effect.fall - sum(single[str(part)].fall for part in pairs[name]) for name, effect in together.items()
     }
-
-
-class Beside:
-    """Measures edits on a question and on what should stay as it is."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        question: Questions,
-        others: Questions | None,
-        facts: Questions | None,
-        search: Search,
-    ) -> None:
-        self.target, self.facts, self.search = subject.target, facts, search
-        self.asked = question if others is None else join([question, others])
-        self.edits: dict[str, Edit] = {}
-        self.kept: list[Clean] = []
-
-    def measure(self, edits: Mapping[str, Edit]) -> dict[str, dict[str, Any]]:
-        """Every edit on the question and the other prompts: probabilities, `fall` log(after / before), changes."""
-        self.edits |= edits
-        entries = {}
-        for name, columns in measure_columns(self.target, self.asked, edits).items():
-            first = {key: columns[key][0].item() for key in ("before", "after", "ratio", "kl")}
-            changes = relative_change(columns["ratio"][1:])
-            entries[name] = {
-                **first,
-                "rank_after": int(columns["rank_after"][0]),
-                "fall": columns["ratio"][0].log().item(),
-                "others": changes.tolist(),
-            }
-        return entries
-
-    def within(self, changes: Sequence[float] | Tensor) -> bool:
-        """Whether what should stay moves within the limit; nothing to stay always does."""
-        return self.search.limit is None or (self.statistic(changes) or 0.0) <= self.search.limit
-
-    def statistic(self, changes: Sequence[float] | Tensor) -> float | None:
-        """The statistic of collateral over some changes; None over none."""
-        known = torch.as_tensor(changes, dtype=torch.float64)
-        return statistics(known)[self.search.statistic].item() if len(known) else None
-
-    def told(self, entries: Mapping[str, dict[str, Any]], count: int) -> dict[str, dict[str, Any]]:
-        """The first `count` of `entries` within the limit, with the facts' changes and the collateral."""
-        limited = self.search.limit is not None
-        tried = [
-            name
-            for name, entry in entries.items()
-            if self.within(entry["others"]) and not (limited and entry["fall"] >= 0)
-        ]
-        told: dict[str, dict[str, Any]] = {}
-        for start in range(0, len(tried), count):
-            for name, changes in self._facts(tried[start : start + count]).items():
-                if self.within(changes) and len(told) < count:
-                    apart = [self.statistic(entries[name]["others"]), self.statistic(changes)]
-                    sizes = [size for size in apart if size is not None]
-                    facts = summary(changes) if len(changes) else None
-                    told[name] = entries[name] | {"facts": facts, "collateral": max(sizes, default=None)}
-            if len(told) == count:
-                break
-        return told
-
-    def _facts(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The facts' changes by edit; an edit that cannot be within the limit is given up as soon as that is sure."""
-        if self.facts is None:
-            return {name: torch.zeros(0, dtype=torch.float64) for name in names}
-        changes: dict[str, Tensor] = {name: torch.zeros(0, dtype=torch.float64) for name in names}
-        for clean in self._fact_groups():
-            for name, columns in measure_group(
-                self.target, clean, {name: self.edits[name] for name in changes}
-            ).items():
-                changes[name] = torch.cat([changes[name], relative_change(columns["ratio"]).cpu()])
-            changes = {name: seen for name, seen in changes.items() if self.within(self._at_least(seen))}
-            if not changes:
-                break
-        return changes
-
-    def _at_least(self, seen: Tensor) -> Tensor:
-        """The facts' changes if those not asked yet did not move: no statistic of them can turn out lower."""
-        assert self.facts is not None
-        return torch.cat([seen, seen.new_zeros(len(self.facts.texts) - len(seen))])
-
-    def _fact_groups(self) -> Iterable[Clean]:
-        """The facts' clean passes; kept between calls unless they are many."""
-        assert self.facts is not None
-        made = (clean_pass(self.target, batch, ()) for _, batch in question_groups(self.facts.batch, FACT_TOKENS))
-        if int(self.facts.batch.valid.sum()) > KEPT_TOKENS:
-            return made
-        self.kept = self.kept or list(made)
-        return self.kept
-
-
-def summary(changes: Tensor) -> dict[str, float]:
-    """Median, mean and max of the known facts' relative changes."""
-    return {name: value.item() for name, value in statistics(changes).items()}
+    above = sorted((name for name in together if excess[name] < 0), key=lambda name: excess[name])
+    listed_pairs = measurer.side_effects({name: together[name] for name in above}, search.pairs)
+    return PromptSearch(
+        prompt=question.texts[0],
+        token=question.tokens[0],
+        before=next(iter(single.values())).before,
+        candidates=len(slices),
+        known_facts=len(facts.texts) if facts is not None else 0,
+        statistic=search.statistic,
+        limit=search.limit,
+        slices=[SliceEntry(slice=name, **vars(single[name]), **vars(side)) for name, side in listed.items()],
+        pairs_measured=len(pairs),
+        pairs_above_sum=len(above),
+        pairs=[
+            PairEntry(
+                slices=[str(part) for part in pairs[name]],
+                excess=excess[name],
+                **vars(together[name]),
+                **vars(side),
+            )
+            for name, side in listed_pairs.items()
+        ],
+    )

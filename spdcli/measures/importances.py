@@ -11,6 +11,7 @@ from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
+from spdcli.progress import Progress, Report
 from spdcli.runs.subject import Subject
 
 
@@ -37,3 +38,10 @@ def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch)
 def active_in(g: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
     """Whether each slice is active anywhere in each sequence, `[B, C]` bool a matrix."""
     return {name: (values > threshold).any(1) for name, values in g.items()}
+
+
+def warn_of_span(decomposition: Decomposition, report: Report) -> None:
+    """Say so where importances are read off text that a run's gates do not see whole."""
+    if decomposition.importances.bases:
+        text = "this run's gates see only the span of its own prompts; on other text they are a projection"
+        report(Progress(text, warning=True))

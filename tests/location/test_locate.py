@@ -15,13 +15,15 @@ from planted_gates import FC, PLANTED, PROJ, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
 from spdcli.edits.answer_changes import given_questions
-from spdcli.edits.facts_file import Known
-from spdcli.edits.known_facts import AskedFacts
+from spdcli.edits.facts_file import Fact, Facts, Known
 from spdcli.edits.prompts_and_answers import about_token, join, pick
 from spdcli.edits.selection import own_activity
 from spdcli.edits.suppression import Address
 from spdcli.errors import UsageError
-from spdcli.location.locate import Beside, Search, candidates, known_questions, locate
+from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer
+from spdcli.location.fact_context import known_facts
+from spdcli.location.locate import Search, candidates, locate, search_prompt
+from spdcli.records import plain
 
 FACTS = ["the sport of golf", "Tiger Woods plays", "Kobe plays the golf", "plays of the sport"]
 FLOAT = {"rel": 2e-4, "abs": 1e-7}  # the planted model is in float32
@@ -39,7 +41,8 @@ def search_all(planted, facts=True, **settings):
     subject, decomposition, activity, own, known = planted
     wanted = Search(**settings)
     found = candidates(decomposition, activity, 0, wanted)
-    return locate(subject, decomposition, found, pick(own, [0]), pick(own, [1]), known if facts else None, wanted)
+    asked = (pick(own, [0]), pick(own, [1]), known if facts else None)
+    return plain(search_prompt(subject, decomposition, found, *asked, wanted))
 
 
 def by_hand(planted, addresses):
@@ -131,8 +134,8 @@ def test_pairs_are_those_that_do_more_than_their_sum(planted):
 @pytest.mark.parametrize("statistic", ["mean", "median", "max"])
 def test_a_limit_passes_over_what_moves_the_others(planted, facts, group, kept, statistic, monkeypatch):
     """Whether facts are asked at once or by and by, and whether their clean passes are kept."""
-    monkeypatch.setattr("spdcli.location.locate.FACT_TOKENS", group)
-    monkeypatch.setattr("spdcli.location.locate.KEPT_TOKENS", kept)
+    monkeypatch.setattr("spdcli.location.edit_measurer.FACT_TOKENS", group)
+    monkeypatch.setattr("spdcli.location.edit_measurer.KEPT_TOKENS", kept)
     search = partial(search_all, statistic=statistic)
     free = search(planted, facts, paired=0)["slices"]
     limit = statistics.median(entry["collateral"] for entry in free) + 1e-9
@@ -158,12 +161,12 @@ def test_an_edit_is_given_up_only_when_it_is_sure(planted, statistic, left, monk
         number = len(asked) - 1
         return {name: {"ratio": torch.tensor([1 + moves[name][number]], dtype=torch.float64)} for name in edits}
 
-    monkeypatch.setattr("spdcli.location.locate.FACT_TOKENS", 1)
-    monkeypatch.setattr("spdcli.location.locate.measure_group", told)
-    beside = Beside(subject, pick(own, [0]), None, facts, Search(statistic=statistic, limit=0.2))
-    beside.edits = {name: {} for name in moves}
-    entries = {name: {"others": [], "fall": -1.0} for name in moves}
-    assert list(beside.told(entries, 3)) == left
+    monkeypatch.setattr("spdcli.location.edit_measurer.FACT_TOKENS", 1)
+    monkeypatch.setattr("spdcli.location.edit_measurer.measure_group", told)
+    measurer = EditMeasurer(subject.target, pick(own, [0]), None, facts, statistic, limit=0.2)
+    measurer.edits = {name: {} for name in moves}
+    effect = AnswerEffect(before=0.5, after=0.1, ratio=0.2, kl=0.0, rank_after=1, fall=-1.0, others=[])
+    assert list(measurer.side_effects(dict.fromkeys(moves, effect), 3)) == left
     assert "wild" not in asked[3], "it is given up before the last fact"
 
 
@@ -172,22 +175,67 @@ def test_only_facts_that_the_model_knows_count(planted):
     log_p = in_place(subject, facts, lambda: None)
     own = log_p[torch.arange(4), facts.batch.answers].exp()
     middle = own.sort().values[1].item() * (1 + 1e-6)
-    known = known_questions(subject, AskedFacts(facts, Known(probability=middle, rank=10**6)))
+    known = known_facts(subject, facts_file(middle), [], False).questions
     assert set(known.texts) == {text for text, p in zip(FACTS, own.tolist(), strict=True) if p > middle}
     assert len(known.texts) == 2
-    assert known_questions(subject, AskedFacts(facts, Known(probability=0.999999))) is None
-    assert known_questions(subject, None) is None
+    beside = known_facts(subject, facts_file(middle), known.texts[:1], False).questions
+    assert beside.texts == known.texts[1:]
+    assert known_facts(subject, facts_file(0.999999), [], False) is None
+
+
+def facts_file(probability):
+    return Facts(
+        known=Known(probability=probability, rank=10**6), fact=[Fact(category="c", prompt=text) for text in FACTS]
+    )
+
+
+def test_one_call_searches_each_prompt_or_one(planted):
+    subject, decomposition, *_ = planted
+    every = locate(subject, decomposition, facts=facts_file(1e-9))
+    assert plain(every[0]) == search_all(planted)
+    assert [one.prompt for one in every] == own_prompts(planted)
+    for prompt in ("2", own_prompts(planted)[1]):
+        assert locate(subject, decomposition, prompt, facts=facts_file(1e-9)) == every[1:]
+    (foreign,) = locate(subject, decomposition, "Tiger Woods plays golf", "basketball")
+    assert (foreign.prompt, foreign.token, foreign.known_facts) == ("Tiger Woods plays golf", " basketball", 0)
+    assert {len(entry.others) for entry in foreign.slices} == {2}
+    itself = locate(subject, decomposition, FACTS[0], facts=facts_file(1e-9))
+    assert itself[0].known_facts == 3, "a prompt is no other fact"
+
+
+def own_prompts(planted):
+    return planted[3].texts
+
+
+def test_gates_that_see_a_span_are_warned_of(planted):
+    subject, decomposition, *_ = planted
+    told = []
+    locate(subject, decomposition, "Tiger Woods plays golf", report=told.append)
+    assert told == []
+    bases = decomposition.importances.bases
+    try:
+        decomposition.importances.bases = torch.nn.ParameterDict(
+            {name.replace(".", "/"): torch.nn.Parameter(torch.eye(width)) for name, width in ((FC, 32), (PROJ, 128))}
+        )
+        locate(subject, decomposition, "1", report=told.append)
+        assert told == []
+        locate(subject, decomposition, "Tiger Woods plays golf", report=told.append)
+    finally:
+        decomposition.importances.bases = bases
+    (progress,) = told
+    assert progress.warning
+    assert "the span of its own prompts" in progress.text
 
 
 def test_without_others_there_is_no_collateral(planted):
     subject, decomposition, activity, own, _ = planted
     found = candidates(decomposition, activity, 0, Search())
-    alone = locate(subject, decomposition, found, pick(own, [0]), None, None, Search())
-    assert {(entry["collateral"], entry["facts"]) for entry in alone["slices"]} == {(None, None)}
+    alone = search_prompt(subject, decomposition, found, pick(own, [0]), None, None, Search())
+    assert {(entry.collateral, entry.facts) for entry in alone.slices} == {(None, None)}
     golf = about_token(subject, pick(own, [0]), "golf")
-    assert locate(subject, decomposition, found, golf, None, None, Search())["token"] == " golf"
+    assert search_prompt(subject, decomposition, found, golf, None, None, Search()).token == " golf"
     with pytest.raises(UsageError, match="no slice of these matrices is active in 'Kobe"):
-        locate(subject, decomposition, [], pick(own, [0]), None, None, Search())
+        search_prompt(subject, decomposition, [], pick(own, [0]), None, None, Search())
 
 
 # --- the command -----------------------------------------------------------------------------------------
