@@ -15,8 +15,9 @@ and a pair is listed when it is below 0 (the paper's "obe" and " Bryant", sectio
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spdcli.edits.answer_changes import Questions, given_questions
 from spdcli.edits.choices import USUAL_STATISTIC
@@ -172,21 +173,13 @@ def search_prompt(
     """
     if not slices:
         raise UsageError(f"no slice of these matrices is active in {question.texts[0]!r}")
-    target = subject.target
-    measurer = EditMeasurer(target, question, others, facts, search.statistic, search.limit)
-    single = measurer.effects(suppressions(target, decomposition, slices))
+    measurer = EditMeasurer(subject.target, question, others, facts, search.statistic, search.limit)
+    effects = measurer.effects(suppressions(subject.target, decomposition, slices))
+    single = {address: effects[str(address)] for address in slices}
     single = dict(sorted(single.items(), key=lambda entry: entry[1].after))
-    listed = measurer.side_effects(single, search.top)
-    by_name = {str(address): address for address in slices}
-    strongest = [by_name[name] for name, effect in single.items() if measurer.within(effect.others)][: search.paired]
-    pairs = {f"{one} {other}": [one, other] for one, other in itertools.combinations(strongest, 2)}
-    edits = {name: suppression(target, decomposition, pair) for name, pair in pairs.items()}
-    together = measurer.effects(edits) if edits else {}
-    excess = {
-        name: effect.fall - sum(single[str(part)].fall for part in pairs[name]) for name, effect in together.items()
-    }
-    above = sorted((name for name in together if excess[name] < 0), key=lambda name: excess[name])
-    listed_pairs = measurer.side_effects({name: together[name] for name in above}, search.pairs)
+    by_name = {str(address): effect for address, effect in single.items()}
+    listed = measurer.side_effects(by_name, search.top)
+    pairs = search_pairs(subject, decomposition, measurer, single, search)
     return PromptSearch(
         prompt=question.texts[0],
         token=question.tokens[0],
@@ -195,16 +188,44 @@ def search_prompt(
         known_facts=len(facts.texts) if facts is not None else 0,
         statistic=search.statistic,
         limit=search.limit,
-        slices=[SliceEntry(slice=name, **vars(single[name]), **vars(side)) for name, side in listed.items()],
-        pairs_measured=len(pairs),
-        pairs_above_sum=len(above),
-        pairs=[
-            PairEntry(
-                slices=[str(part) for part in pairs[name]],
-                excess=excess[name],
-                **vars(together[name]),
-                **vars(side),
-            )
-            for name, side in listed_pairs.items()
-        ],
+        slices=[SliceEntry(slice=name, **vars(by_name[name]), **vars(side)) for name, side in listed.items()],
+        pairs_measured=pairs.measured,
+        pairs_above_sum=pairs.above_sum,
+        pairs=pairs.listed,
     )
+
+
+class PairSearch(NamedTuple):
+    """How many pairs were measured, how many do more than the sum of their parts, and the best of those."""
+
+    measured: int
+    above_sum: int
+    listed: list[PairEntry]
+
+
+def search_pairs(
+    subject: Subject,
+    decomposition: Decomposition,
+    measurer: EditMeasurer,
+    single: Mapping[Address, AnswerEffect],
+    search: Search,
+) -> PairSearch:
+    """The pairs among the first slices of `single` that move the other prompts within the limit, `search.paired` of
+    them; the ones with the least excess first."""
+    strongest = [address for address, effect in single.items() if measurer.within(effect.others)][: search.paired]
+    pairs = {f"{one} {other}": [one, other] for one, other in itertools.combinations(strongest, 2)}
+    edits = {name: suppression(subject.target, decomposition, pair) for name, pair in pairs.items()}
+    together = measurer.effects(edits) if edits else {}
+    excess = {name: effect.fall - sum(single[part].fall for part in pairs[name]) for name, effect in together.items()}
+    above = sorted((name for name in together if excess[name] < 0), key=lambda name: excess[name])
+    listed = measurer.side_effects({name: together[name] for name in above}, search.pairs)
+    entries = [
+        PairEntry(
+            slices=[str(part) for part in pairs[name]],
+            excess=excess[name],
+            **vars(together[name]),
+            **vars(side),
+        )
+        for name, side in listed.items()
+    ]
+    return PairSearch(len(pairs), len(above), entries)
