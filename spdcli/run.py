@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
-from spdcli.measures.importances import importances_of
-from spdcli.measures.texts import given_texts
+from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.runs.loading import LoadedRun
 from spdcli.targets.masking import importance_masks_of, masked_module
-
-Tokens = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 class Run(LoadedRun):
@@ -51,21 +46,16 @@ class Run(LoadedRun):
 
         A language model's begin-of-sequence token comes first where the recipe says so.
         """
-        return given_texts(self.subject, [text], self.begin_token).batch.tokens[0].to(self.subject.target.device)
+        return text_ids(self.subject, text, self.begin_token).to(self.subject.target.device)
 
-    def importances(self, text: str | Tokens) -> dict[str, Tensor]:
+    def importances(self, text: str | Ids) -> dict[str, Tensor]:
         """The importance g of every slice, in [0, 1], by matrix: `[T, C]` for a text or ids `[T]`, `[B, T, C]` for
         ids `[B, T]`.
 
         Gates in the span of the prompts (`importance.basis = "span"`) see a projection of any other text.
         UsageError for a text that is longer than the run's importance attention.
         """
-        ids = self.tokens(text) if isinstance(text, str) else torch.as_tensor(text)
-        if ids.dim() not in (1, 2) or not ids.numel():
-            raise UsageError(f"token ids of shape {tuple(ids.shape)}", "give a text, ids [T] or ids [B, T]")
-        batch = Batch.everywhere(ids if ids.dim() == 2 else ids[None])
-        g, _ = importances_of(self.subject, self.decomposition, batch)
-        return g if ids.dim() == 2 else {name: values[0] for name, values in g.items()}
+        return importances(self.subject, self.decomposition, text, self.begin_token)
 
     @contextmanager
     def masked(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.records import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from spdcli.measures.inspection import Heat, Inspection, Occurrence
 
 Token = Annotated[
     str | None,
@@ -46,40 +49,34 @@ def inspect(
     A slice marked * is unique: active in this prompt and in no other.
     """
     console = make_console(json, quiet, verbose)
-    from spdcli.measures.inspection import Query, inspect_slices
-    from spdcli.measures.texts import given_texts, own_texts
+    from spdcli.measures.inspection import Query, inspect_texts
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    own = own_texts(loaded.subject, loaded.recipe.seed if seed is None else seed)
-    shown = own
-    if prompt:
-        begin = loaded.recipe.data is not None and loaded.recipe.data.begin_token
-        shown = given_texts(loaded.subject, prompt, begin)
-        if loaded.recipe.importance.basis == "span":
-            console.warn("this run's gates see only the span of its own prompts; on other text they are a projection")
-    query = Query(token, tuple(matrix or ["*"]), top, labels, threshold)
-    found = inspect_slices(loaded.subject, loaded.decomposition, own, shown, query)
-    console.show({"schema": "spd.inspect/1", "run": run, **found}, *render(found))
+    query = Query(token, matrix or ["*"], top, labels, threshold)
+    begin, seed = loaded.begin_token, loaded.seed_or(seed)
+    with console.progress() as report:
+        inspection = inspect_texts(loaded.subject, loaded.decomposition, query, prompt or [], begin, seed, report)
+    console.show({"schema": "spd.inspect/1", "run": run} | plain(inspection), *render(inspection))
     if quiet:
-        for address in dict.fromkeys(s["slice"] for o in found["occurrences"] for s in o["slices"]):
+        for address in dict.fromkeys(one.slice for place in inspection.occurrences for one in place.slices):
             console.result(address)
 
 
-def render(found: dict[str, Any]) -> list[RenderableType]:
+def render(inspection: Inspection) -> list[RenderableType]:
     """A heat strip a prompt, and a table an occurrence."""
-    parts: list[RenderableType] = [heat_strip(heat) for heat in found["heat"]]
-    return parts + [occurrence_table(occurrence) for occurrence in found["occurrences"]]
+    parts: list[RenderableType] = [heat_strip(heat) for heat in inspection.heat]
+    return parts + [occurrence_table(occurrence) for occurrence in inspection.occurrences]
 
 
-def heat_strip(heat: dict[str, Any]) -> RenderableType:
+def heat_strip(heat: Heat) -> RenderableType:
     """The tokens of a prompt, each with a bar and a shade as high as its sum of importances, and that sum."""
     from rich.text import Text
 
-    most = max(heat["importance"]) or 1.0
-    strip = Text(f"importance over prompt {heat['prompt'] + 1}:")
-    for token, value in zip(heat["tokens"], heat["importance"], strict=True):
+    most = max(heat.importance) or 1.0
+    strip = Text(f"importance over prompt {heat.prompt + 1}:")
+    for token, value in zip(heat.tokens, heat.importance, strict=True):
         share = value / most
         red = round(40 + 200 * share)
         ink = "black" if share > 0.5 else "white"
@@ -90,15 +87,13 @@ def heat_strip(heat: dict[str, Any]) -> RenderableType:
     return strip
 
 
-def occurrence_table(occurrence: dict[str, Any]) -> RenderableType:
+def occurrence_table(occurrence: Occurrence) -> RenderableType:
     """One row a slice, each on one line; labels that do not fit are cut."""
     from rich.table import Table
 
-    title = f"{occurrence['token']!r} at position {occurrence['position']} of prompt {occurrence['prompt'] + 1}"
-    shown = len(occurrence["slices"])
-    counts = f"{occurrence['active']} active slices" + (
-        f", the first {shown} shown" if shown < occurrence["active"] else ""
-    )
+    title = f"{occurrence.token!r} at position {occurrence.position} of prompt {occurrence.prompt + 1}"
+    shown = len(occurrence.slices)
+    counts = f"{occurrence.active} active slices" + (f", the first {shown} shown" if shown < occurrence.active else "")
     table = Table(title=f"{title}: {counts}", expand=True)
     table.add_column("slice", no_wrap=True, min_width=24)
     table.add_column("*")
@@ -106,15 +101,15 @@ def occurrence_table(occurrence: dict[str, Any]) -> RenderableType:
     table.add_column("activation", justify="right")
     table.add_column("promotes", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("reads", ratio=1, no_wrap=True, overflow="ellipsis")
-    for entry in occurrence["slices"]:
+    for entry in occurrence.slices:
         table.add_row(
-            entry["slice"],
-            "*" if entry["unique"] else "",
-            f"{entry['importance']:.3f}",
-            f"{entry['activation']:.2f}",
-            " ".join(repr(token) for token in entry["promotes"]),
-            " ".join(repr(token) for token in entry["reads"]),
+            entry.slice,
+            "*" if entry.unique else "",
+            f"{entry.importance:.3f}",
+            f"{entry.activation:.2f}",
+            " ".join(repr(token) for token in entry.promotes),
+            " ".join(repr(token) for token in entry.reads),
         )
-    if not occurrence["slices"]:
+    if not occurrence.slices:
         table.add_row("no slice is active here")
     return table

@@ -28,7 +28,7 @@ from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
-from spdcli.measures.inspection import matching
+from spdcli.measures.matrix_patterns import matrices_like
 from spdcli.measures.texts import TOY_SEQUENCES, Texts, own_texts
 from spdcli.runs.subject import Subject
 
@@ -168,7 +168,7 @@ def select(
 
     Raises UsageError where no matrix matches, the token is not there, or no slice is found.
     """
-    names = matching(list(activity.g), rule.matrices)
+    names = matrices_like(list(activity.g), rule.matrices)
     positions = find_positions(activity.texts, rule.row, rule.token)
     found = active_at(activity, rule.row, positions, rule.threshold, rule.unique, rule.only_at)
     found = with_direction(decomposition, {name: found[name] for name in names})

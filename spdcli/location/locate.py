@@ -38,7 +38,7 @@ from spdcli.errors import UsageError
 from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer, SideEffects
 from spdcli.location.fact_context import known_facts
 from spdcli.measures.importances import warn_of_span
-from spdcli.measures.inspection import matching
+from spdcli.measures.matrix_patterns import matrices_like
 from spdcli.measures.texts import Texts
 from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
@@ -149,7 +149,7 @@ def activity_on(subject: Subject, decomposition: Decomposition, questions: Quest
 
 def candidates(decomposition: Decomposition, activity: Activity, row: int, search: Search) -> list[Address]:
     """The slices that are active somewhere in text `row` of `activity`, those that write most first."""
-    names = matching(list(activity.g), search.matrices)
+    names = matrices_like(list(activity.g), search.matrices)
     active = {name: (activity.g[name][row] > search.threshold).any(0) for name in names}
     positions = range(activity.texts.batch.tokens.shape[1])
     amounts = written(decomposition, activity, row, positions)

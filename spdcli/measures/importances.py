@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,39 @@ from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
+from spdcli.measures.texts import refuse_too_long
 from spdcli.progress import Progress, Report
 from spdcli.runs.subject import Subject
+from spdcli.targets.sequences import toy_tokens
+
+Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+def importances(
+    subject: Subject, decomposition: Decomposition, text_or_ids: str | Ids, begin_token: bool = False
+) -> dict[str, Tensor]:
+    """The importance g of every slice, in [0, 1], by matrix: `[T, C]` for a text or ids `[T]`, `[B, T, C]` for ids
+    `[B, T]`.
+
+    A text is fed whole, after a language model's begin-of-sequence token if `begin_token`; ids are fed as they are.
+    UsageError for a text that is longer than the toy or the run's importance attention can take.
+    """
+    ids = text_ids(subject, text_or_ids, begin_token) if isinstance(text_or_ids, str) else torch.as_tensor(text_or_ids)
+    if ids.dim() not in (1, 2) or not ids.numel():
+        raise UsageError(f"token ids of shape {tuple(ids.shape)}", "give a text, ids [T] or ids [B, T]")
+    refuse_too_long(subject, ids.shape[-1])
+    g, _ = importances_of(subject, decomposition, Batch.everywhere(ids if ids.dim() == 2 else ids[None]))
+    return g if ids.dim() == 2 else {name: values[0] for name, values in g.items()}
+
+
+def text_ids(subject: Subject, text: str, begin_token: bool) -> Tensor:
+    """The token ids `[T]` of a text; for the toy a text is such as `3 s 17 4 s`."""
+    if subject.toy is not None:
+        return torch.tensor(toy_tokens(text, subject.toy.shape.vocabulary))
+    from spdcli.targets.prompts import token_ids
+
+    assert subject.prompts is not None
+    return torch.tensor(token_ids(subject.prompts.tokenizer, text, begin_token, least=1))
 
 
 @torch.no_grad()

@@ -3,21 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.errors import UsageError
-from spdcli.measures.importances import active_in, importances_of
+from spdcli.measures.importances import active_in, importances_of, warn_of_span
 from spdcli.measures.labels import TokenLens
-from spdcli.measures.texts import Texts
+from spdcli.measures.matrix_patterns import matrices_like
+from spdcli.measures.texts import Texts, own_texts, user_texts
+from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
 
-TOY_SEQUENCES = 4
+
+@dataclass(frozen=True)
+class SliceActivity:
+    """One slice at one place: its address, its importance in [0, 1], and its inner activation `x . u`.
+
+    `unique`: it is active in this prompt and in no other. `promotes` are the tokens whose logits it raises most, and
+    `reads` those that drive it most, for the sign of its activation.
+    """
+
+    slice: str
+    importance: float
+    unique: bool
+    activation: float
+    promotes: Sequence[str] = ()
+    reads: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One place of a token: the number and `text` of its `prompt`, its `position` (both from 0), and its own text.
+
+    `active` counts the slices that are active there; `slices` are the first of them.
+    """
+
+    prompt: int
+    text: str
+    position: int
+    token: str
+    active: int
+    slices: Sequence[SliceActivity]
+
+
+@dataclass(frozen=True)
+class Heat:
+    """The sum of importances at each of one prompt's `tokens`."""
+
+    prompt: int
+    tokens: Sequence[str]
+    importance: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`spd.inspect/1` but for the run's name: every occurrence of `token` (None: every position), and a heat a prompt
+    that has it."""
+
+    token: str | None
+    occurrences: Sequence[Occurrence]
+    heat: Sequence[Heat]
 
 
 @dataclass(frozen=True)
@@ -25,60 +72,103 @@ class Query:
     """What `spd inspect` asks: a token (None: every position), matrices, how many slices and labels, a threshold."""
 
     token: str | None
-    matrices: tuple[str, ...] = ("*",)
+    matrices: Sequence[str] = ("*",)
     top: int = 20
     labels: int = 5
     threshold: float = 0.0
 
 
+def inspect_texts(
+    subject: Subject,
+    decomposition: Decomposition,
+    query: Query,
+    prompts: Sequence[str] = (),
+    begin_token: bool = False,
+    seed: int = 0,
+    report: Report = silent,
+) -> Inspection:
+    """Everything `spd inspect` reports: on the run's own prompts, or on `prompts` where there are any.
+
+    `begin_token` puts a language model's begin-of-sequence token before each of `prompts`; `seed` draws the toy's
+    own sequences. `report` is warned where the gates see only a projection of `prompts`.
+    """
+    if prompts:
+        warn_of_span(decomposition, report)
+    own = own_texts(subject, seed)
+    shown = user_texts(subject, prompts, begin_token) if prompts else own
+    return inspect_slices(subject, decomposition, own, shown, query)
+
+
 def inspect_slices(
     subject: Subject, decomposition: Decomposition, own: Texts, shown: Texts, query: Query
-) -> dict[str, Any]:
-    """The occurrences of a token in `shown` with their active slices (contract `spd.inspect/1`), and a heat a prompt.
+) -> Inspection:
+    """The occurrences of a token in `shown` with their active slices, and the heat of the prompts that have it.
 
     A slice is unique to a prompt when it is active in no other one, of those shown and of the run's `own`. Slices are
-    ordered by importance, unique ones first, then by the norm of what they write; `active` counts those that `top`
-    leaves out too. `heat[prompt]` is the sum of importances a position.
+    ordered by importance, unique ones first, then by the norm of what they write; at most `query.top` are kept.
     """
-    g, inner = importances_of(subject, decomposition, shown.batch)
-    chosen = matching(list(g), query.matrices)
+    active = ActiveSlices.on(subject, decomposition, own, shown, query)
     if query.token is None:
         places = [(row, position) for row, position in shown.batch.valid.nonzero().tolist()]
     else:
         places = shown.find(query.token)
-    unique = _unique(subject, decomposition, own, shown, g, query.threshold)
-    lens = TokenLens(subject.target, subject.routes, subject.token_text)
+    slices = [active.slices_at(place, query.top) for place in places]
+    labelled = iter(_labelled([one for at_place in slices for one in at_place], subject, decomposition, query.labels))
     occurrences = [
-        {
-            "prompt": row,
-            "text": shown.texts[row],
-            "position": position,
-            "token": shown.pieces[row][position],
-            "active": sum(int((g[name][row, position] > query.threshold).sum()) for name in chosen),
-            "slices": _slices_at(decomposition, g, inner, unique, chosen, (row, position), query),
-        }
-        for row, position in places
-    ]
-    _label([entry for occurrence in occurrences for entry in occurrence["slices"]], decomposition, lens, query.labels)
-    heat = torch.stack([g[name].sum(-1) for name in chosen]).sum(0)
-    lengths = [len(tokens) for tokens in shown.pieces]
-    rows = sorted({row for row, _ in places})
-    return {
-        "token": query.token,
-        "occurrences": occurrences,
-        "heat": [{"prompt": r, "tokens": shown.pieces[r], "importance": heat[r, : lengths[r]].tolist()} for r in rows],
-    }
-
-
-def matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The matrices among a run's `names` that one of `patterns` matches; UsageError where there is none."""
-    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise UsageError(
-            f"no decomposed matrix matches {' or '.join(repr(p) for p in patterns)}",
-            f"the run has {', '.join(names[:6])}{' …' if len(names) > 6 else ''}",
+        Occurrence(
+            prompt=row,
+            text=shown.texts[row],
+            position=position,
+            token=shown.pieces[row][position],
+            active=active.count_at((row, position)),
+            slices=[next(labelled) for _ in at_place],
         )
-    return chosen
+        for (row, position), at_place in zip(places, slices, strict=True)
+    ]
+    heat = torch.stack([g.sum(-1) for g in active.g.values()]).sum(0)  # [B, T]
+    rows = sorted({row for row, _ in places})
+    return Inspection(
+        token=query.token,
+        occurrences=occurrences,
+        heat=[Heat(r, shown.pieces[r], heat[r, : len(shown.pieces[r])].tolist()) for r in rows],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveSlices:
+    """Of the matrices looked at, importances `g` and inner activations `inner` `[B, T, C]`, and whether a slice is
+    `unique` `[B, C]` to a prompt; slices are active above `threshold`."""
+
+    decomposition: Decomposition
+    g: Mapping[str, Tensor]
+    inner: Mapping[str, Tensor]
+    unique: Mapping[str, Tensor]
+    threshold: float
+
+    @classmethod
+    def on(cls, subject: Subject, decomposition: Decomposition, own: Texts, shown: Texts, query: Query) -> ActiveSlices:
+        """On the texts `shown`, beside the run's `own`."""
+        g, inner = importances_of(subject, decomposition, shown.batch)
+        names = matrices_like(list(g), query.matrices)
+        unique = _unique(subject, decomposition, own, shown, g, query.threshold)
+        return cls(decomposition, {name: g[name] for name in names}, inner, unique, query.threshold)
+
+    def count_at(self, place: tuple[int, int]) -> int:
+        """How many slices are active at (prompt, position)."""
+        return sum(int((g[place] > self.threshold).sum()) for g in self.g.values())
+
+    def slices_at(self, place: tuple[int, int], top: int) -> list[SliceActivity]:
+        """The `top` most important active slices at (prompt, position), without labels."""
+        entries: list[tuple[float, SliceActivity]] = []
+        for name, g in self.g.items():
+            inner = self.inner[name][place]
+            written = inner.abs() * self.decomposition.of(name).V.norm(dim=1)
+            for c in (g[place] > self.threshold).nonzero()[:, 0].tolist():
+                alone = bool(self.unique[name][place[0], c])
+                one = SliceActivity(f"{name}:{c}", g[place][c].item(), alone, inner[c].item())
+                entries.append((written[c].item(), one))
+        entries.sort(key=lambda entry: (-entry[1].importance, not entry[1].unique, -entry[0]))
+        return [one for _, one in entries[:top]]
 
 
 def _unique(
@@ -99,50 +189,25 @@ def _unique(
     return {name: active & (counts[name] == 1) for name, active in here.items()}
 
 
-def _slices_at(
-    decomposition: Decomposition,
-    g: Mapping[str, Tensor],
-    inner: Mapping[str, Tensor],
-    unique: Mapping[str, Tensor],
-    names: Sequence[str],
-    place: tuple[int, int],
-    query: Query,
-) -> list[dict[str, Any]]:
-    """The active slices at one place, most important first."""
-    row, position = place
-    found: list[tuple[float, bool, float, str, int]] = []
-    for name in names:
-        here = g[name][row, position]
-        written = inner[name][row, position].abs() * decomposition.of(name).V.norm(dim=1)
-        found += [
-            (here[c].item(), bool(unique[name][row, c]), written[c].item(), name, c)
-            for c in (here > query.threshold).nonzero()[:, 0].tolist()
-        ]
-    found.sort(key=lambda entry: (-entry[0], not entry[1], -entry[2]))
-    return [
-        {
-            "slice": f"{name}:{index}",
-            "importance": importance,
-            "unique": alone,
-            "activation": inner[name][row, position, index].item(),
-        }
-        for importance, alone, _, name, index in found[: query.top]
-    ]
-
-
-def _label(entries: Sequence[dict[str, Any]], decomposition: Decomposition, lens: TokenLens, top: int) -> None:
-    """Add to every entry the tokens that its slice promotes and reads, for the sign of its activation.
+def _labelled(
+    activities: Sequence[SliceActivity], subject: Subject, decomposition: Decomposition, top: int
+) -> list[SliceActivity]:
+    """The same, in order, with the `top` tokens that each slice promotes and reads.
 
     One product with the vocabulary a matrix, however many of its slices are shown, and wherever.
     """
-    by_matrix: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        by_matrix.setdefault(entry["slice"].rpartition(":")[0], []).append(entry)
-    for name, own in by_matrix.items():
+    lens = TokenLens(subject.target, subject.routes, subject.token_text)
+    by_matrix: dict[str, list[int]] = {}
+    for number, one in enumerate(activities):
+        by_matrix.setdefault(one.slice.rpartition(":")[0], []).append(number)
+    labelled = list(activities)
+    for name, numbers in by_matrix.items():
         slices = decomposition.of(name)
-        index = torch.tensor([int(entry["slice"].rpartition(":")[2]) for entry in own], device=slices.U.device)
-        signs = torch.tensor([-1.0 if entry["activation"] < 0 else 1.0 for entry in own], device=slices.U.device)
-        promoted = lens.promotes(name, slices.V[index], top, signs)
-        read = lens.reads(name, slices.U[:, index], top, signs)
-        for entry, promotes, reads in zip(own, promoted, read, strict=True):
-            entry |= {"promotes": promotes, "reads": reads}
+        device = slices.U.device
+        index = torch.tensor([int(activities[n].slice.rpartition(":")[2]) for n in numbers], device=device)
+        signs = torch.tensor([-1.0 if activities[n].activation < 0 else 1.0 for n in numbers], device=device)
+        promotes = lens.promotes(name, slices.V[index], top, signs)
+        reads = lens.reads(name, slices.U[:, index], top, signs)
+        for number, promoted, read in zip(numbers, promotes, reads, strict=True):
+            labelled[number] = replace(activities[number], promotes=promoted, reads=read)
+    return labelled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.runs.subject import Subject
 from spdcli.targets.sequences import find_toy_token, induction_batch, toy_tokens
+
+if TYPE_CHECKING:
+    from spdcli.targets.prompts import Prompts
 
 TOY_SEQUENCES = 4
 
@@ -36,7 +39,7 @@ def own_texts(subject: Subject, seed: int) -> Texts:
     return _toy_texts(subject, induction_batch(TOY_SEQUENCES, shape.length, shape.vocabulary, generator))
 
 
-def given_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Texts:
+def user_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Texts:
     """Texts of the user's own, fed whole. For the toy a text is its tokens, as in `3 s 17 4 s`.
 
     Raises UsageError for a text of the toy that it cannot take.
@@ -44,21 +47,22 @@ def given_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> 
     if subject.prompts is not None:
         from spdcli.targets.prompts import encode
 
-        made = _language_texts(encode(subject.prompts.tokenizer, list(prompts), "fed", begin_token))
-    else:
-        assert subject.toy is not None
-        rows = [toy_tokens(text, subject.toy.shape.vocabulary) for text in prompts]
-        if len({len(row) for row in rows}) > 1:
-            raise UsageError("the toy's prompts must be of one length")
-        if len(rows[0]) > subject.length:
-            raise UsageError(f"{len(rows[0])} tokens, but the toy takes {subject.length}", "give a shorter prompt")
-        tokens = torch.tensor(rows)
-        everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        made = _toy_texts(subject, Batch(tokens, everywhere, everywhere))
-    return made
+        return _language_texts(encode(subject.prompts.tokenizer, list(prompts), "fed", begin_token))
+    assert subject.toy is not None
+    rows = [toy_tokens(text, subject.toy.shape.vocabulary) for text in prompts]
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError("the toy's prompts must be of one length")
+    refuse_too_long(subject, len(rows[0]))
+    return _toy_texts(subject, Batch.everywhere(torch.tensor(rows)))
 
 
-def _language_texts(prompts: Any) -> Texts:
+def refuse_too_long(subject: Subject, tokens: int) -> None:
+    """UsageError for a sequence that is longer than the toy's encodings."""
+    if subject.toy is not None and tokens > subject.length:
+        raise UsageError(f"{tokens} tokens, but the toy takes {subject.length}", "give a shorter prompt")
+
+
+def _language_texts(prompts: Prompts) -> Texts:
     from spdcli.targets.prompts import find_token
 
     return Texts(prompts.batch, prompts.texts, prompts.pieces, lambda query: find_token(prompts, query))

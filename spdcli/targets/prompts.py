@@ -71,18 +71,19 @@ def encode(
     )
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool) -> list[int]:
-    """The tokens of one prompt, its length checked."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool, least: int = 2) -> list[int]:
+    """The tokens of one prompt, at least `least` and at most as many as the model takes; SpdError otherwise."""
     # `verbose=False`: a prompt that is too long gets the error below, not a warning as well.
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if begin_token:
         if tokenizer.bos_token_id is None:
             raise SpdError("data.begin_token = true, but this model's tokenizer has no begin-of-sequence token")
         tokens = [tokenizer.bos_token_id, *tokens]
-    if len(tokens) < 2:
+    if len(tokens) < least:
+        count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
         raise SpdError(
-            f"the prompt {text!r} has {len(tokens)} token{'' if len(tokens) == 1 else 's'}; at least 2 are needed",
-            "the last token is the answer, and at least one before it is fed",
+            f"the prompt {text!r} has {count}; at least {least} {'is' if least == 1 else 'are'} needed",
+            "the last token is the answer, and at least one before it is fed" if least > 1 else None,
         )
     if len(tokens) > tokenizer.model_max_length:
         start = text if len(text) <= 40 else f"{text[:40]}…"

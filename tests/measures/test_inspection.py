@@ -8,9 +8,10 @@ from small_runs import loud_toy, model_recipe, toy_recipe
 
 from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
-from spdcli.measures.inspection import Query, inspect_slices
+from spdcli.measures.inspection import Query, inspect_slices, inspect_texts
 from spdcli.measures.labels import TokenLens
-from spdcli.measures.texts import given_texts, own_texts
+from spdcli.measures.texts import own_texts, user_texts
+from spdcli.records import plain
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject, toy_subject
 
@@ -27,14 +28,14 @@ def look(planted, token="Bryant", shown=None, **query):
 
 
 def names(occurrence):
-    return [entry["slice"] for entry in occurrence["slices"]]
+    return [entry.slice for entry in occurrence.slices]
 
 
 def test_a_token_has_exactly_the_planted_slices(planted):
     _, decomposition, inputs = planted
-    (occurrence,) = look(planted)["occurrences"]
-    assert (occurrence["prompt"], occurrence["position"], occurrence["token"]) == (*BRYANT, " Bryant")
-    assert occurrence["text"] == "Kobe Bryant plays professional basketball"
+    (occurrence,) = look(planted).occurrences
+    assert (occurrence.prompt, occurrence.position, occurrence.token) == (*BRYANT, " Bryant")
+    assert occurrence.text == "Kobe Bryant plays professional basketball"
 
     def written(index):
         slices = decomposition.of(PROJ)
@@ -44,44 +45,44 @@ def test_a_token_has_exactly_the_planted_slices(planted):
     first = sorted([1, 4], key=written, reverse=True)
     expected = [f"{PROJ}:{first[0]}", f"{PROJ}:{first[1]}", f"{FC}:0", f"{FC}:1", f"{FC}:3"]
     assert names(occurrence) == expected
-    importances = [entry["importance"] for entry in occurrence["slices"]]
+    importances = [entry.importance for entry in occurrence.slices]
     assert importances == pytest.approx([1, 1, 0.75, 0.5, 0.4], abs=1e-4)
-    unique = {entry["slice"] for entry in occurrence["slices"] if entry["unique"]}
+    unique = {entry.slice for entry in occurrence.slices if entry.unique}
     assert unique == {f"{PROJ}:1", f"{PROJ}:4", f"{FC}:0"}
 
 
 def test_the_activation_is_what_the_slice_reads(planted):
     _, decomposition, inputs = planted
-    (occurrence,) = look(planted)["occurrences"]
-    for entry in occurrence["slices"]:
-        name, index = entry["slice"].rsplit(":", 1)
+    (occurrence,) = look(planted).occurrences
+    for entry in occurrence.slices:
+        name, index = entry.slice.rsplit(":", 1)
         expected = inputs[name][BRYANT] @ decomposition.of(name).U[:, int(index)]
-        assert entry["activation"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
+        assert entry.activation == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
 
 
 def test_labels_follow_the_sign_of_the_activation(planted):
     """A slice that is read negatively writes against V: what it promotes is what V suppresses."""
     subject, decomposition, _ = planted
     lens = TokenLens(subject.target, subject.routes, subject.token_text)
-    entries = [e for o in look(planted, None, labels=4)["occurrences"] for e in o["slices"]]
+    entries = [e for o in look(planted, None, labels=4).occurrences for e in o.slices]
     signs = set()
     for entry in entries:
-        name, index = entry["slice"].rsplit(":", 1)
-        sign = -1.0 if entry["activation"] < 0 else 1.0
+        name, index = entry.slice.rsplit(":", 1)
+        sign = -1.0 if entry.activation < 0 else 1.0
         signs.add(sign)
         slices, at = decomposition.of(name), slice(int(index), int(index) + 1)
-        assert [entry["promotes"]] == lens.promotes(name, sign * slices.V[at], 4)
-        assert [entry["reads"]] == lens.reads(name, sign * slices.U[:, at], 4)
-        assert len(entry["promotes"]) == 4
+        assert [entry.promotes] == lens.promotes(name, sign * slices.V[at], 4)
+        assert [entry.reads] == lens.reads(name, sign * slices.U[:, at], 4)
+        assert len(entry.promotes) == 4
     assert signs == {-1.0, 1.0}
 
 
 def test_every_position_without_a_token(planted):
-    found = look(planted, token=None)
-    places = [(o["prompt"], o["position"]) for o in found["occurrences"]]
+    inspection = look(planted, token=None)
+    places = [(o.prompt, o.position) for o in inspection.occurrences]
     assert places == [(0, t) for t in range(5)] + [(1, t) for t in range(7)]
-    for occurrence in found["occurrences"]:
-        place = (occurrence["prompt"], occurrence["position"])
+    for occurrence in inspection.occurrences:
+        place = (occurrence.prompt, occurrence.position)
         expected = {f"{m}:{c}" for (m, c), wanted in PLANTED.items() if wanted == EVERYWHERE or place in wanted}
         assert set(names(occurrence)) == expected
 
@@ -92,9 +93,9 @@ def test_every_position_without_a_token(planted):
 )
 def test_heat_is_the_sum_of_importances(planted, pattern, expected):
     """Of the chosen matrices, for the prompts that have the token, without their padding."""
-    (heat,) = look(planted, matrices=(pattern,))["heat"]
-    assert (heat["prompt"], heat["tokens"]) == (0, ["K", "obe", " Bryant", " plays", " professional"])
-    assert heat["importance"] == pytest.approx(expected, abs=1e-4)
+    (heat,) = look(planted, matrices=(pattern,)).heat
+    assert (heat.prompt, heat.tokens) == (0, ["K", "obe", " Bryant", " plays", " professional"])
+    assert heat.importance == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -108,27 +109,27 @@ def test_heat_is_the_sum_of_importances(planted, pattern, expected):
     ],
 )
 def test_narrowing(planted, query, expected):
-    (occurrence,) = look(planted, **query)["occurrences"]
+    (occurrence,) = look(planted, **query).occurrences
     assert set(names(occurrence)) == expected
 
 
 def test_the_threshold_decides_uniqueness_too(planted):
     """A slice that is weakly active in the other prompt is unique once that no longer counts."""
-    (occurrence,) = look(planted, threshold=0.3)["occurrences"]
-    assert {entry["slice"]: entry["unique"] for entry in occurrence["slices"]}[f"{FC}:1"]
+    (occurrence,) = look(planted, threshold=0.3).occurrences
+    assert {entry.slice: entry.unique for entry in occurrence.slices}[f"{FC}:1"]
 
 
 @pytest.mark.parametrize("query", ["Bryant", " Bryant", "#ID", "ID"])
 def test_ways_to_name_a_token(planted, query):
     token = int(planted[0].prompts.batch.tokens[BRYANT])
-    found = look(planted, query.replace("ID", str(token)))
-    assert [(o["prompt"], o["position"]) for o in found["occurrences"]] == [BRYANT]
+    inspection = look(planted, query.replace("ID", str(token)))
+    assert [(o.prompt, o.position) for o in inspection.occurrences] == [BRYANT]
 
 
 def test_a_token_of_both_prompts_is_found_in_both(planted):
-    found = look(planted, "plays")
-    assert [(o["prompt"], o["position"]) for o in found["occurrences"]] == [(0, 3), (1, 3)]
-    assert [heat["prompt"] for heat in found["heat"]] == [0, 1]
+    inspection = look(planted, "plays")
+    assert [(o.prompt, o.position) for o in inspection.occurrences] == [(0, 3), (1, 3)]
+    assert [heat.prompt for heat in inspection.heat] == [0, 1]
 
 
 def test_an_absent_token_lists_those_there_are(planted):
@@ -152,26 +153,26 @@ def test_another_text_is_fed_whole(planted):
     """Its importances are those of the same tokens in the run's own prompt; the longer prompt is no hindrance."""
     subject = planted[0]
     own_text = "Kobe Bryant plays professional"
-    shown = given_texts(subject, [own_text], begin_token=False)
-    (occurrence,) = look(planted, shown=shown)["occurrences"]
-    assert (occurrence["prompt"], occurrence["position"], occurrence["text"]) == (0, 2, own_text)
-    before = look(planted)["occurrences"][0]["slices"]
-    for entry, other in zip(occurrence["slices"], before, strict=True):
-        assert entry["slice"] == other["slice"]
-        assert entry["importance"] == pytest.approx(other["importance"], abs=1e-4)
-        assert not entry["unique"]  # the run's own prompt has them too
+    shown = user_texts(subject, [own_text], begin_token=False)
+    (occurrence,) = look(planted, shown=shown).occurrences
+    assert (occurrence.prompt, occurrence.position, occurrence.text) == (0, 2, own_text)
+    before = look(planted).occurrences[0].slices
+    for entry, other in zip(occurrence.slices, before, strict=True):
+        assert entry.slice == other.slice
+        assert entry.importance == pytest.approx(other.importance, abs=1e-4)
+        assert not entry.unique  # the run's own prompt has them too
 
 
 def test_a_text_is_not_compared_with_itself(planted):
     subject = planted[0]
-    shown = given_texts(subject, ["Kobe Bryant plays professional basketball"], begin_token=False)
-    (occurrence,) = look(planted, shown=shown)["occurrences"]
-    assert {entry["slice"] for entry in occurrence["slices"] if entry["unique"]} >= {f"{PROJ}:4", f"{FC}:0"}
-    assert not any(entry["unique"] for entry in occurrence["slices"] if entry["slice"] == f"{FC}:1")
+    shown = user_texts(subject, ["Kobe Bryant plays professional basketball"], begin_token=False)
+    (occurrence,) = look(planted, shown=shown).occurrences
+    assert {entry.slice for entry in occurrence.slices if entry.unique} >= {f"{PROJ}:4", f"{FC}:0"}
+    assert not any(entry.unique for entry in occurrence.slices if entry.slice == f"{FC}:1")
 
 
 def test_a_begin_token_comes_first_when_asked_for(planted):
-    shown = given_texts(planted[0], ["Woods plays"], begin_token=True)
+    shown = user_texts(planted[0], ["Woods plays"], begin_token=True)
     assert shown.pieces == [["<s>", "W", "o", "o", "d", "s", " plays"]]
 
 
@@ -186,6 +187,18 @@ def test_padding_has_no_importance(planted):
         assert inner[name][~padding].all()
 
 
+def test_one_call_reports_what_the_command_shows(planted):
+    subject, decomposition, _ = planted
+    query = Query("Bryant", top=2)
+    assert inspect_texts(subject, decomposition, query) == look(planted, top=2)
+    shown = user_texts(subject, ["Kobe Bryant plays"], begin_token=True)
+    own = own_texts(subject, seed=0)
+    again = inspect_texts(subject, decomposition, query, ["Kobe Bryant plays"], begin_token=True)
+    assert again == inspect_slices(subject, decomposition, own, shown, query)
+    assert again.occurrences[0].position == 3
+    assert plain(again)["occurrences"][0]["slices"][0]["slice"] == again.occurrences[0].slices[0].slice
+
+
 # --- the toy ---------------------------------------------------------------------------------------
 
 
@@ -197,12 +210,12 @@ def toy(request, tmp_path):
 
 
 def test_the_toys_s_token_is_found_twice_a_sequence(toy):
-    found = look(toy, "s")
-    assert [o["token"] for o in found["occurrences"]] == ["s"] * 8
-    assert [o["prompt"] for o in found["occurrences"]] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [o["position"] for o in found["occurrences"]][1::2] == [7] * 4
-    for occurrence in found["occurrences"]:
-        assert occurrence["text"].split()[occurrence["position"]] == "s"
+    inspection = look(toy, "s")
+    assert [o.token for o in inspection.occurrences] == ["s"] * 8
+    assert [o.prompt for o in inspection.occurrences] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [o.position for o in inspection.occurrences][1::2] == [7] * 4
+    for occurrence in inspection.occurrences:
+        assert occurrence.text.split()[occurrence.position] == "s"
 
 
 def test_the_seed_draws_the_toys_sequences(toy):
@@ -211,10 +224,10 @@ def test_the_seed_draws_the_toys_sequences(toy):
 
 
 def test_a_sequence_of_the_users_own(toy):
-    shown = given_texts(toy[0], ["3 s 1 4 s"], begin_token=False)
-    found = look(toy, "1", shown)
-    assert [(o["prompt"], o["position"], o["text"]) for o in found["occurrences"]] == [(0, 2, "3 s 1 4 s")]
-    assert found["heat"][0]["tokens"] == ["3", "s", "1", "4", "s"]
+    shown = user_texts(toy[0], ["3 s 1 4 s"], begin_token=False)
+    inspection = look(toy, "1", shown)
+    assert [(o.prompt, o.position, o.text) for o in inspection.occurrences] == [(0, 2, "3 s 1 4 s")]
+    assert inspection.heat[0].tokens == ["3", "s", "1", "4", "s"]
 
 
 @pytest.mark.parametrize(
@@ -229,11 +242,11 @@ def test_a_sequence_of_the_users_own(toy):
 )
 def test_a_sequence_that_cannot_be_is_one_line(toy, texts, said):
     with pytest.raises(UsageError, match=said):
-        given_texts(toy[0], texts, begin_token=False)
+        user_texts(toy[0], texts, begin_token=False)
 
 
 def test_an_absent_toy_token_lists_those_there_are(toy):
-    shown = given_texts(toy[0], ["3 s 1 3 s"], begin_token=False)
+    shown = user_texts(toy[0], ["3 s 1 3 s"], begin_token=False)
     with pytest.raises(UsageError, match="no sequence has the token '5'") as info:
         look(toy, "5", shown)
     assert info.value.hint == "the tokens are s, 1, 3"
@@ -244,8 +257,8 @@ def test_a_text_too_long_for_the_attention_tables_is_one_line(tmp_path, tiny_gpt
     subject = language_subject(recipe, CPU)
     decomposition = start_decomposition(recipe, subject, [FC])
     own = own_texts(subject, 0)
-    fits = given_texts(subject, ["Tiger Woods plays the sport of"], begin_token=False)
-    assert look((subject, decomposition, None), " of", fits)["occurrences"]
-    long = given_texts(subject, ["Tiger Woods plays the sport of golf"], begin_token=False)
+    fits = user_texts(subject, ["Tiger Woods plays the sport of"], begin_token=False)
+    assert look((subject, decomposition, None), " of", fits).occurrences
+    long = user_texts(subject, ["Tiger Woods plays the sport of golf"], begin_token=False)
     with pytest.raises(UsageError, match=r"^8 tokens, but this run's importance attention covers 7$"):
         inspect_slices(subject, decomposition, own, long, Query(None))
