@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format results docs clean
 
 setup: $(STAMP)
 
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/spd decompose recipes/induction-quick.toml --out demo/induction --force
+	$(BIN)/spd decompose induction-quick --out demo/induction --force
 	$(BIN)/spd eval demo/induction
 
 test: setup
@@ -31,6 +31,14 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The pages that are made from recorded results, the schema, the commands and the sources.
+results: setup
+	$(BIN)/python docs/render.py
+
+docs: results
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist demo run runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

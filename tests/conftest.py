@@ -71,9 +71,10 @@ def save_tiny_model(folder: Path, model_type: str, **settings: object) -> Path:
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
     if model_type != "gpt2":
         shape |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
+    shape |= settings
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        model_type, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, initializer_range=0.2, **shape, **settings
+        model_type, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, initializer_range=0.2, **shape
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
