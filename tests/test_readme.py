@@ -1,63 +1,115 @@
-"""README.md cannot drift: its tree is the tree, its examples are real commands."""
+"""README.md as it is printed: its commands run in order in one folder, its Python too, and its files are whole.
 
-import ast
+The language model is a tiny random one and the recipes are made small; what the same commands say of the real ones is
+recorded in docs/results.
+"""
+
+from __future__ import annotations
+
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny_model
+from generate.recorded import results
+from printed import ROOT, blocks, spd_commands
+from small_world import make_small_world
 
-from spdcli.cli import COMMANDS
+import spdcli
+from spdcli import cli
+from spdcli.edits.script import load_script
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-NAMED = ("Makefile", "constraints.txt", ".ci/run")
-
-
-def about(path: Path) -> str:
-    """The first sentence a file says about itself: a module's docstring, else its first comment."""
-    text = path.read_text()
-    if path.suffix == ".py":
-        docstring = ast.get_docstring(ast.parse(text)) or ""
-        return docstring.partition("\n\n")[0].replace("\n", " ")
-    comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
-    return comments[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAIN = spd_commands(README)
+MAY_SAY_NO = ("suppress athletes --script",)  # exit code 1: a random model does not meet what is expected of SmolLM2
+LONGEST = 200
 
 
-def tree() -> str:
-    """One line a file, as the README shows it."""
-    paths = [ROOT / name for name in NAMED]
-    for room in ("recipes", "spdcli", "tests"):
-        paths += sorted(path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".toml"))
-    names = [path.relative_to(ROOT).as_posix() for path in paths if path.read_text().strip()]
-    width = max(len(name) for name in names)
-    return "\n".join(f"{name:<{width}}  {about(ROOT / name)}" for name in names)
+def demo_commands() -> list[str]:
+    """What `make demo` runs."""
+    target = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert target
+    return [line.strip().removeprefix("$(BIN)/") for line in target[1].splitlines()]
 
 
-def test_every_file_has_its_line():
-    block = re.search(r"## The tree\n.*?```text\n(.*?)\n```", README, re.DOTALL)
-    assert block, "README.md has no tree"
-    assert block[1] == tree(), f"paste this into README.md:\n{tree()}"
+def shown(language: str) -> str:
+    """The one block of README.md in a language."""
+    (block,) = [block for block in blocks(README) if block.language == language]
+    return block.text
 
 
-def test_every_file_says_what_it_is():
-    silent = [line for line in tree().splitlines() if not line.split(maxsplit=1)[1:]]
-    assert not silent
+def written_runs(commands: list[str]) -> list[str]:
+    """The directories and files that commands write."""
+    words = [shlex.split(command, comments=True) for command in commands]
+    return [line[nth + 1] for line in words for nth, word in enumerate(line) if word in ("--out", "--save", "--patch")]
 
 
-def shown_commands() -> list[str]:
-    """The `spd ...` lines of every example block."""
-    blocks = re.findall(r"```(?:console|bash)\n(.*?)```", README, re.DOTALL)
-    lines = [line.removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("spd ")]
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= LONGEST
 
 
-@pytest.mark.parametrize("line", shown_commands())
-def test_shown_commands_exist(line):
-    known = {name for name, *_ in COMMANDS} | {"facts", "recipe"}
-    assert shlex.split(line, comments=True)[1] in known
+def test_no_two_sections_write_the_same() -> None:
+    in_python = re.findall(r'out="([^"]+)"', shown("python"))
+    written = [*written_runs([*demo_commands(), *CHAIN]), *in_python]
+    assert len(written) == len(set(written))
+    assert {"athletes", "edited", "restored", "demo/induction", "run"} == set(written) - {"edit.safetensors"}
 
 
-def test_commands_are_shown():
-    shown = {shlex.split(line, comments=True)[1] for line in shown_commands()}
-    assert {name for name, *_ in COMMANDS} <= shown
+def test_what_make_demo_and_the_chain_print_is_recorded_on_the_real_models() -> None:
+    listed = {result.command for result in results().values()}
+    reverting = [command for command in CHAIN if "--revert" in command]
+    plain = [" ".join(shlex.split(command, comments=True)) for command in [*demo_commands(), *CHAIN]]
+    assert {" ".join(shlex.split(one)) for one in listed} | set(reverting) >= set(plain)
+
+
+def test_the_edit_script_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "edits.toml").write_text(shown("toml"))
+    script, _ = load_script(tmp_path / "edits.toml")
+    assert [edit.name for edit in script.edit] == ["Kobe forgets basketball", "Tiger forgets golf"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where everything of README.md happens, in order."""
+    place = tmp_path_factory.mktemp("reader")
+    (place / "edits.toml").write_text(shown("toml"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six blocks, which the recipe's matrices need."""
+    return save_tiny_model(
+        tmp_path_factory.mktemp("six-blocks"), "llama", num_hidden_layers=6, tie_word_embeddings=False
+    )
+
+
+def test_its_commands_run_in_order(
+    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_small_world(folder, tiny_model, monkeypatch)
+    for command in [*demo_commands(), *CHAIN]:
+        monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        err = capsys.readouterr().err
+        wanted = (0, 1) if command.startswith(tuple(f"spd {one}" for one in MAY_SAY_NO)) else (0,)
+        assert exit_.value.code in wanted, f"{command}\n{err}"
+    evaluated = json.loads((folder / "demo/induction/eval.json").read_text())
+    assert set(evaluated["active"]) == {"Q0", "K0", "V0", "Q1", "K1", "V1"}
+    assert (folder / "restored/model.safetensors").exists()
+    assert "# Where is it?" in (folder / "athletes/report/report.md").read_text()
+
+
+def test_its_python_runs(
+    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_small_world(folder, tiny_model, monkeypatch)
+    names: dict[str, object] = {}
+    exec(shown("python"), names)
+    assert isinstance(names["run"], spdcli.Run)
+    assert names["run"].recipe.decompose.steps == 200
+    assert capsys.readouterr().out  # progress=print
