@@ -10,15 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdcli.engine.losses import RECONSTRUCTION
-from spdcli.engine.tables import LOSSES, SOURCES
-from spdcli.engine.variants import Variant, chunks, draw_variants
+from spdcli.engine.tables import LOSSES, SCOPES, SOURCES
+from spdcli.engine.variants import Drawing, Variant, chunks, draw_variants
 
 BLOCKS = {"h.1.a": 1, "h.1.b": 1, "h.2.a": 2, "h.4.a": 4, "h.4.b": 4}
 SHAPE = (3, 4)
 # Variants for 5 matrices and 2 samples; importance masks are no sample, so they are drawn once.
 SIZES = {"all": 1, "each": 5, "subset": 1}
+DRAWING = Drawing("forward", None, SHAPE, torch.Generator())
 COUNTS = {
-    name: SIZES[LOSSES[name].scope] * (2 if SOURCES[LOSSES[name].source].sampled else 1) for name in RECONSTRUCTION
+    name: (SIZES.get(LOSSES[name].scope) or len(SCOPES[LOSSES[name].scope].load()(list(BLOCKS), DRAWING)))
+    * (2 if SOURCES[LOSSES[name].source].sampled else 1)
+    for name in RECONSTRUCTION
 }
 
 
