@@ -24,7 +24,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
 
 
 def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
-    """The toy's loss and accuracy against the step (Figure 5): a plateau, then the phase change."""
+    """The toy's loss and accuracy against the step (Figure 5, A.2.2): a plateau, then the phase change."""
     figure = Figure(figsize=(6, 3.2))
     loss_axes = figure.subplots()
     steps = [record["step"] for record in records]

@@ -101,9 +101,9 @@ def save_names(entry: Mapping[str, Any], row: int, directory: Path, name: str) -
     figure = Figure(figsize=(1.4 + 0.9 * (1 + len(shown)), 2.8), layout="constrained")
     axes = figure.subplots()
     heights = [entry["before"], *(one["after"][row] for one in shown)]
-    drawn = axes.bar(range(len(heights)), heights, 0.6, color=["0.15", *["0.65"] * len(shown)])
+    bars = axes.bar(range(len(heights)), heights, 0.6, color=["0.15", *["0.65"] * len(shown)])
     axes.margins(y=0.12)  # room for the numbers
-    axes.bar_label(drawn, [f"{height:.3f}" for height in heights], fontsize="small")
+    axes.bar_label(bars, [f"{height:.3f}" for height in heights], fontsize="small")
     axes.set_xticks(range(len(heights)), ["nothing", *(_tokens(one) for one in shown)])
     axes.tick_params(axis="x", labelsize="small")
     axes.set(xlabel="slices suppressed", ylabel=f"P({entry['answer'].strip()})", ylim=(0, None))

@@ -114,9 +114,9 @@ def circuit_attention(data: CircuitData, masked: bool) -> CircuitAttention:
     Where encodings are left out, the masks stay those of the unchanged sequence.
     """
     batch, at, rows = data.clean.batch, data.at, data.rows
-    placed = data.clean.inputs["Q0"]
+    full = data.clean.inputs["Q0"]  # content and encodings
     content = data.block(0).norm(data.toy.embed(batch.tokens))
-    half = torch.where(batch.classes["s1"][..., None], content, placed)
+    but_s1 = torch.where(batch.classes["s1"][..., None], content, full)
 
     def to_s1(query: Tensor, key: Tensor) -> float:
         q, k = data.product("Q0", query, masked), data.product("K0", key, masked)
@@ -126,9 +126,9 @@ def circuit_attention(data: CircuitData, masked: bool) -> CircuitAttention:
     patterns = attention_patterns(data.toy, data.target, data.decomposition, data.clean, data.g)
     second = (patterns.masked if masked else patterns.target)[1]
     return CircuitAttention(
-        m_to_s1=to_s1(placed, placed),
-        m_to_s1_unplaced_query=to_s1(content, placed),
-        m_to_s1_unplaced_query_and_s1=to_s1(content, half),
+        m_to_s1=to_s1(full, full),
+        m_to_s1_unplaced_query=to_s1(content, full),
+        m_to_s1_unplaced_query_and_s1=to_s1(content, but_s1),
         m_to_s1_content_only=to_s1(content, content),
         s2_to_m=second[rows, 0, at["s2"], at["m"]].exp().mean().item(),
     )

@@ -29,7 +29,7 @@ class Evaluation:
 
     Measured on `sequences` sequences of the stream `seed`. A slice is active where its importance is above
     `threshold`: `unique` counts by matrix the slices that are active anywhere (Table 1b), `total_active` is their sum
-    (the paper's 96 of GPT-2) of `total_slices`. `active` counts active slices, by matrix and then by place.
+    (section 6.2: 96 of GPT-2 on two prompts), of `total_slices`. `active` counts active slices, by matrix and place.
     `metrics` are losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight; the others
     are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
     `recon_layerwise_by_matrix` is the KL in nats with that matrix alone replaced, their mean the loss of that name.

@@ -117,16 +117,16 @@ def gate_controls(data: CircuitData, seed: int) -> dict[str, Control]:
     generator = torch.Generator().manual_seed(seed)
     controls = {}
     for control, change in CONTROLS.items():
-        changed = change(data, generator)
+        importances = change(data, generator)
         names = [] if control == "own" else list(data.g)
         layers = [[name for name in names if data.target.matrices[name].block == layer] for layer in range(2)]
         controls[control] = Control(
-            all=performance(data, changed),
-            layers=[performance(data, data.g | {n: changed[n] for n in group}) for group in layers if group],
-            matrices={name: performance(data, data.g | {name: changed[name]}) for name in names},
+            all=performance(data, importances),
+            layers=[performance(data, data.g | {n: importances[n] for n in group}) for group in layers if group],
+            matrices={name: performance(data, data.g | {name: importances[name]}) for name in names},
             importance={
                 name: {kind: g.sum(-1)[data.clean.batch.classes[kind]].mean().item() for kind in POSITION_CLASSES}
-                for name, g in changed.items()
+                for name, g in importances.items()
             },
         )
     return controls

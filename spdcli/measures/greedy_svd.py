@@ -1,4 +1,4 @@
-"""Greedy SVD pruning, plain and weighted by what the matrices read (Algorithm 2; the baselines of Figure 2).
+"""Greedy SVD pruning, plain and weighted by what the matrices read (Algorithm 2 in A.2.3; the baselines of Figure 2).
 
     greedy_svd      W = U S V; the smallest singular value of some matrix goes, a round at a time (Algorithm 2)
     weighted_svd    the same on singular triples that are weighted by the matrix's inputs on the data
@@ -79,7 +79,7 @@ def default_step(total_rank: int, matrices: int) -> int:
 
 
 def greedy(data: CurveData, slices: SliceSet, step: int | None, report: Rounds) -> list[Point]:
-    """Algorithm 2, gone on with beyond its tolerance until every rank is 0; `within` says where it would stop.
+    """Algorithm 2 (A.2.3), continued beyond its tolerance until every rank is 0; `within` says where it would stop.
 
     In the listing, lines 10 to 16 are indented into the loop over matrices. To pick the j of the lowest loss takes
     all L_i of a round, so they are read as standing after that loop, and `break` as the end of the algorithm. Of

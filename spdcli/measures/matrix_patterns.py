@@ -10,10 +10,10 @@ from spdcli.errors import UsageError
 
 def matrices_like(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The matrices among a run's `names` that one of `patterns` matches; UsageError where there is none."""
-    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
+    like = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not like:
         raise UsageError(
             f"no decomposed matrix matches {' or '.join(repr(p) for p in patterns)}",
             f"the run has {', '.join(names[:6])}{' …' if len(names) > 6 else ''}",
         )
-    return chosen
+    return like

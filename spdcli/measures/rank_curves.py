@@ -32,7 +32,7 @@ DENSE = 64  # `spd` is measured at each of the lowest ranks up to this, and at a
 EDGE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 THRESHOLDS = (0.0, *EDGE, *(tenth / 10 for tenth in range(1, 10)), *(1 - low for low in reversed(EDGE)), 1.0)
 
-Rounds = Callable[[int, int], object]  # told how many rounds of a method are done, and of how many
+Rounds = Callable[[int, int], object]  # hears how many rounds of a method are done, and of how many
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class CurveData:
     target: Target
     decomposition: Decomposition
     cleans: Sequence[Clean]
-    noise: Noise = field(init=False)  # asked for by the engine; masks that are fixed or importances never draw
+    noise: Noise = field(init=False)  # the engine wants one; masks that are fixed or importances never draw
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noise", Noise(torch.Generator(self.target.device)))
@@ -118,12 +118,12 @@ def by_mean_importance(data: CurveData) -> list[Point]:
     total = sum(len(places) for places in order.values())
     dtype = data.target.unembedding.dtype
     variants, ranks = [], {}
-    for kept in counts(total):
-        masks = {name: (places >= total - kept).to(dtype) for name, places in order.items()}
-        variants.append(fixed_variant(str(kept), masks, data.blocks, delta=0.0))
-        ranks[str(kept)] = {name: int(mask.sum()) for name, mask in masks.items()}
+    for count in counts(total):
+        masks = {name: (places >= total - count).to(dtype) for name, places in order.items()}
+        variants.append(fixed_variant(str(count), masks, data.blocks, delta=0.0))
+        ranks[str(count)] = {name: int(mask.sum()) for name, mask in masks.items()}
     kl = data.mean_kl([data.kl_sums(data.decomposition, clean, variants, {}) for clean in data.cleans])
-    return [Point(ranks[kept], value) for kept, value in kl.items()]
+    return [Point(ranks[count], value) for count, value in kl.items()]
 
 
 def by_kept_and_masked(data: CurveData, report: Rounds) -> list[Point]:
@@ -138,17 +138,17 @@ def by_kept_and_masked(data: CurveData, report: Rounds) -> list[Point]:
     for clean, g in data.importances():
         for name, values in g.items():
             active[name] |= (values[clean.batch.valid] > 0).any(0)
-    kept_counts = counts(sum(int(somewhere.sum()) for somewhere in active.values()))
+    numbers = counts(sum(int(somewhere.sum()) for somewhere in active.values()))
     variants = draw_variants(["recon"], data.blocks, 1, "forward", (0, 0), torch.Generator())
-    kl = dict.fromkeys(kept_counts, 0.0)
+    kl = dict.fromkeys(numbers, 0.0)
     for done, (clean, g) in enumerate(data.importances()):
         report(done, len(data.cleans))
-        for kept in kept_counts:
-            cut = {name: values * (order[name] >= total - kept) for name, values in g.items()}
-            kl[kept] += data.kl_sums(data.decomposition, clean, variants, cut)["recon"]
+        for count in numbers:
+            cut = {name: values * (order[name] >= total - count) for name, values in g.items()}
+            kl[count] += data.kl_sums(data.decomposition, clean, variants, cut)["recon"]
     return [
-        Point({n: int((places >= total - kept).sum()) for n, places in order.items()}, kl[kept] / data.looked_at)
-        for kept in kept_counts
+        Point({n: int((places >= total - count).sum()) for n, places in order.items()}, kl[count] / data.looked_at)
+        for count in numbers
     ]
 
 

@@ -95,7 +95,7 @@ def compare_methods(
 ) -> RankCurves:
     """The curves of `methods` on `data`, and what each has left at `tolerance` (nats).
 
-    `report` is told of the rounds of every method. UsageError for a method that is none of METHODS.
+    `report` hears of the rounds of every method. UsageError for a method that is none of METHODS.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:

@@ -81,9 +81,9 @@ class ToySums:
             divergence = attention_divergence(log_p, log_q).mean(1)  # [B, T]
             self.attention[layer].add(divergence.mean(1))
             own = clean.batch.classes[matter[layer]] if layer in matter else torch.zeros_like(clean.batch.valid)
-            for name, chosen in (("matters", own), ("rest", ~own)):
-                if bool(chosen.any()):
-                    self.attention_split[layer, name].add((divergence * chosen).sum(1) / chosen.sum(1))
+            for name, queries in (("matters", own), ("rest", ~own)):
+                if bool(queries.any()):
+                    self.attention_split[layer, name].add((divergence * queries).sum(1) / queries.sum(1))
 
     def _count_right(self, clean: Clean, g: Mapping[str, Tensor]) -> None:
         batch = clean.batch
