@@ -107,16 +107,15 @@ def report(
 def draw(report: RunReport, folder: Path) -> list[Path]:
     """Figures 3, 4, 7 or 8, and 9 of a report."""
     from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed
-    from spdcli.records import plain
 
     folder.mkdir(parents=True, exist_ok=True)
     figures = save_zeroed(report.mlp_zeroed, folder)
     if any(fact.slices for fact in report.prompts):
-        figures += save_slices(plain(report), folder)
+        figures += save_slices(report, folder)
     for row, fact in enumerate(report.prompts):
-        figures += save_trace(plain(fact.trace), folder, f"trace-{row + 1}")
+        figures += save_trace(fact.trace, folder, f"trace-{row + 1}")
         if fact.slices:
-            figures += save_names(plain(fact), row, folder, f"names-{row + 1}")
+            figures += save_names(fact, row, folder, f"names-{row + 1}")
     return figures
 
 

@@ -142,11 +142,10 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
 def draw(traces: Sequence[Trace], folder: Path) -> list[Path]:
     """A figure a prompt (Figures 7 and 8)."""
     from spdcli.figures.facts import save_trace
-    from spdcli.records import plain
 
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"trace-{number}" for number in range(1, len(traces) + 1)] if len(traces) > 1 else ["trace"]
-    return [path for name, trace in zip(names, traces, strict=True) for path in save_trace(plain(trace), folder, name)]
+    return [path for name, trace in zip(names, traces, strict=True) for path in save_trace(trace, folder, name)]
 
 
 def table(result: Trace, settings: TraceSettings) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -10,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from spdcli.errors import SpdError
-from spdcli.figures.curves import save, save_training_curve
+from spdcli.figures.curves import save, save_rank_curves, save_training_curve
+from spdcli.measures.svd import CurvePoint, RankCurves
+from spdcli.measures.svd_methods import METHODS
 
 
 def records(loss=lambda step: 5 / (1 + step)):
@@ -45,6 +48,24 @@ def test_the_curve_shows_its_records(tmp_path):
 
 def test_one_record_is_enough(tmp_path):
     assert all(path.stat().st_size > 1000 for path in save_training_curve(records()[:1], tmp_path))
+
+
+def test_rank_curves_are_readable_in_grey_and_named(tmp_path):
+    curves = {
+        "greedy_svd": [CurvePoint(r, k) for r, k in ((40, 0.0), (20, 1e-4), (10, 0.01), (0, 2.0))],
+        "spd": [CurvePoint(r, k) for r, k in ((9, 1e-4), (5, 0.01), (0, 2.0))],
+    }
+    legend = {name: METHODS[name].legend for name in curves}
+    shown = RankCurves(1e-3, 10, legend, curves, {})
+    paths = save_rank_curves(shown, tmp_path)
+    assert [path.name for path in paths] == ["svd.png", "svd.svg"]
+    pixels = imread(paths[0])[..., :3]
+    assert abs(pixels - pixels.mean(-1, keepdims=True)).max() < 0.01
+    assert (pixels < 0.1).all(-1).mean() > 0.005
+    assert METHODS["greedy_svd"].legend in paths[1].read_text()  # as a comment beside the drawn letters
+    assert METHODS["weighted_svd"].legend not in paths[1].read_text()
+    save_rank_curves(replace(shown, tolerance=0.0, curves={"spd": curves["spd"][:1]}), tmp_path / "one")
+    save_rank_curves(replace(shown, tolerance=0.0, curves={"spd": [CurvePoint(4, 0.0)]}), tmp_path / "none")
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

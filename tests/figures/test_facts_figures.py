@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -9,7 +10,9 @@ from edited_models import answer_change
 from matplotlib.image import imread
 
 from spdcli.figures import facts as figures_facts
-from spdcli.figures.facts import save_trace, save_zeroed, shortened
+from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed, shortened
+from spdcli.location.report import ChosenSlices, FactCounts, FactReport, RunReport, SliceEffect
+from spdcli.location.tracing import SiteGrid, Trace
 
 
 def grey(path):
@@ -20,18 +23,17 @@ def grey(path):
     return pixels.mean(-1)
 
 
-def traced(place, tokens=4, layers=6):
+def trace_of(place, tokens=4, layers=6):
     """Nothing restores the answer but the MLPs at `place`."""
-    flat = {"probability": [[0.1] * layers for _ in range(tokens)]}
-    high = {"probability": [[0.9 if (t, l) == place else 0.1 for l in range(layers)] for t in range(tokens)]}
+    flat = SiteGrid([[0.1] * layers for _ in range(tokens)], [], [])
+    high = replace(flat, probability=[[0.9 if (t, l) == place else 0.1 for l in range(layers)] for t in range(tokens)])
     sites = {"state": flat, "mlp": high, "attention": flat}
-    head = {"prompt": "a b c d e", "answer": " e", "tokens": [" a", " b", "c", "d"], "subject": [0, 1]}
-    return head | {"clean": 0.9, "corrupted": 0.1, "sites": sites}
+    return Trace("a b c d e", " e", (" a", " b", "c", "d"), (0, 1), 1.0, 0.9, 0.1, 0.0, sites, [])
 
 
 def dark(place, folder):
     """The middle of what is black in the panel of the MLPs, as (row, column) of the picture."""
-    path = save_trace(traced(place), folder, "trace")[0]
+    path = save_trace(trace_of(place), folder, "trace")[0]
     shown = grey(path)
     third = shown.shape[1] // 3
     # The edge of a panel is a line of 2 pixels, a square of it is far wider.
@@ -55,12 +57,12 @@ def test_a_dark_square_stands_at_its_token_and_layer(tmp_path):
 def test_a_trace_names_its_tokens_and_its_kinds(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(figures_facts, "save", lambda figure, directory, name: kept.append(figure) or [])
-    save_trace(traced((1, 2)), tmp_path, "trace")
+    save_trace(trace_of((1, 2)), tmp_path, "trace")
     panels = kept[0].axes[:3]
     assert [axes.get_title() for axes in panels] == ["one hidden state", "a window of MLPs", "a window of attention"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [" a*", " b*", "c", "d"]
     for axes, kind in zip(panels, ("state", "mlp", "attention"), strict=True):
-        assert axes.images[0].get_array().tolist() == traced((1, 2))["sites"][kind]["probability"]
+        assert axes.images[0].get_array().tolist() == trace_of((1, 2)).sites[kind].probability
         assert axes.images[0].get_clim() == (0.1, 0.9)
 
 
@@ -83,3 +85,28 @@ def test_zeroed_layers_are_a_line_under_a_dashed_one(tmp_path, monkeypatch):
     save_zeroed({label: effects * 2 for label, effects in alone.items()}, tmp_path)
     assert len(kept[1].axes) == 6  # two rows of three, of which two are empty
     assert shortened("x" * 50) == "x" * 43 + "…"
+
+
+def slices(token, ratios):
+    return SliceEffect(["m:0"], [token], [0.5] * 2, [ratio / 2 for ratio in ratios], ratios)
+
+
+def fact_of(prompt, answer, effects):
+    """One prompt's part of a report, as far as it is drawn."""
+    trace = Trace(prompt, answer, (), (), 1.0, 0.5, 0.1, 0.0, {}, [])
+    return FactReport(prompt, answer, (), (), trace, "", 0.5, ChosenSlices([], []), (), [], effects, [])
+
+
+def test_figures_of_slices_have_a_bar_for_every_number(tmp_path, monkeypatch):
+    first = fact_of("a b c", " c", [slices(" a", [0.2, 0.9]), slices("b", [0.1, 1])])
+    second = fact_of("d e", " e", [slices("d", [1.1, 0.3])])
+    report = RunReport("m", FactCounts(asked=0, known=0), {}, [first, second])
+    for paths in (save_slices(report, tmp_path), save_names(first, 0, tmp_path, "names-1")):
+        grey(paths[0])
+    kept = []
+    monkeypatch.setattr(figures_facts, "save", lambda figure, directory, name: kept.append(figure) or [])
+    save_slices(report, tmp_path)
+    save_names(first, 0, tmp_path, "names-1")
+    heights = [[bar.get_height() for bar in figure.axes[0].patches] for figure in kept]
+    assert heights == [pytest.approx([0.2, 0.9, 0.1, 1, 0.3, 1.1]), pytest.approx([0.5, 0.1, 0.05])]
+    assert [label.get_text() for label in kept[1].axes[0].get_xticklabels()] == ["nothing", "“a”", "“b”"]

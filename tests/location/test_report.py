@@ -6,14 +6,12 @@ import json
 
 import pytest
 from edited_models import answer_change
-from matplotlib.image import imread
 from planted_gates import FC, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
 from spdcli.edits.answer_changes import AnswerChange
 from spdcli.edits.choices import STATISTICS
 from spdcli.edits.known_facts import ChangeSizes
-from spdcli.figures.facts import save_names, save_slices
 from spdcli.files import save_tensors
 from spdcli.location.report import FactCounts, ReportSettings, RunReport
 from spdcli.location.report_edits import SLICES
@@ -265,34 +263,3 @@ def test_markdown_by_hand():
     text = markdown("r", bare, ReportSettings(TraceSettings(samples=4)), 30, [])
     assert "4 draws, windows of 10 of 30 layers" in text
     assert "the 3 of 4 other facts that the unchanged model knows" in text
-
-
-def slices(token, ratios):
-    return {
-        "tokens": [token],
-        "slices": ["m:0"],
-        "ratio": ratios,
-        "after": [r / 2 for r in ratios],
-        "before": [0.5] * 2,
-    }
-
-
-def test_figures_of_slices_have_a_bar_for_every_number(tmp_path, monkeypatch):
-    first = {
-        "prompt": "a b c",
-        "answer": " c",
-        "before": 0.5,
-        "slices": [slices(" a", [0.2, 0.9]), slices("b", [0.1, 1])],
-    }
-    second = {"prompt": "d e", "answer": " e", "before": 0.5, "slices": [slices("d", [1.1, 0.3])]}
-    report = {"prompts": [first, second]}
-    for paths in (save_slices(report, tmp_path), save_names(first, 0, tmp_path, "names-1")):
-        pixels = imread(paths[0])[..., :3]
-        assert abs(pixels - pixels.mean(-1, keepdims=True)).max() < 0.01  # readable without colour
-    kept = []
-    monkeypatch.setattr("spdcli.figures.facts.save", lambda figure, directory, name: kept.append(figure) or [])
-    save_slices(report, tmp_path)
-    save_names(first, 0, tmp_path, "names-1")
-    heights = [[bar.get_height() for bar in figure.axes[0].patches] for figure in kept]
-    assert heights == [pytest.approx([0.2, 0.9, 0.1, 1, 0.3, 1.1]), pytest.approx([0.5, 0.1, 0.05])]
-    assert [label.get_text() for label in kept[1].axes[0].get_xticklabels()] == ["nothing", "“a”", "“b”"]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
-from matplotlib.image import imread
 from pruned_by_hand import (
     ALL,
     DOUBLE,
@@ -22,8 +20,7 @@ from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 from spdcli.commands.svd import MethodOption
 from spdcli.engine.forward import clean_pass
 from spdcli.errors import UsageError
-from spdcli.figures.curves import save_rank_curves
-from spdcli.measures.svd import CURVES, CurvePoint, RankCurves, compare_methods, svd_curves
+from spdcli.measures.svd import CURVES, compare_methods, svd_curves
 from spdcli.measures.svd_methods import METHODS
 from spdcli.progress import Progress
 from spdcli.records import ABSENT, plain
@@ -78,24 +75,6 @@ def test_the_target_is_left_as_it_was(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in subject.toy.state_dict().items())
     after = clean_pass(subject.target, data.cleans[0].batch, ALL)
     assert torch.equal(after.log_probs, data.cleans[0].log_probs)
-
-
-def test_the_figure_is_readable_in_grey_and_shows_its_curves(tmp_path):
-    curves = {
-        "greedy_svd": [CurvePoint(r, k) for r, k in ((40, 0.0), (20, 1e-4), (10, 0.01), (0, 2.0))],
-        "spd": [CurvePoint(r, k) for r, k in ((9, 1e-4), (5, 0.01), (0, 2.0))],
-    }
-    legend = {name: METHODS[name].legend for name in curves}
-    shown = RankCurves(1e-3, 10, legend, curves, {})
-    paths = save_rank_curves(shown, tmp_path)
-    assert [path.name for path in paths] == ["svd.png", "svd.svg"]
-    pixels = imread(paths[0])[..., :3]
-    assert abs(pixels - pixels.mean(-1, keepdims=True)).max() < 0.01
-    assert (pixels < 0.1).all(-1).mean() > 0.005
-    assert METHODS["greedy_svd"].legend in paths[1].read_text()  # as a comment beside the drawn letters
-    assert METHODS["weighted_svd"].legend not in paths[1].read_text()
-    save_rank_curves(replace(shown, tolerance=0.0, curves={"spd": curves["spd"][:1]}), tmp_path / "one")
-    save_rank_curves(replace(shown, tolerance=0.0, curves={"spd": [CurvePoint(4, 0.0)]}), tmp_path / "none")
 
 
 @pytest.fixture
