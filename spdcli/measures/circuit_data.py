@@ -37,9 +37,11 @@ class CircuitData:
 
     @property
     def rows(self) -> Tensor:
+        """`[B]`: the numbers of the sequences, to index with beside positions."""
         return torch.arange(len(self.clean.batch.tokens), device=self.clean.batch.tokens.device)
 
     def block(self, index: int) -> ToyBlock:
+        """One of the toy's two layers, from 0."""
         block = self.toy.blocks[index]
         assert isinstance(block, ToyBlock)
         return block

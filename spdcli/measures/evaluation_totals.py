@@ -64,6 +64,7 @@ class Mean:
 
     @property
     def value(self) -> float:
+        """The mean of all values so far."""
         return self.total / self.count
 
     @property

@@ -68,10 +68,12 @@ class CurveData:
 
     @property
     def names(self) -> list[str]:
+        """The decomposed matrices, in the order of execution."""
         return self.decomposition.names
 
     @property
     def blocks(self) -> dict[str, int]:
+        """The block of each of them."""
         return {name: self.target.matrices[name].block for name in self.names}
 
     @property
