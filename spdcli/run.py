@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from spdcli.errors import UsageError
+from spdcli.measures.evaluation import evaluate
 from spdcli.measures.importances import Ids, importances, text_ids
+from spdcli.measures.inspection import Inspection, Query, inspect_texts
+from spdcli.measures.language_evaluation import LanguageEvaluation
+from spdcli.measures.svd import RankCurves, svd_curves
+from spdcli.measures.toy_evaluation import ToyEvaluation
+from spdcli.progress import Report, silent
 from spdcli.runs.loading import LoadedRun
 from spdcli.targets.masking import importance_masks_of, masked_module
 
@@ -73,3 +79,47 @@ class Run(LoadedRun):
         masks_of = importance_masks_of(target, decomposition) if masks is None else lambda batch: masks
         with masked_module(target, decomposition, masks_of, delta):
             yield self.model
+
+    def evaluate(
+        self, sequences: int = 8192, *, threshold: float = 0.0, seed: int | None = None
+    ) -> ToyEvaluation | LanguageEvaluation:
+        """What the decomposition is worth, as `spd eval`: active and unique slices, reconstruction, attention, circuit.
+
+        A toy is measured on `sequences` fresh sequences, a language model on its prompts; a slice is active where its
+        importance is above `threshold`.
+        """
+        return evaluate(self.subject, self.decomposition, sequences, threshold, self.seed_or(seed))
+
+    def inspect(
+        self,
+        token: str | None = None,
+        *,
+        prompts: Sequence[str] = (),
+        matrices: Sequence[str] = ("*",),
+        top: int = 20,
+        labels: int = 5,
+        threshold: float = 0.0,
+        progress: Report = silent,
+    ) -> Inspection:
+        """The slices that are active at a token (None: everywhere), as `spd inspect`: what they read and promote.
+
+        On the run's own prompts, or on `prompts`, fed whole. Of `matrices` (names or patterns) the `top` slices at each
+        place, each with so many `labels`. UsageError for a token that is nowhere.
+        """
+        query = Query(token, list(matrices), top, labels, threshold)
+        seed = self.recipe.seed
+        return inspect_texts(self.subject, self.decomposition, query, prompts, self.begin_token, seed, progress)
+
+    def svd(self, tolerance: float = 1e-3, *, sequences: int = 512, progress: Report = silent) -> RankCurves:
+        """How small a model says the same, as `spd svd`: KL (nats) against rank, beside greedy SVD (Figure 2).
+
+        `result` is what each method has left where its KL first exceeds `tolerance`.
+        """
+        return svd_curves(
+            self.subject,
+            self.decomposition,
+            tolerance=tolerance,
+            sequences=sequences,
+            seed=self.recipe.seed,
+            report=progress,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import spdcli
 from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.target import Batch
+from spdcli.records import plain
 from spdcli.runs.training import SURE
 
 KOBE = "Kobe Bryant plays professional basketball"
@@ -440,3 +442,35 @@ def test_data_that_cannot_be_is_refused(data, said):
 
 def test_precision_decides_what_is_rounding():
     gated_target(Gated().double())
+
+
+# --- what the commands say, without them ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_run(model_file, tmp_path_factory):
+    return spdcli.decompose(model_file, tmp_path_factory.mktemp("saved") / "run")
+
+
+@pytest.fixture
+def answer(saved_run, monkeypatch, capsys):
+    """The JSON of a command on the saved run."""
+
+    def run(command, *options):
+        code, out, err = spd_here(monkeypatch, capsys)(command, saved_run.home.path, *options, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+def test_evaluate_inspect_and_svd_are_the_commands(saved_run, answer):
+    evaluation, inspection, curves = saved_run.evaluate(), saved_run.inspect(" Bryant", top=3), saved_run.svd(0.01)
+    for record, said in (
+        (evaluation, answer("eval")),
+        (inspection, answer("inspect", "--token", " Bryant", "--top", "3")),
+        (curves, answer("svd", "--tolerance", "0.01")),
+    ):
+        values = plain(record)
+        assert values.keys() & said.keys()
+        assert {key: said[key] for key in values} == values
