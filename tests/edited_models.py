@@ -7,7 +7,8 @@ import copy
 import torch
 from small_runs import loud_toy, model_recipe, toy_recipe
 
-from spdcli.edits.answer_changes import AnswerChange, given_questions, own_questions
+from spdcli.edits.answer_changes import AnswerChange
+from spdcli.edits.prompts_and_answers import given_questions, own_questions
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject, toy_subject
 
@@ -47,7 +48,7 @@ def open_case(case, request, folder, *changes):
 def ask_own(subject):
     if subject.toy is not None:
         return own_questions(subject, 5, seed=1)
-    return given_questions(subject, PROMPTS, begin_token=False)
+    return given_questions(subject, PROMPTS)
 
 
 def answers_of(subject, questions):

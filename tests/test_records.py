@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from spdcli import records
 from spdcli.records import ABSENT, Absent, plain, spread
 
 
@@ -37,7 +35,3 @@ def test_everything_that_json_can_write():
     assert json.dumps(plain(value), allow_nan=False)
     with pytest.raises(TypeError, match="object has no form in JSON"):
         plain(object())
-
-
-def test_the_examples_hold():
-    assert doctest.testmod(records).failed == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +15,8 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.edits.fact_check import FactCheck
     from spdcli.edits.facts_file import Facts, Known
-    from spdcli.engine.target import Target
 
 app = typer.Typer(help="List facts, and check which of them a model knows.", no_args_is_help=True)
 
@@ -55,17 +56,18 @@ def list_facts(facts: FactsFile = None, json: Json = False, quiet: Quiet = False
     from spdcli.edits.facts_file import BUILTIN, load_facts
 
     console = make_console(json, quiet, verbose)
-    found = load_facts(facts)
+    file = load_facts(facts)
     data = {
         "schema": "spd.facts/1",
         "file": facts or BUILTIN,
-        "models": found.models,
-        "known": found.known.model_dump(),
+        "models": file.models,
+        "known": file.known.model_dump(),
+        "facts": [fact.model_dump() for fact in file.fact],
+        "related": [entry.model_dump() for entry in file.related],
     }
-    rows = [fact.model_dump() for fact in found.fact]
-    console.show({**data, "facts": rows, "related": [entry.model_dump() for entry in found.related]}, *listing(found))
+    console.show(data, *listing(file))
     if quiet:
-        for fact in found.fact:
+        for fact in file.fact:
             console.result(fact.prompt)
 
 
@@ -88,7 +90,7 @@ def check(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check the facts that a model is noted to know, by asking it; exit 1 if a note is wrong.
+    """Check the facts that a model is renewed to know, by asking it; exit 1 if a note is wrong.
 
     A model knows a fact when the answer's probability is above --probability
     and its rank is at most --rank. --write makes the notes anew instead.
@@ -96,54 +98,34 @@ def check(
     from spdcli.edits.facts_file import BUILTIN, load_facts
 
     console = make_console(json, quiet, verbose)
-    found = load_facts(facts)
+    file = load_facts(facts)
     if write is not None and write.exists() and not force:
         raise UsageError(f"{write} is there already", "--force replaces it, or name another with --write")
-    given = {"probability": probability, "rank": rank}
-    known = found.known.model_copy(update={key: value for key, value in given.items() if value is not None})
-    if write is not None and found.models not in ([], [name or model_name(model)]) and known != found.known:
+    thresholds = {"probability": probability, "rank": rank}
+    known = file.known.model_copy(update={key: value for key, value in thresholds.items() if value is not None})
+    if write is not None and file.models not in ([], [name or model_name(model)]) and known != file.known:
         raise UsageError(
-            f"the file's notes on {', '.join(found.models)} are for other thresholds",
+            f"the file's notes on {', '.join(file.models)} are for other thresholds",
             "leave --probability and --rank out",
         )
-    from spdcli.edits.known_facts import check_facts
+    from spdcli.edits.fact_check import check_facts
+    from spdcli.runs.models import open_model
 
-    target, tokenizer, spelling, begin = open_model(model, device, begin_token)
-    called = name or model_name(spelling)
-    report = check_facts(target, tokenizer, found, begin, called, known)
+    opened = open_model(model, device, begin_token)
+    name = name or model_name(opened.name)
+    checks = check_facts(opened.target, opened.tokenizer, file, opened.begin_token, name, known)
     if write is not None:
-        write_notes(write, facts or BUILTIN, found, report, called, known)
-    wrong = [entry for entry in report if entry["agrees"] is False]
-    counts = {"known": sum(entry["known"] for entry in report), "asked": len(report), "disagree": len(wrong)}
-    data = {"schema": "spd.facts/1", "model": called, "file": facts or BUILTIN, "thresholds": known.model_dump()}
-    console.show({**data, **counts, "facts": report, "written": write}, *render(report, data, counts, verbose))
-    kinds = {"facts": report[: len(found.fact)], "related prompts": report[len(found.fact) :]}
-    told = [f"{sum(one['known'] for one in own)} of {len(own)} {kind}" for kind, own in kinds.items() if own]
-    console.result(write or f"{' and '.join(told)} known, {counts['disagree']} notes wrong")
+        write_notes(write, facts or BUILTIN, file, checks, name, known)
+    wrong = sum(one.agrees is False for one in checks)
+    counts = {"known": sum(one.known for one in checks), "asked": len(checks), "disagree": wrong}
+    data = {"schema": "spd.facts/1", "model": name, "file": facts or BUILTIN, "thresholds": known.model_dump()}
+    title = f"{name}: {counts['known']} of {counts['asked']} known"
+    console.show({**data, **counts, "facts": checks, "written": write}, checks_table(title, checks))
+    kinds = {"facts": checks[: len(file.fact)], "related prompts": checks[len(file.fact) :]}
+    shares = [f"{sum(one.known for one in own)} of {len(own)} {kind}" for kind, own in kinds.items() if own]
+    console.result(write or f"{' and '.join(shares)} known, {wrong} notes wrong")
     if wrong and write is None:
         raise typer.Exit(1)
-
-
-def open_model(model: str, device: str | None, begin_token: bool) -> tuple[Target, Any, str, bool]:
-    """The target, its tokenizer, how the model is spelled, and whether its prompts have a begin token."""
-    from spdcli.runs.directory import RECIPE, RunDirectory
-    from spdcli.runs.subject import choose_device
-    from spdcli.targets.huggingface import build_target, load_model
-
-    dtype = "float32"
-    where = device or "auto"
-    if (Path(model) / RECIPE).exists():
-        recipe = RunDirectory.open(Path(model)).recipe
-        if recipe.target.kind != "huggingface":
-            what = "the induction toy" if recipe.target.kind == "induction" else "a module of somebody's own"
-            raise UsageError(f"{model} is a run of {what}, which knows no facts", "give a language model")
-        where = device or recipe.device
-        model, dtype = recipe.target.model, recipe.target.dtype
-        begin_token = recipe.data is not None and recipe.data.begin_token
-    chosen = choose_device(where)
-    language_model = load_model(model, dtype)
-    language_model.model.to(chosen)
-    return build_target(language_model, False), language_model.tokenizer, model, begin_token
 
 
 def model_name(spelling: str) -> str:
@@ -151,14 +133,13 @@ def model_name(spelling: str) -> str:
     return re.sub(r"(\.[A-Z0-9_]+)?\.gguf$", "", Path(spelling).name) or spelling
 
 
-def write_notes(path: Path, source: Path, facts: Facts, report: list[dict[str, Any]], name: str, known: Known) -> None:
+def write_notes(path: Path, source: Path, facts: Facts, checks: Sequence[FactCheck], name: str, known: Known) -> None:
     """Write the facts of `source` with renewed notes; the comments at its head stay."""
+    from spdcli.edits.fact_check import renewed
     from spdcli.edits.facts_file import dump_facts, first_comments
-    from spdcli.edits.known_facts import noted
     from spdcli.files import write_atomically
 
-    renewed = noted(facts, report, name).model_copy(update={"known": known})
-    text = dump_facts(renewed, first_comments(source.read_text(encoding="utf-8")))
+    text = dump_facts(renewed(facts, checks, name, known), first_comments(source.read_text(encoding="utf-8")))
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
@@ -175,32 +156,21 @@ def listing(facts: Facts) -> list[RenderableType]:
     return [table]
 
 
-def render(
-    report: list[dict[str, Any]], data: dict[str, Any], counts: dict[str, int], verbose: bool
-) -> list[RenderableType]:
+def checks_table(title: str, checks: Sequence[FactCheck]) -> RenderableType:
     """A row a fact; those whose note is wrong are marked."""
     from rich.table import Table
 
-    table = Table(title=f"{data['model']}: {counts['known']} of {counts['asked']} known", expand=True)
+    table = Table(title=title, expand=True)
     for column in ("category", "prompt", "answer", "p", "rank", "known", "note"):
-        right = column in ("p", "rank")
         table.add_column(
             column,
-            justify="right" if right else "left",
+            justify="right" if column in ("p", "rank") else "left",
             ratio=1 if column == "prompt" else None,
             no_wrap=column != "prompt",
             overflow="fold",
         )
-    for entry in report:
-        note = {None: "", True: "agrees", False: "WRONG"}[entry["agrees"]]
-        known = "yes" if entry["known"] else ""
-        table.add_row(
-            entry["category"],
-            entry["prompt"],
-            repr(entry["token"]),
-            f"{entry['p']:.3f}",
-            str(entry["rank"]),
-            known,
-            note,
-        )
-    return [table]
+    for one in checks:
+        note = {None: "", True: "agrees", False: "WRONG"}[one.agrees]
+        cells = (one.category, one.prompt, repr(one.token), f"{one.p:.3f}", str(one.rank))
+        table.add_row(*cells, "yes" if one.known else "", note)
+    return table

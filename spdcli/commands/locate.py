@@ -96,7 +96,6 @@ def locate(
             file,
             search,
             loaded.seed_or(seed),
-            loaded.begin_token,
             report,
         )
     data = {"schema": "spd.locate/1", "run": run, **plain(searches[0]), "located": searches}

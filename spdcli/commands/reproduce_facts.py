@@ -106,9 +106,8 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: str, console: Consol
     decomposition = load_decomposition(recipe, subject, load_tensors(run / DECOMPOSITION)[0])
     from spdcli.records import plain
 
-    assert recipe.data is not None
-    ridge, seed, begin = recipe.slices.ridge, recipe.seed, recipe.data.begin_token
-    context = open_table(subject, decomposition, load_facts(), PAIRS[pair].subjects, ridge, seed, begin)
+    ridge, seed = recipe.slices.ridge, recipe.seed
+    context = open_table(subject, decomposition, load_facts(), PAIRS[pair].subjects, ridge, seed)
     table = plain(fact_table(context))
     write_json(run / TABLE, {"schema": "spd.facts.table/1", "table": table})
     return table

@@ -8,35 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from spdcli.commands.change import (
-    FactsOption,
-    NoFacts,
-    Prompt,
-    Sequences,
-    SliceAddress,
-    alone_table,
-    effects_table,
-    facts_tables,
-    listed,
-    prompts_only,
-    quiet_lines,
-    read_facts,
-    read_prompts,
-)
+from spdcli.commands.change import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
+from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_slices, use_patch, write
+from spdcli.commands.effects import alone_table, effects_table, facts_tables, listed, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
-from spdcli.commands.script import check_script, read_script, suppress_script, verdict_lines
-from spdcli.commands.script import render as render_script
-from spdcli.commands.suppressing import Given, suppress_slices, use_patch, write
-from spdcli.console import Console
+from spdcli.commands.script import check_script, script_tables, verdict_lines
 from spdcli.edits.choices import TOGETHER, USUAL_TOGETHER, in_words
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.edits.edit_reports import PatchReport, SuppressionReport
     from spdcli.edits.suppression import MatrixCut
 
-if TYPE_CHECKING:
     Together = str
 else:
     Together = Literal[tuple(TOGETHER)]
@@ -108,37 +93,34 @@ def suppress(
     outputs = {"--patch": patch, "--save": save}
     check_usage(instead, script, dry_run, {"--apply": apply, "--revert": revert}, base, outputs)
     check_outputs(patch, save, force)
-    given = Given(run, read_prompts(prompt), read_facts(facts, no_facts), facts, sequences, device, seed)
+    options = RunOptions(run, device, seed, exam_options(prompt, facts, no_facts, sequences))
     if script is not None:
-        read = read_script(script)
-        check_script(read, "--save" if save else "--patch" if patch else None, no_facts)
-        change = suppress_script(console, given, read, dry_run)
+        sections = check_script(script, "--save" if save else "--patch" if patch else None, no_facts)
+        outcome = suppress_script(console, options, sections, dry_run)
     elif slice:
-        change = suppress_slices(console, given, slice, together or USUAL_TOGETHER)
+        outcome = suppress_slices(console, options, slice, together or USUAL_TOGETHER)
     else:
-        change = use_patch(console, given, apply, revert, base)
-    failed = [one for one in change.report["expectations"] if one["passed"] is False]
-    if dry_run or failed:
+        outcome = use_patch(console, options, apply, revert, base)
+    report = outcome.report
+    failures = [one for one in report.expectations if one.passed is False]
+    if dry_run or failures:
         save = patch = None
-    data = {"schema": "spd.suppress/1", "run": str(run), **change.report}
-    data |= {"saved": save, "patch": patch or apply or revert}
-    write(change, data, save, patch, force)
-    tell(console, data, save, patch, script is not None)
-    if failed:
-        console.note(f"{len(failed)} of {len(data['expectations'])} expectations failed")
-        raise typer.Exit(1)
+    from spdcli.records import plain
 
-
-def tell(console: Console, data: dict[str, Any], save: Path | None, patch: Path | None, script: bool) -> None:
-    """The report, then what was written, or with `-q` what was found."""
-    console.show(data, *(render_script if script else render)(data, console.verbose))
+    written = {"saved": save, "patch": patch or apply or revert}
+    data = {"schema": "spd.suppress/1", "run": str(run), **plain(report), **plain(written)}
+    write(outcome, data, save, patch, force)
+    console.show(data, *(script_tables if script is not None else tables)(report, console.verbose))
     for path in (patch, save):
         if path is not None:
             console.result(path)
-    if script:
-        verdict_lines(console, data["expectations"])
+    if script is not None:
+        verdict_lines(console, report.expectations)
     elif save is None and patch is None:
-        quiet_lines(console, data["effects"])
+        quiet_lines(console, report.effects)
+    if failures:
+        console.note(f"{len(failures)} of {len(report.expectations)} expectations failed")
+        raise typer.Exit(1)
 
 
 def check_usage(
@@ -178,12 +160,17 @@ def check_outputs(patch: Path | None, save: Path | None, force: bool) -> None:
         check_destination(save, force)
 
 
-def render(data: dict[str, Any], verbose: bool) -> list[RenderableType]:
+def tables(report: SuppressionReport | PatchReport, verbose: bool) -> list[RenderableType]:
     """The effects, each slice's own, what becomes of the facts, and what every matrix loses."""
-    verb = {"apply": "Patched: ", "revert": "Reverted: "}.get(data.get("action", ""), "Suppressed: ")
-    parts = [effects_table(verb + listed(data["slices"]), prompts_only(data["effects"])), *alone_table(data["alone"])]
-    parts += facts_tables(data["facts"], data["effects"], verbose)
-    return [*parts, cuts_table(data["matrices"], data["together"])] if "matrices" in data else parts
+    from spdcli.edits.edit_reports import PatchReport
+
+    verb = (
+        {"apply": "Patched", "revert": "Reverted"}[report.action] if isinstance(report, PatchReport) else "Suppressed"
+    )
+    title = f"{verb}: {listed(report.slices)}"
+    parts = [effects_table(title, prompts_only(report.effects)), *alone_table(report.alone)]
+    parts += facts_tables(report.facts, report.effects, verbose)
+    return parts if isinstance(report, PatchReport) else [*parts, cuts_table(report.matrices, report.together or "")]
 
 
 def cuts_table(cuts: Sequence[MatrixCut], together: str) -> RenderableType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -9,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from spdcli.edits.patches import set_weights
+from spdcli.edits.patches import edited_weights, set_weights
+from spdcli.edits.suppression import Edit
 from spdcli.engine.target import Target
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import remove, save_tensors, write_json
-from spdcli.runs.directory import TOY_WEIGHTS
+from spdcli.recipe.schema import Recipe
+from spdcli.runs.directory import TOY, TOY_WEIGHTS
 from spdcli.runs.subject import Subject
 
 RECORD = "spd_edit.json"  # what was done to the model; it also marks a directory that --force may replace
@@ -30,6 +33,33 @@ def edited(target: Target, weights: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         set_weights(target, before)
+
+
+def edited_model(subject: Subject, edit: Edit) -> nn.Module:
+    """A copy of the target's model with the edit in its weights, to the bit what `save_checkpoint` writes.
+
+    Of a language model that is a plain transformers model; the target itself is as before.
+    """
+    with edited(subject.target, edited_weights(subject.target, edit)):
+        return copy.deepcopy(subject.target.model)
+
+
+def recipe_on(recipe: Recipe, base: Path | None) -> Recipe:
+    """The recipe with the model in `base` for its target; a toy's place is not in the recipe."""
+    if base is None:
+        return recipe
+    if not base.is_dir():
+        raise SpdError(f"--base {base}: no such directory", "give a directory that --save wrote, or a checkpoint")
+    key = "path" if recipe.target.kind == "induction" else "model"
+    target = recipe.target.model_copy(update={key: str(base.resolve())})
+    return recipe.model_copy(update={"target": target})
+
+
+def base_of(recipe: Recipe, run: Path) -> Path:
+    """The directory that the target of a run came from; a path that does not exist where that is none, as a hub id."""
+    if recipe.target.kind == "induction":
+        return Path(recipe.target.path or run / TOY)
+    return Path(recipe.target.model) if recipe.target.kind == "huggingface" else run
 
 
 def check_destination(path: Path, force: bool, base: Path | None = None) -> None:

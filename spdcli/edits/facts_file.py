@@ -6,10 +6,11 @@ is told at once; `edits/known_facts.py` puts facts to a model.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -27,6 +28,14 @@ class Known(Section):
 
     probability: Annotated[float, Field(gt=0, lt=1)] = 0.2
     rank: Positive = 1
+
+    def holds(self, probability: Any, rank: Any) -> Any:
+        """Whether it knows an answer of this probability and rank; elementwise for tensors.
+
+        >>> Known().holds(0.5, 1), Known().holds(0.5, 2)
+        (True, False)
+        """
+        return (probability > self.probability) & (rank <= self.rank)
 
 
 class Fact(Section):
@@ -135,12 +144,8 @@ def dump_facts(facts: Facts, comments: list[str]) -> str:
 
 def first_comments(text: str) -> list[str]:
     """The comment lines that a file begins with, without their marks."""
-    found = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        found.append(line.removeprefix("#").strip())
-    return found
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return [line.removeprefix("#").strip() for line in lines]
 
 
 def _list(texts: list[str]) -> str:

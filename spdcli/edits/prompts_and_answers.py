@@ -1,23 +1,130 @@
-"""Questions put together: picked, joined, and asked about another token than a prompt's own answer."""
+"""Questions: prompts of which one position's next token is the answer; made, grouped, picked, joined.
+
+B questions, T positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdcli.edits.answer_changes import Questions
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.runs.subject import Subject
-from spdcli.targets.sequences import toy_tokens
+from spdcli.targets.sequences import induction_batch, toy_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from spdcli.targets.prompts import Prompts
+
+GROUP_TOKENS = 1024  # that one clean pass keeps the hidden states of
+GROUP_PADDING = 1  # tokens that a question of a group may be shorter than its longest
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """Sequences and their answers: `batch` looks at one position a sequence, `batch.answers` `[B]` is what follows.
+
+    `texts` and `tokens` (the answers) are for people; `group` says what they are asked for: prompt or fact.
+    """
+
+    batch: Batch
+    texts: list[str]
+    tokens: list[str]
+    group: str = "prompt"
+
+
+def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
+    """The run's own prompts; for the toy `sequences` fresh sequences, whose answer is m."""
+    if subject.prompts is not None:
+        return _language_questions(subject, subject.prompts)
+    shape = _toy(subject).shape
+    generator = torch.Generator().manual_seed(seed)
+    return _toy_questions(subject, induction_batch(sequences, shape.length, shape.vocabulary, generator))
+
+
+def given_questions(subject: Subject, prompts: Sequence[str]) -> Questions:
+    """Texts of the user's own. The last token of a text is its answer, and is not fed.
+
+    They begin as the run's own prompts do, with or without a begin-of-sequence token. For the toy a text is a sequence
+    such as `3 s 17 4 s`, fed whole; its answer m follows the first s.
+    """
+    if subject.prompts is not None:
+        from spdcli.targets.prompts import encode
+
+        own = subject.prompts
+        return _language_questions(subject, encode(own.tokenizer, list(prompts), "held_out", own.begin_token))
+    rows = [toy_tokens(text, _toy(subject).shape.vocabulary) for text in prompts]
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError("the toy's prompts must be of one length")
+    if len(rows[0]) > subject.length:
+        raise UsageError(f"{len(rows[0])} tokens, but the toy takes {subject.length}", "give a shorter prompt")
+    tokens = torch.tensor(rows)
+    answers = torch.tensor([_follows_s(row, text, subject) for row, text in zip(rows, prompts, strict=True)])
+    looked = torch.zeros_like(tokens, dtype=torch.bool)
+    looked[:, -1] = True
+    return _toy_questions(subject, Batch(tokens, torch.ones_like(looked), looked, answers))
+
+
+def _toy(subject: Subject) -> Any:
+    assert subject.toy is not None
+    return subject.toy
+
+
+def _follows_s(row: list[int], text: str, subject: Subject) -> int:
+    s = _toy(subject).shape.vocabulary
+    if row[-1] != s or row.index(s) >= len(row) - 2 or row.count(s) > 2:
+        raise UsageError(f"the prompt {text!r} has no answer", "the toy's prompts are like '3 s 17 4 s': m is 17")
+    return row[row.index(s) + 1]
+
+
+def _language_questions(subject: Subject, prompts: Prompts) -> Questions:
+    return prompt_questions(prompts, subject.target.device)
+
+
+def prompt_questions(prompts: Prompts, device: torch.device, group: str = "prompt") -> Questions:
+    """Prompts of a language model as questions about their last token."""
+    batch = prompts.batch.to(device)
+    at = prompts.answer_at.to(batch.tokens.device)
+    looked = torch.arange(batch.tokens.shape[1], device=at.device) == at[:, None]
+    return Questions(replace(batch, looked=looked), prompts.texts, prompts.answer_texts, group)
+
+
+def _toy_questions(subject: Subject, batch: Batch) -> Questions:
+    texts = [" ".join(subject.token_text(token) for token in row) for row in batch.tokens.tolist()]
+    assert batch.answers is not None
+    tokens = [subject.token_text(token) for token in batch.answers.tolist()]
+    return Questions(batch.to(subject.target.device), texts, tokens)
+
+
+def question_groups(batch: Batch, tokens: int = GROUP_TOKENS) -> Iterator[tuple[Tensor, Batch]]:
+    """The questions of a batch, shortest first, in groups of at most `tokens` fed tokens (or of one question).
+
+    Yields the rows of a group and their batch, padded to its own longest, by GROUP_PADDING tokens at most.
+    """
+    lengths = batch.valid.sum(1)
+    order = lengths.argsort(stable=True)
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and lengths[order[stop]] <= lengths[order[start]] + GROUP_PADDING:
+            if (stop + 1 - start) * int(lengths[order[stop]]) > tokens:
+                break
+            stop += 1
+        rows = order[start:stop]
+        yield rows, _cut(batch.select(rows), int(lengths[rows].max()))
+        start = stop
+
+
+def _cut(batch: Batch, length: int) -> Batch:
+    """The first `length` positions of a batch."""
+    return batch.map(lambda tensor: tensor[:, :length] if tensor.dim() > 1 else tensor)
 
 
 def pick(questions: Questions, rows: Sequence[int]) -> Questions:
@@ -64,10 +171,10 @@ def token_id(subject: Subject, query: str) -> int:
         return int(query[1:])
     if subject.prompts is None:
         assert subject.toy is not None
-        found = toy_tokens(query, subject.toy.shape.vocabulary)
-        if len(found) != 1:
+        numbers = toy_tokens(query, subject.toy.shape.vocabulary)
+        if len(numbers) != 1:
             raise UsageError(f"{query!r} is no single token")
-        return found[0]
+        return numbers[0]
     spellings = [query] if query.startswith(" ") else [f" {query}", query]
     for spelling in spellings:
         tokens = _tokens(subject.prompts.tokenizer, spelling)

@@ -15,7 +15,7 @@
     at_most = 0.05
 
 Every edit is measured on its own, from the original weights. Knows neither torch nor transformers;
-`edits/selection.py` and `edits/expectations.py` do the work.
+`edits/selection.py`, `edits/script_plan.py` and `edits/expectations.py` do the work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from spdcli.edits.choices import ANSWER_MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER, OneOf
+from spdcli.edits.choices import ANSWER_MEASURES, MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER
+from spdcli.recipe.choices import OneOf
 from spdcli.recipe.documents import Kind, load_document
 from spdcli.recipe.reading import Source
 from spdcli.recipe.section import Positive, Section, Text
@@ -48,7 +49,7 @@ class Select(Section):
     only_at: bool = False  # and nowhere else in this one
     matrices: Annotated[list[Text], Field(min_length=1)] = Field(default_factory=lambda: ["*"])
     top: Positive | None = None  # all of them when absent
-    by: Annotated[str, OneOf(lambda: ORDERS)] = "importance"
+    by: Annotated[str, OneOf(ORDERS)] = "importance"
     threshold: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -59,7 +60,7 @@ class Expect(Section):
     prompt: Prompt | None = None
     token: Text | None = None  # the prompt's answer when absent
     facts: Literal["others", "all"] | None = None  # others: none of the run's prompts
-    measure: Annotated[str, OneOf(lambda: [*ANSWER_MEASURES, *STATISTICS])]
+    measure: Annotated[str, OneOf(MEASURES)]
     at_most: float | None = None
     at_least: float | None = None
 
@@ -77,20 +78,20 @@ class Expect(Section):
         return above and (self.at_most is None or value <= self.at_most)
 
 
-class Edit(Section):
+class ScriptEdit(Section):
     """A named suppression of slices."""
 
     name: Text
     slices: Annotated[list[Text], Field(min_length=1)] | None = None
     select: Select | None = None
-    together: Annotated[str, OneOf(lambda: TOGETHER)] = USUAL_TOGETHER
+    together: Annotated[str, OneOf(TOGETHER)] = USUAL_TOGETHER
     expect: list[Expect] = Field(default_factory=list)
 
 
 class Script(Section):
     """An edit script."""
 
-    edit: Annotated[list[Edit], Field(min_length=1)]
+    edit: Annotated[list[ScriptEdit], Field(min_length=1)]
 
     @property
     def asks_facts(self) -> bool:

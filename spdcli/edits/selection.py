@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spdcli.edits.answer_changes import Questions, measure_columns, own_questions
-from spdcli.edits.prompts_and_answers import pick
+from spdcli.edits.answer_changes import measure_columns
+from spdcli.edits.prompts_and_answers import Questions, own_questions, pick
 from spdcli.edits.suppression import Address, Edit, suppression, suppressions
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
@@ -156,8 +156,8 @@ def by_effect(
     target: Target, slices: SliceSet, questions: Questions, addresses: Sequence[Address]
 ) -> list[tuple[Address, float]]:
     """The slices with log(after / before) of the answer of the one question, the largest fall first."""
-    measured = measure_columns(target, questions, suppressions(target, slices, addresses))
-    falls = {address: measured[str(address)]["ratio"].log().item() for address in addresses}
+    columns = measure_columns(target, questions, suppressions(target, slices, addresses))
+    falls = {address: columns[str(address)].ratio.log().item() for address in addresses}
     return sorted(falls.items(), key=lambda entry: entry[1])
 
 
@@ -216,7 +216,7 @@ def most_lowering(
 
     def measure(candidates: Mapping[str, list[Address]], edits: Mapping[str, Edit]) -> None:
         for name, columns in measure_columns(target, questions, edits).items() if edits else ():
-            ratio = columns["ratio"]
+            ratio = columns.ratio
             others = torch.cat([ratio[:row], ratio[row + 1 :]])
             if bool(((others - 1).abs() < SPARED).all()):
                 tried[name] = (candidates[name], ratio[row].item())

@@ -23,14 +23,14 @@ I d_in, O d_out, r slices of a matrix.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spdcli.edits.choices import USUAL_TOGETHER
+from spdcli.edits.choices import TOGETHER, USUAL_TOGETHER
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, fixed_variant
@@ -116,6 +116,11 @@ def overlaps(read: Tensor, write: Tensor) -> Tensor:
     return ((read.t() @ read) * (write @ write.t())).fill_diagonal_(1.0)
 
 
+def literally(gram: Tensor, p: Tensor) -> Tensor:
+    """Literal: a_k = p_k."""
+    return p
+
+
 def jointly(gram: Tensor, p: Tensor) -> Tensor:
     """Orthonormal: Σ a_k E_k is the projection of W on the span of the E_k."""
     return torch.linalg.pinv(gram, rtol=SAME, hermitian=True) @ p
@@ -126,17 +131,15 @@ def in_sequence(gram: Tensor, p: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(gram.tril(), p[:, None], upper=False)[:, 0]
 
 
-# a `[r]` from G `[r, r]` and p `[r]`, by the ways of `TOGETHER`.
-COEFFICIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "literal": lambda gram, p: p,
-    "orthonormal": jointly,
-    "sequence": in_sequence,
-}
+def coefficients(together: str, gram: Tensor, p: Tensor) -> Tensor:
+    """a `[r]` from G `[r, r]` and p `[r]`, by a row of `TOGETHER`."""
+    a: Tensor = TOGETHER[together].load()(gram, p)
+    return a
 
 
 def suppress_directions(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_TOGETHER) -> Factors:
     """What W `[I, O]` loses on unit directions `read` `[I, r]` and `write` `[r, O]`, both in float64 on the CPU."""
-    a = COEFFICIENTS[together](overlaps(read, write), projections(weight, read, write))
+    a = coefficients(together, overlaps(read, write), projections(weight, read, write))
     return Factors(read, a[:, None] * write)
 
 
@@ -200,7 +203,7 @@ def describe(target: Target, slices: SliceSet, addresses: Sequence[Address], edi
         def size(a: Tensor, gram: Tensor = gram, whole: float = whole) -> float:
             return (a @ gram @ a).clamp(min=0).sqrt().item() / whole  # of Σ a_k E_k
 
-        a = {way: coefficients(gram, p) for way, coefficients in COEFFICIENTS.items()}
+        a = {way: coefficients(way, gram, p) for way in TOGETHER}
         cut = MatrixCut(
             matrix=name,
             slices=[str(Address(name, number)) for number in index],

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdcli.edits.answer_changes import Questions
 from spdcli.edits.choices import USUAL_TOGETHER
+from spdcli.edits.prompts_and_answers import Questions
 from spdcli.edits.suppression import Edit, Factors, suppress_directions
 from spdcli.engine.forward import Clean, clean_pass, plan_pass, row_divergences
 from spdcli.engine.masks import chunk_masks

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spdcli.edits.answer_changes import Questions, measure_columns, measure_group, question_groups
-from spdcli.edits.known_facts import relative_change, statistics
-from spdcli.edits.prompts_and_answers import join
+from spdcli.edits.answer_changes import measure_columns, measure_group
+from spdcli.edits.collateral import relative_change, statistics
+from spdcli.edits.prompts_and_answers import Questions, join, question_groups
 from spdcli.edits.suppression import Edit
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.target import Target
@@ -72,13 +72,13 @@ class EditMeasurer:
         self.edits |= edits
         return {
             name: AnswerEffect(
-                before=columns["before"][0].item(),
-                after=columns["after"][0].item(),
-                ratio=columns["ratio"][0].item(),
-                kl=columns["kl"][0].item(),
-                rank_after=int(columns["rank_after"][0]),
-                fall=columns["ratio"][0].log().item(),
-                others=relative_change(columns["ratio"][1:]).tolist(),
+                before=columns.before[0].item(),
+                after=columns.after[0].item(),
+                ratio=columns.ratio[0].item(),
+                kl=columns.kl[0].item(),
+                rank_after=int(columns.rank_after[0]),
+                fall=columns.ratio[0].log().item(),
+                others=relative_change(columns.ratio[1:]).tolist(),
             )
             for name, columns in measure_columns(self.target, self.prompts, edits).items()
         }
@@ -122,7 +122,7 @@ class EditMeasurer:
         for clean in self._fact_groups():
             measured = measure_group(self.target, clean, {name: self.edits[name] for name in changes})
             for name, columns in measured.items():
-                changes[name] = torch.cat([changes[name], relative_change(columns["ratio"]).cpu()])
+                changes[name] = torch.cat([changes[name], relative_change(columns.ratio).cpu()])
             changes = {name: seen for name, seen in changes.items() if self.within(self._at_least(seen))}
             if not changes:
                 break

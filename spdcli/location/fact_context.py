@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from spdcli.edits.answer_changes import Questions, present_answers
-from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import AskedFacts, facts_beside, known_mask
-from spdcli.edits.prompts_and_answers import pick
+from spdcli.edits.known_facts import OtherFacts
+from spdcli.edits.prompts_and_answers import Questions
 from spdcli.edits.selection import Activity, own_activity
 from spdcli.edits.suppression import find_matrix
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
-from spdcli.progress import Progress, Report, silent
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import second_moments
 
@@ -39,7 +36,7 @@ class FactContext:
     decomposition: Decomposition
     activity: Activity
     prompts: Questions
-    known: AskedFacts | None
+    known: OtherFacts | None
     naming: Sequence[NamingTokens]
     matrix: str
     moments: Mapping[str, Tensor]
@@ -55,7 +52,7 @@ class FactContext:
 def fact_context(
     subject: Subject,
     decomposition: Decomposition,
-    known: AskedFacts | None,
+    known: OtherFacts | None,
     naming: Sequence[NamingTokens],
     matrices: Sequence[str],
     broad_text: Batch,
@@ -66,23 +63,6 @@ def fact_context(
     activity, prompts = own_activity(subject, decomposition, seed)
     moments = second_moments(subject.target, broad_text, list(dict.fromkeys(matrices)))
     return FactContext(subject, decomposition, activity, prompts, known, naming, matrices[0], moments, ridge, seed)
-
-
-def known_facts(
-    subject: Subject, facts: Facts, own: Sequence[str], begin_token: bool, report: Report = silent
-) -> AskedFacts | None:
-    """The facts, whose text is none of `own`, that the unchanged model knows; None where it knows none."""
-    if subject.prompts is None:
-        raise UsageError("the induction toy knows no facts", "leave --facts out")
-    beside, dropped = facts_beside(subject, facts, own, begin_token)
-    if dropped:
-        text = f"{dropped} facts are longer than this model takes, and are left out"
-        report(Progress(text, warning=True))
-    if beside is None:
-        return None
-    now = present_answers(subject.target, beside.questions)
-    rows = known_mask(now["p"], now["rank"], beside.known).nonzero()[:, 0].tolist()
-    return replace(beside, questions=pick(beside.questions, rows)) if rows else None
 
 
 def naming_tokens(subject: Sequence[int]) -> NamingTokens:

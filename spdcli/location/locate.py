@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spdcli.edits.answer_changes import Questions, given_questions
 from spdcli.edits.choices import USUAL_STATISTIC
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.prompts_and_answers import about_token, pick
+from spdcli.edits.known_facts import known_facts
+from spdcli.edits.prompts_and_answers import Questions, about_token, given_questions, pick
 from spdcli.edits.selection import (
     Activity,
     activity_of,
@@ -36,7 +36,6 @@ from spdcli.edits.suppression import Address, suppression, suppressions
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import UsageError
 from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer, SideEffects
-from spdcli.location.fact_context import known_facts
 from spdcli.measures.importances import warn_of_span
 from spdcli.measures.matrix_patterns import matrices_like
 from spdcli.measures.texts import Texts
@@ -102,26 +101,25 @@ def locate(
     facts: Facts | None = None,
     search: Search | None = None,
     seed: int = 0,
-    begin_token: bool = False,
     report: Report = silent,
 ) -> list[PromptSearch]:
     """The slices that carry the answer `token` of `prompt` (None: the prompt's last token), one entry a prompt.
 
     `prompt` is one of the run's by its number, from 1, or its text, or another text, whose last token is its answer;
-    None is each prompt of the run (of the toy: a few sequences, drawn by `seed`). `begin_token` feeds the tokenizer's
-    begin-of-sequence token first to another text and to the facts. Of `facts` those that the model knows should stay
-    as they are; the toy knows none. UsageError where no slice of `search.matrices` is active.
+    None is each prompt of the run (of the toy: a few sequences, drawn by `seed`). Of `facts` those that
+    the model knows should stay as they are; the toy knows none. UsageError where no slice of `search.matrices` is
+    active.
     """
     search = search or Search()
     activity, own = own_activity(subject, decomposition, seed)
     row = None if prompt is None else prompt_row(prompt, own.texts)
     foreign = [prompt] if prompt is not None and row is None else []
-    known = None if facts is None else known_facts(subject, facts, [*own.texts, *foreign], begin_token, report)
+    known = None if facts is None else known_facts(subject, facts, [*own.texts, *foreign], report)
     rows = range(len(own.texts)) if prompt is None else [row] if row is not None else []
     places = [(activity, number, pick(own, [number])) for number in rows]
     if foreign:
         warn_of_span(decomposition, report)
-        question = given_questions(subject, foreign, begin_token)
+        question = given_questions(subject, foreign)
         places = [(activity_on(subject, decomposition, question), 0, question)]
     searches = []
     for here, number, asked in places:

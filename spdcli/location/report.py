@@ -16,7 +16,7 @@ from typing import Any
 
 from spdcli.edits.answer_changes import AnswerChanges, measure_edits
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import fact_questions
+from spdcli.edits.known_facts import fact_questions, known_facts
 from spdcli.edits.suppression import Address
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
@@ -25,7 +25,6 @@ from spdcli.location.fact_context import (
     FactContext,
     chosen_matrix,
     fact_context,
-    known_facts,
     matrix_like,
     naming_tokens,
 )
@@ -159,7 +158,7 @@ def report_facts(
     about = subject_prompts(prompts, subjects, facts.subjects())
     matrix = chosen_matrix(subject.target, decomposition.names, settings.matrix)
     tell("which facts the model knows")
-    known = known_facts(subject, facts, data.prompts, data.begin_token)
+    known = known_facts(subject, facts, data.prompts)
     traces = []
     for prompt in about:
         tell(f"causal tracing: {prompt.text}")

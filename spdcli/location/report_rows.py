@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from spdcli.edits.answer_changes import AnswerChanges
 from spdcli.edits.choices import STATISTICS
-from spdcli.edits.known_facts import AskedFacts, ChangeSizes
+from spdcli.edits.collateral import ChangeSizes
+from spdcli.edits.known_facts import OtherFacts
 from spdcli.location.report_edits import RowEdits
 from spdcli.location.tracing import Trace
 from spdcli.records import ABSENT, Absent
@@ -53,7 +54,7 @@ def traced_rows(trace: Trace) -> list[ReportRow]:
 
 
 def one_row(
-    name: str, kind: str, on_prompts: AnswerChanges, on_facts: AnswerChanges | None, row: int, known: AskedFacts | None
+    name: str, kind: str, on_prompts: AnswerChanges, on_facts: AnswerChanges | None, row: int, known: OtherFacts | None
 ) -> ReportRow:
     """The row of one intervention from the changes of the run's prompts, `row` its own, and of the known facts."""
     others = [change.ratio - 1 for number, change in enumerate(on_prompts) if number != row]
@@ -66,7 +67,7 @@ def edit_rows(
     on_prompts: Mapping[str, AnswerChanges],
     on_facts: Mapping[str, AnswerChanges],
     row: int,
-    known: AskedFacts | None,
+    known: OtherFacts | None,
 ) -> list[ReportRow]:
     """The row of one edit; of several, a row with their mean sizes of change and one with the largest of each."""
     rows = [one_row(shown.label, shown.kind, on_prompts[name], on_facts.get(name), row, known) for name in shown.edits]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spdcli.edits.ablation import Cut, ablate_facts, measure_cuts, zeroed_mlp
+from spdcli.edits.ablation import Cut, ablate_many, measure_cuts
 from spdcli.edits.answer_changes import AnswerChanges
+from spdcli.edits.zeroing import zeroed_mlp
 from spdcli.location.fact_context import FactContext
 
 HALVED = 0.5  # of another prompt's answer: a layer that costs more destroys the model
@@ -27,13 +28,13 @@ def zeroed_layers(context: FactContext) -> ZeroedLayers:
     every = [zeroed_mlp(context.target, layer) for layer in range(len(context.target.blocks))]
     run = (context.subject, context.decomposition)
     cuts: dict[str, Cut] = {one.label: ((), [one]) for one in every}
-    alone = measure_cuts(*run, context.prompts, cuts, others="on", samples=1, seed=0)
+    alone = measure_cuts(*run, context.prompts, cuts)
     needed = [most_needed(row, list(alone.values())) for row in range(len(context.prompts.texts))]
     if context.known is None:
         return ZeroedLayers(alone, {}, needed)
     questions = context.known.questions
     layers = sorted({0, *needed})
-    return ZeroedLayers(alone, {n: ablate_facts(*run, questions, ((), [every[n]])) for n in layers}, needed)
+    return ZeroedLayers(alone, {n: ablate_many(*run, questions, ((), [every[n]])) for n in layers}, needed)
 
 
 def most_needed(row: int, by_layer: Sequence[AnswerChanges]) -> int:

@@ -15,13 +15,14 @@ from fnmatch import fnmatchcase
 import torch
 
 from spdcli.edits.answer_changes import AnswerChanges, measure_edits
+from spdcli.edits.collateral import ChangeSizes, relative_change, summarise
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import ChangeSizes, relative_change, summarise
+from spdcli.edits.known_facts import known_facts
 from spdcli.edits.selection import find_positions
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import SpdError
 from spdcli.location.baselines import edit_norm
-from spdcli.location.fact_context import FactContext, fact_context, known_facts
+from spdcli.location.fact_context import FactContext, fact_context
 from spdcli.location.fact_edits import METHODS, FactEdits, fact_edits
 from spdcli.measures.texts import own_texts
 from spdcli.records import ABSENT, Absent
@@ -74,11 +75,8 @@ def open_table(
     subjects: Sequence[str],
     ridge: float,
     seed: int,
-    begin_token: bool = False,
 ) -> FactContext:
     """The context of a run's table; `subjects` are, by prompt, the last token of its subject.
-
-    With `begin_token` facts are fed with the tokenizer's begin-of-sequence token first, as the prompts are.
 
     SpdError where the run has no first MLP or no broad text, or where its model knows no fact; UsageError where a
     prompt does not have the token that `subjects` names for it.
@@ -88,7 +86,7 @@ def open_table(
         raise SpdError("the run does not decompose the first MLP", "slices.matrices has to cover layers.0.mlp.up_proj")
     if subject.stream is None or subject.prompts is None:
         raise SpdError("the recipe names no broad text", "--set data.stream=generated")
-    known = known_facts(subject, facts, subject.prompts.texts, begin_token)
+    known = known_facts(subject, facts, subject.prompts.texts)
     if known is None:
         raise SpdError("the model knows none of the facts", "spd facts check MODEL says what it knows")
     texts = own_texts(subject, seed)

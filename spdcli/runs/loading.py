@@ -34,11 +34,11 @@ class LoadedRun:
     @property
     def begin_token(self) -> bool:
         """Whether the run's prompts begin with the tokenizer's begin-of-sequence token."""
-        return self.recipe.data is not None and self.recipe.data.begin_token
+        return self.subject.prompts is not None and self.subject.prompts.begin_token
 
     def seed_or(self, seed: int | None) -> int:
         """`seed` where one is given, else the recipe's."""
-        return self.recipe.seed if seed is None else seed
+        return seed_or(self.recipe, seed)
 
     def __str__(self) -> str:
         names, device = self.decomposition.names, self.subject.target.device
@@ -47,6 +47,11 @@ class LoadedRun:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self}>"
+
+
+def seed_or(recipe: Recipe, seed: int | None) -> int:
+    """`seed` where one is given, else the recipe's."""
+    return recipe.seed if seed is None else seed
 
 
 def load(

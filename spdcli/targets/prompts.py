@@ -25,7 +25,7 @@ class Prompts:
     `batch.answers [B]` is each prompt's last token. `answer_at [B]` is the position whose next-token
     distribution predicts it: the last fed one when the answer is held out, the one before when it
     is fed too. `texts`, `pieces` (the fed tokens as text, one list a prompt) and `answer_texts` are
-    for people.
+    for people. `begin_token` says whether the tokenizer's begin-of-sequence token comes first.
     """
 
     batch: Batch
@@ -34,6 +34,7 @@ class Prompts:
     pieces: list[list[str]]
     answer_texts: list[str]
     tokenizer: PreTrainedTokenizerBase
+    begin_token: bool = False
 
     def fed(self, prompt: int) -> list[int]:
         """The token ids of one prompt that are fed, without padding."""
@@ -68,6 +69,7 @@ def encode(
         pieces=[[token_text(tokenizer, token) for token in sequence] for sequence in fed],
         answer_texts=[token_text(tokenizer, token) for token in last],
         tokenizer=tokenizer,
+        begin_token=begin_token,
     )
 
 

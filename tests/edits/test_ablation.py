@@ -6,9 +6,11 @@ import pytest
 import torch
 from edited_models import CASES, answers_of, ask_own, in_place, open_case
 
-from spdcli.edits.ablation import ablate, draw_masks, silenced, without, zeroed_matrix, zeroed_mlp
+from spdcli.edits.ablation import Masking, ablate, draw_masks, without
 from spdcli.edits.answer_changes import compare_answers
+from spdcli.edits.exam import Exam
 from spdcli.edits.suppression import Address
+from spdcli.edits.zeroing import silenced, zeroed_matrix, zeroed_mlp, zeroed_parts
 from spdcli.errors import UsageError
 from spdcli.targets.architectures import ARCHITECTURES, RESIDUAL
 
@@ -19,7 +21,7 @@ def test_ablated_slices_are_subtracted(case, request, tmp_path):
     subject, decomposition, names, tolerance = open_case(case, request, tmp_path, "slices.delta=true")
     questions = ask_own(subject)
     addresses = [Address(name, index) for index, name in enumerate(names)]
-    found = ablate(subject, decomposition, questions, addresses)
+    report = ablate(subject, decomposition, Exam(questions), addresses)
 
     def minus(own):
         for address in own:
@@ -29,10 +31,10 @@ def test_ablated_slices_are_subtracted(case, request, tmp_path):
 
     before = answers_of(subject, questions)
     chosen = {"": addresses} | {str(one): [one] for one in addresses}
-    assert list(found["alone"]) == list(chosen)[1:]
+    assert list(report.alone) == list(chosen)[1:]
     for name, own in chosen.items():
         after = in_place(subject, questions, lambda own=own: minus(own))
-        effects = found["alone"][name] if name else found["effects"]
+        effects = report.alone[name] if name else report.effects
         for effect, wanted in zip(effects, compare_answers(questions, before, after), strict=True):
             for key in ("before", "after", "kl"):
                 assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
@@ -59,7 +61,7 @@ def test_all_kept_is_the_whole_decomposition(delta, request, tmp_path):
         "gpt2", request, tmp_path, f"slices.delta={str(delta).lower()}"
     )
     questions = ask_own(subject)
-    found = ablate(subject, decomposition, questions, [Address(names[0], 2)])["effects"]
+    effects = ablate(subject, decomposition, Exam(questions), [Address(names[0], 2)]).effects
     ones = {name: torch.ones(6, dtype=torch.float64) for name in names}
     whole = by_masks(subject, decomposition, questions, ones, 1.0 if delta else 0.0)
     ones[names[0]][2] = 0
@@ -68,7 +70,7 @@ def test_all_kept_is_the_whole_decomposition(delta, request, tmp_path):
     if delta:
         torch.testing.assert_close(whole, own)
     for effect, wanted, far in zip(
-        found, compare_answers(questions, whole, cut), compare_answers(questions, own, cut), strict=True
+        effects, compare_answers(questions, whole, cut), compare_answers(questions, own, cut), strict=True
     ):
         for key in ("before", "after", "kl"):
             assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
@@ -89,11 +91,11 @@ def test_others_at_their_importance(others, request, tmp_path, monkeypatch):
     wide = lambda inputs: {n: g[n].expand(*inputs[n].shape[:2], 6) for n in names}  # noqa: E731
     monkeypatch.setattr(decomposition, "importance", lambda inputs, valid=None: (wide(inputs), {}))
     questions = ask_own(subject)
-    found = ablate(subject, decomposition, questions, [Address(names[1], 4)], others=others, samples=3)["effects"]
+    effects = ablate(subject, decomposition, Exam(questions), [Address(names[1], 4)], (), Masking(others, 3)).effects
     before = by_masks(subject, decomposition, questions, g, 0.0)
     g[names[1]] = g[names[1]].clone().index_fill(0, torch.tensor([4]), 0.0)
     after = by_masks(subject, decomposition, questions, g, 0.0)
-    for effect, wanted in zip(found, compare_answers(questions, before, after), strict=True):
+    for effect, wanted in zip(effects, compare_answers(questions, before, after), strict=True):
         for key in ("before", "after", "kl"):
             assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
 
@@ -101,7 +103,7 @@ def test_others_at_their_importance(others, request, tmp_path, monkeypatch):
 def test_sampled_masks_lie_between_g_and_one(request, tmp_path):
     _, decomposition, names, _ = open_case("gpt2", request, tmp_path, "slices.delta=true")
     g = {name: torch.full((2, 5, 6), 0.75, dtype=torch.float64) for name in names}
-    drawn_masks = draw_masks(decomposition, g, "sampled", 2, 40, seed=3)
+    drawn_masks = draw_masks(decomposition, g, 2, Masking("sampled", 40, 3))
     masks = torch.stack([one[names[0]].mask for one in drawn_masks])
     deltas = torch.stack([one[names[0]].delta for one in drawn_masks])
     assert masks.min() >= 0.75
@@ -120,7 +122,7 @@ def test_a_zeroed_mlp_is_a_forward_without_it(case, request, tmp_path, monkeypat
     subject, decomposition, _, tolerance = open_case(case, request, tmp_path)
     questions = ask_own(subject)
     off = [zeroed_mlp(subject.target, layer) for layer in (0, 2)]
-    found = ablate(subject, decomposition, questions, [], off)
+    report = ablate(subject, decomposition, Exam(questions), [], off)
     before = answers_of(subject, questions)
     for labels in (["mlp 0"], ["mlp 2"], ["mlp 0", "mlp 2"]):
         with monkeypatch.context() as patch:
@@ -128,7 +130,7 @@ def test_a_zeroed_mlp_is_a_forward_without_it(case, request, tmp_path, monkeypat
                 mlp = subject.target.blocks[int(label[-1])].mlp
                 patch.setattr(mlp, "forward", lambda x: torch.zeros_like(x))
             after = answers_of(subject, questions)
-        effects = found["effects"] if len(labels) == 2 else found["alone"][labels[0]]
+        effects = report.effects if len(labels) == 2 else report.alone[labels[0]]
         for effect, wanted in zip(effects, compare_answers(questions, before, after), strict=True):
             for key in ("before", "after", "kl"):
                 assert getattr(effect, key) == pytest.approx(getattr(wanted, key), **tolerance)
@@ -158,11 +160,11 @@ def test_every_architecture_ends_its_mlp_with_a_matrix_of_that_name(kind):
 def test_a_zeroed_matrix_keeps_its_bias(case, name, request, tmp_path):
     subject, decomposition, _, tolerance = open_case(case, request, tmp_path)
     questions = ask_own(subject)
-    found = ablate(subject, decomposition, questions, [], [zeroed_matrix(subject.target, name)])
+    report = ablate(subject, decomposition, Exam(questions), [], [zeroed_matrix(subject.target, name)])
     before = answers_of(subject, questions)
     after = in_place(subject, questions, lambda: subject.target.matrices[name].weight.zero_())
-    assert found["alone"] == {}
-    for effect, wanted in zip(found["effects"], compare_answers(questions, before, after), strict=True):
+    assert report.alone == {}
+    for effect, wanted in zip(report.effects, compare_answers(questions, before, after), strict=True):
         assert effect.after == pytest.approx(wanted.after, **tolerance)
         assert effect.kl == pytest.approx(wanted.kl, **tolerance)
 
@@ -172,7 +174,7 @@ def test_slices_and_an_earlier_mlp_together(request, tmp_path, monkeypatch):
     subject, decomposition, names, tolerance = open_case("gpt2", request, tmp_path, "slices.delta=true")
     questions = ask_own(subject)
     last = Address(names[2], 1)
-    found = ablate(subject, decomposition, questions, [last], [zeroed_mlp(subject.target, 0)])["effects"]
+    effects = ablate(subject, decomposition, Exam(questions), [last], [zeroed_mlp(subject.target, 0)]).effects
     before = answers_of(subject, questions)
     own = decomposition.of(last.matrix)
 
@@ -182,7 +184,7 @@ def test_slices_and_an_earlier_mlp_together(request, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subject.target.blocks[0].mlp, "forward", lambda x: torch.zeros_like(x))
     after = in_place(subject, questions, change)
-    for effect, wanted in zip(found, compare_answers(questions, before, after), strict=True):
+    for effect, wanted in zip(effects, compare_answers(questions, before, after), strict=True):
         assert effect.after == pytest.approx(wanted.after, **tolerance)
 
 
@@ -192,6 +194,14 @@ def test_hooks_go_even_when_the_model_fails(request, tmp_path):
     with pytest.raises(RuntimeError, match="boom"), silenced([one]):
         raise RuntimeError("boom")
     assert not one.matrix.module._forward_hooks
+
+
+def test_parts_are_named_once_each(request, tmp_path):
+    subject, *_ = open_case("gpt2", request, tmp_path)
+    labels = lambda *parts: [one.label for one in zeroed_parts(subject.target, *parts)]  # noqa: E731
+    assert labels(["h.1.mlp.c_fc", "h.1.mlp.c_fc"], ["2", 2, "all"]) == ["h.1.mlp.c_fc", "mlp 2", "mlp 0", "mlp 1"]
+    with pytest.raises(UsageError, match="--mlp x: not a layer"):
+        zeroed_parts(subject.target, layers=["x"])
 
 
 def test_nearest_names_are_of_this_target(request, tmp_path):

@@ -7,7 +7,8 @@ import json
 import pytest
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
-from spdcli.edits.choices import ANSWER_MEASURES, STATISTICS
+from spdcli.edits.choices import ANSWER_MEASURES, STATISTICS, Measure
+from spdcli.edits.script import Expect, Script, ScriptEdit
 from spdcli.runs.loading import load
 
 FC, PROJ = "h.1.mlp.c_fc", "h.1.mlp.c_proj"
@@ -166,14 +167,27 @@ def bounds_of_all():
     return edit + "".join(f"[[edit.expect]]\n{expect}\nat_most = 1e9\n" for expect in expects)
 
 
+def rebuild():
+    """pydantic reads the tables when a section is defined."""
+    for section in (Expect, ScriptEdit, Script):
+        section.model_rebuild(force=True)
+
+
 def test_one_line_adds_a_measure(spd, run, script, facts, monkeypatch):
     """A script bounds every measure that the tables name, also those that are new."""
-    monkeypatch.setitem(ANSWER_MEASURES, "lost", lambda answer: answer.before - answer.after)
-    monkeypatch.setitem(STATISTICS, "range", lambda changes: changes.amax(-1) - changes.amin(-1))
-    code, data = answer(spd, run, "--script", script(bounds_of_all()), "--facts", facts)
+    with monkeypatch.context() as change:
+        lost = Measure(about="what it lost", of=lambda answer: answer.before - answer.after)
+        width = Measure(about="the largest less the least", of=lambda changes: changes.amax(-1) - changes.amin(-1))
+        change.setitem(ANSWER_MEASURES, "lost", lost)
+        change.setitem(STATISTICS, "range", width)
+        rebuild()
+        text = bounds_of_all()
+        code, data = answer(spd, run, "--script", script(text), "--facts", facts)
+    rebuild()
     assert code == 0
+    assert spd("suppress", run, "--script", script(text), "--facts", facts)[0] == 2, "they are gone again"
     values = {one["name"].partition(" of ")[0]: one["value"] for one in data["expectations"]}
-    assert list(values) == [*ANSWER_MEASURES, *STATISTICS]
+    assert list(values) == [*ANSWER_MEASURES, "lost", *STATISTICS, "range"]
     own = data["effects"][0]
     assert values["lost"] == own["before"] - own["after"]
     moved = [effect for effect in data["effects"] if effect["group"] == "fact" and effect["prompt"] != KOBE]

@@ -12,17 +12,12 @@ from edited_models import answer_change
 from small_runs import MODEL, model_recipe, one_line, spd_here
 
 from spdcli.edits import ablation
-from spdcli.edits.answer_changes import GROUP_PADDING, given_questions, present_answers, question_groups
+from spdcli.edits.answer_changes import present_answers
+from spdcli.edits.collateral import bootstrap, collateral, mark_known, relative_change
+from spdcli.edits.fact_check import check_facts
 from spdcli.edits.facts_file import BUILTIN, Known, dump_facts, first_comments, load_facts
-from spdcli.edits.known_facts import (
-    bootstrap,
-    check_facts,
-    collateral,
-    fact_questions,
-    known_mask,
-    mark_known,
-    relative_change,
-)
+from spdcli.edits.known_facts import fact_questions
+from spdcli.edits.prompts_and_answers import GROUP_PADDING, given_questions, question_groups
 from spdcli.edits.suppression import find_slices
 from spdcli.engine.target import Batch
 from spdcli.errors import RecipeError
@@ -214,20 +209,20 @@ def open_tiny(folder, few):
 
 def test_answers_in_groups_are_those_of_one_prompt_at_a_time(tiny_gpt2_dir, few, monkeypatch):
     target, questions = open_tiny(tiny_gpt2_dir, few)
-    monkeypatch.setattr("spdcli.edits.answer_changes.question_groups", lambda batch: question_groups(batch, 12))
-    found = present_answers(target, questions)
+    monkeypatch.setattr("spdcli.edits.prompts_and_answers.question_groups", lambda batch: question_groups(batch, 12))
+    now = present_answers(target, questions)
     for row, (tokens, valid) in enumerate(zip(questions.batch.tokens, questions.batch.valid, strict=True)):
         p = target.model(tokens[valid][None]).logits[0, -1].softmax(-1)
         own = p[questions.batch.answers[row]]
-        assert found["p"][row].item() == pytest.approx(own.item(), rel=1e-9)
-        assert found["rank"][row] == sum(other > own for other in p.tolist()) + 1
+        assert now.p[row].item() == pytest.approx(own.item(), rel=1e-9)
+        assert now.rank[row] == sum(other > own for other in p.tolist()) + 1
     assert questions.group == "fact"
 
 
 def test_known_is_both_thresholds():
     p, rank = torch.tensor([0.5, 0.5, 0.2, 0.1], dtype=torch.float64), torch.tensor([1, 2, 1, 1])
-    assert known_mask(p, rank, Known()).tolist() == [True, False, False, False]
-    assert known_mask(p, rank, Known(probability=0.1, rank=2)).tolist() == [True, True, True, False]
+    assert Known().holds(p, rank).tolist() == [True, False, False, False]
+    assert Known(probability=0.1, rank=2).holds(p, rank).tolist() == [True, True, True, False]
     effects = [answer_change(before=a, rank_before=b) for a, b in zip(p.tolist(), rank.tolist(), strict=True)]
     assert [effect.known for effect in mark_known(effects, Known(rank=2))] == [True, True, False, False]
 
@@ -365,14 +360,14 @@ def test_ls_lists(spd, few):
 def test_the_shipped_notes_are_right(smollm2):
     """Every note on SmolLM2, and every answer of a fact is a whole word."""
     facts = load_facts()
-    report = check_facts(
+    checks = check_facts(
         build_target(smollm2, False), smollm2.tokenizer, facts, False, "SmolLM2-135M-Instruct", facts.known
     )
-    assert [entry["prompt"] for entry in report if not entry["agrees"]] == []
-    for entry in report[: len(facts.fact)]:
-        assert entry["token"] == f" {entry['prompt'].split(' ')[-1]}"
+    assert [one.prompt for one in checks if not one.agrees] == []
+    for one in checks[: len(facts.fact)]:
+        assert one.token == f" {one.prompt.split(' ')[-1]}"
     pairs = {fact.prompt for fact in facts.fact if fact.pair}
-    assert all(entry["p"] > 0.3 for entry in report if entry["prompt"] in pairs)
+    assert all(one.p > 0.3 for one in checks if one.prompt in pairs)
 
 
 # --- facts of an edit ------------------------------------------------------------------------------------
@@ -429,16 +424,16 @@ def test_masks_of_many_facts_are_drawn_in_groups(tiny_gpt2_dir, tmp_path, monkey
     decomposition = start_decomposition(recipe, subject, ["h.0.mlp.c_fc", "h.2.mlp.c_proj"]).requires_grad_(False)
     texts = ["the sport of golf", "Tiger Woods plays golf", "Kobe Bryant plays professional basketball", "the golf of"]
     cut = (find_slices(decomposition, ["h.0.mlp.c_fc:1"]), [])
-    whole = ablation.ablate_facts(subject, decomposition, given_questions(subject, texts, False), cut, "importance")
+    masking = ablation.Masking("importance")
+    whole = ablation.ablate_many(subject, decomposition, given_questions(subject, texts), cut, masking)
     monkeypatch.setattr(ablation, "PLAN_BYTES", 1000)
-    grouped = ablation.ablate_facts(subject, decomposition, given_questions(subject, texts, False), cut, "importance")
+    grouped = ablation.ablate_many(subject, decomposition, given_questions(subject, texts), cut, masking)
     for text, one, other in zip(texts, whole, grouped, strict=True):
-        alone = ablation.measure_cuts(
-            subject, decomposition, given_questions(subject, [text], False), {"": cut}, "importance", 1, 0
-        )[""][0]
-        for found in (one, other):
-            assert found.prompt == text
-            assert found.after == pytest.approx(alone.after, rel=1e-9)
+        question = given_questions(subject, [text])
+        alone = ablation.measure_cuts(subject, decomposition, question, {"": cut}, masking)[""][0]
+        for effect in (one, other):
+            assert effect.prompt == text
+            assert effect.after == pytest.approx(alone.after, rel=1e-9)
 
 
 def test_facts_that_are_too_long_are_left_out_aloud(spd, run, few):

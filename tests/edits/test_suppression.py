@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spdcli.edits.answer_changes import active_on, compare_answers, given_questions, measure_edits, own_questions
+from spdcli.edits.answer_changes import active_on, compare_answers, measure_edits
 from spdcli.edits.choices import TOGETHER
-from spdcli.edits.script import Edit
+from spdcli.edits.prompts_and_answers import given_questions, own_questions
+from spdcli.edits.script import ScriptEdit
 from spdcli.edits.suppression import (
-    COEFFICIENTS,
     Address,
     describe,
     edit_variants,
@@ -105,7 +105,7 @@ def test_literal_is_the_sum_of_the_paper(shape):
                 expected[i][o] -= p * u[i] * v[o]
     cut = suppression(weight_target(m=W), slice_set(m=(U, V)), [Address("m", k) for k in range(count)])
     torch.testing.assert_close(subtract(W, cut["m"]), torch.tensor(expected, dtype=W.dtype), rtol=1e-9, atol=1e-9)
-    assert Edit.model_fields["together"].default == "literal"
+    assert ScriptEdit.model_fields["together"].default == "literal"
 
 
 @settings(max_examples=60, deadline=None)
@@ -189,8 +189,8 @@ def test_description_adds_up():
             assert sizes.from_literal == share(after[form] - after["literal"])
 
 
-def test_every_way_has_its_coefficients():
-    assert list(COEFFICIENTS) == list(TOGETHER) == ["literal", "orthonormal", "sequence"]
+def test_the_paper_is_one_of_three_ways():
+    assert list(TOGETHER) == ["literal", "orthonormal", "sequence"]
 
 
 def test_a_zero_slice_has_no_direction():
@@ -302,14 +302,14 @@ def test_own_prompts_ask_for_their_last_token(answers, request, tmp_path):
 
 def test_toy_prompts_ask_for_m(request, tmp_path):
     subject, *_ = open_case("toy", request, tmp_path)
-    questions = given_questions(subject, ["3 s 4 1 s", "s 2 1 1 s"], False)
+    questions = given_questions(subject, ["3 s 4 1 s", "s 2 1 1 s"])
     assert questions.tokens == ["4", "2"]
     assert questions.batch.looked.nonzero().tolist() == [[0, 4], [1, 4]]
     for text in ("1 2 3", "1 2 s", "1 s s", "s 1 2", "s 1 s 2 s", "1 s 2 s 3 4 5 1 s", "1 9 s"):
         with pytest.raises(UsageError):
-            given_questions(subject, [text], False)
+            given_questions(subject, [text])
     with pytest.raises(UsageError, match="of one length"):
-        given_questions(subject, ["s 1 s", "s 1 2 s"], False)
+        given_questions(subject, ["s 1 s", "s 1 2 s"])
 
 
 def test_active_slices_of_a_prompt(request, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from small_runs import model_recipe
 from twins import close, exact_norm
 
-from spdcli.edits.answer_changes import measure_edits, own_questions
+from spdcli.edits.answer_changes import measure_edits
+from spdcli.edits.prompts_and_answers import own_questions
 from spdcli.edits.suppression import Address, suppression
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import Slices, SliceSet, start_slices

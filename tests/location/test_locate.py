@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,13 @@ from edited_models import in_place
 from planted_gates import FC, PLANTED, PROJ, plant_gates
 from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
-from spdcli.edits.answer_changes import given_questions
 from spdcli.edits.facts_file import Fact, Facts, Known
-from spdcli.edits.prompts_and_answers import about_token, join, pick
+from spdcli.edits.known_facts import known_facts
+from spdcli.edits.prompts_and_answers import about_token, given_questions, join, pick
 from spdcli.edits.selection import own_activity
 from spdcli.edits.suppression import Address
 from spdcli.errors import UsageError
 from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer
-from spdcli.location.fact_context import known_facts
 from spdcli.location.locate import Search, candidates, locate, search_prompt
 from spdcli.records import plain
 
@@ -33,7 +33,7 @@ FLOAT = {"rel": 2e-4, "abs": 1e-7}  # the planted model is in float32
 def planted(tiny_gpt2_dir, tmp_path_factory):
     subject, decomposition, _ = plant_gates(tiny_gpt2_dir, tmp_path_factory.mktemp("planted"))
     activity, own = own_activity(subject, decomposition, 0)
-    facts = given_questions(subject, FACTS, False)
+    facts = given_questions(subject, FACTS)
     return subject, decomposition, activity, own, facts
 
 
@@ -159,7 +159,8 @@ def test_an_edit_is_given_up_only_when_it_is_sure(planted, statistic, left, monk
     def told(target, clean, edits):
         asked.append(list(edits))
         number = len(asked) - 1
-        return {name: {"ratio": torch.tensor([1 + moves[name][number]], dtype=torch.float64)} for name in edits}
+        ratios = {name: torch.tensor([1 + moves[name][number]], dtype=torch.float64) for name in edits}
+        return {name: SimpleNamespace(ratio=ratio) for name, ratio in ratios.items()}
 
     monkeypatch.setattr("spdcli.location.edit_measurer.FACT_TOKENS", 1)
     monkeypatch.setattr("spdcli.location.edit_measurer.measure_group", told)
@@ -175,12 +176,12 @@ def test_only_facts_that_the_model_knows_count(planted):
     log_p = in_place(subject, facts, lambda: None)
     own = log_p[torch.arange(4), facts.batch.answers].exp()
     middle = own.sort().values[1].item() * (1 + 1e-6)
-    known = known_facts(subject, facts_file(middle), [], False).questions
+    known = known_facts(subject, facts_file(middle), []).questions
     assert set(known.texts) == {text for text, p in zip(FACTS, own.tolist(), strict=True) if p > middle}
     assert len(known.texts) == 2
-    beside = known_facts(subject, facts_file(middle), known.texts[:1], False).questions
+    beside = known_facts(subject, facts_file(middle), known.texts[:1]).questions
     assert beside.texts == known.texts[1:]
-    assert known_facts(subject, facts_file(0.999999), [], False) is None
+    assert known_facts(subject, facts_file(0.999999), []) is None
 
 
 def facts_file(probability):

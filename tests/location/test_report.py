@@ -11,7 +11,7 @@ from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 
 from spdcli.edits.answer_changes import AnswerChange
 from spdcli.edits.choices import STATISTICS
-from spdcli.edits.known_facts import ChangeSizes
+from spdcli.edits.collateral import ChangeSizes
 from spdcli.files import save_tensors
 from spdcli.location.report import FactCounts, ReportSettings, RunReport
 from spdcli.location.report_edits import SLICES

@@ -1,0 +1,121 @@
+"""How `spd suppress` comes to an edit: by slices, by a script or by a patch; and how it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spdcli.commands.change import ExamOptions
+from spdcli.commands.effects import prompts_only
+from spdcli.console import Console
+
+if TYPE_CHECKING:
+    from spdcli.edits.patches import Weights
+    from spdcli.edits.script import Script
+    from spdcli.edits.suppression import Edit
+    from spdcli.recipe.reading import Source
+    from spdcli.runs.subject import Subject
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run, and how it is opened and examined, as the options say it."""
+
+    run: Path
+    device: str | None
+    seed: int | None
+    exam: ExamOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A change of a subject's target, measured: the report, the `edit`, and the weights after it where they are known.
+
+    `base` is the directory that the target came from, which nothing may be written over.
+    """
+
+    report: Any
+    subject: Subject
+    base: Path
+    edit: Edit
+    weights: Weights | None = None
+
+
+def suppress_slices(console: Console, options: RunOptions, addresses: list[str], together: str) -> Outcome:
+    """Suppress slices of a run by their addresses."""
+    from spdcli.edits.checkpoints import base_of
+    from spdcli.edits.edit_reports import report_suppression
+    from spdcli.edits.suppression import find_slices, suppression
+    from spdcli.runs.loading import load
+
+    loaded = load(options.run, options.device)
+    console.debug(str(loaded))
+    slices = find_slices(loaded.decomposition, addresses)
+    exam = options.exam.open(console, loaded.subject, loaded.seed_or(options.seed), loaded.decomposition)
+    report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam)
+    edit = suppression(loaded.subject.target, loaded.decomposition, slices, together)
+    return Outcome(report, loaded.subject, base_of(loaded.recipe, options.run), edit)
+
+
+def suppress_script(console: Console, options: RunOptions, sections: tuple[Script, Source], dry_run: bool) -> Outcome:
+    """The edits of a script on a run: measured, or with `dry_run` only looked up."""
+    from spdcli.edits.checkpoints import base_of
+    from spdcli.edits.expectations import report_plan, report_script
+    from spdcli.edits.known_facts import facts_beside
+    from spdcli.edits.script_plan import plan_script
+    from spdcli.runs.loading import load
+
+    loaded = load(options.run, options.device)
+    console.debug(str(loaded))
+    subject, base, seed = loaded.subject, base_of(loaded.recipe, options.run), loaded.seed_or(options.seed)
+    plan = plan_script(subject, loaded.decomposition, *sections, seed)
+    if dry_run:
+        return Outcome(report_plan(plan), subject, base, {})
+    facts = None
+    if options.exam.facts is not None and (options.exam.named or plan.script.asks_facts):
+        with console.progress() as report:
+            facts = facts_beside(subject, options.exam.facts, (), report)
+    edits = plan.edits(subject.target, loaded.decomposition)
+    measured = report_script(subject, loaded.decomposition, plan, edits, facts, seed)
+    return Outcome(measured, subject, base, next(iter(edits.values())))
+
+
+def use_patch(
+    console: Console, options: RunOptions, apply: Path | None, revert: Path | None, base: Path | None
+) -> Outcome:
+    """Apply a patch to a run's target (or `base`), or revert it."""
+    from spdcli.edits.checkpoints import base_of, recipe_on
+    from spdcli.edits.edit_reports import patch_target, report_patch
+    from spdcli.edits.patches import load_patch
+    from spdcli.runs.directory import TOY, RunDirectory
+    from spdcli.runs.loading import seed_or
+    from spdcli.runs.subject import choose_device, open_subject
+
+    path = apply or revert
+    assert path is not None
+    patch = load_patch(path)
+    directory = RunDirectory.open(options.run)
+    recipe = recipe_on(directory.recipe, base)
+    subject = open_subject(recipe, choose_device(options.device or recipe.device), base or directory / TOY)
+    edit, weights = patch_target(subject.target, patch, path, apply is None)
+    exam = options.exam.open(console, subject, seed_or(recipe, options.seed))
+    report = report_patch(subject.target, patch, edit, exam, apply is None)
+    return Outcome(report, subject, base_of(recipe, options.run), edit, weights)
+
+
+def write(outcome: Outcome, data: dict[str, Any], save: Path | None, patch: Path | None, force: bool) -> None:
+    """Write the edited model and the patch, where they are wanted; `data` is the record that goes with them."""
+    from spdcli.edits.checkpoints import check_destination, save_checkpoint
+    from spdcli.edits.patches import edited_weights, make_patch, save_patch
+
+    target = outcome.subject.target
+    if save is not None:
+        check_destination(save, force, outcome.base)
+        weights = edited_weights(target, outcome.edit) if outcome.weights is None else outcome.weights
+        save_checkpoint(save, outcome.subject, weights, data, force)
+    if patch is not None:
+        report = outcome.report
+        evidence = {"together": report.together, "matrices": report.matrices, "facts": report.facts}
+        evidence["effects"] = prompts_only(report.effects)
+        save_patch(patch, make_patch(target, outcome.edit, report.slices, evidence))

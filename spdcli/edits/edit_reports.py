@@ -1,0 +1,75 @@
+"""What edits of the original weights do: suppressed slices, and patches that go on or come off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spdcli.edits.answer_changes import measure_edits, with_active
+from spdcli.edits.exam import ChangeReport, Exam
+from spdcli.edits.patches import Patch, Weights, applied, negative, reverted
+from spdcli.edits.suppression import Address, Edit, MatrixCut, describe, suppression
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import Target
+from spdcli.runs.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuppressionReport(ChangeReport):
+    """What the suppression of slices does: `together` in which form, and what it takes from every matrix."""
+
+    together: str | None
+    matrices: Sequence[MatrixCut]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchReport(ChangeReport):
+    """What a patch does; `action` is apply or revert."""
+
+    action: str
+
+
+def report_suppression(
+    subject: Subject, decomposition: Decomposition, slices: Sequence[Address], together: str, exam: Exam
+) -> SuppressionReport:
+    """What the suppression of `slices` does to an exam, all at once and each alone."""
+    target = subject.target
+    edits = {"": suppression(target, decomposition, slices, together)}
+    if len(slices) > 1:
+        edits |= {str(one): suppression(target, decomposition, [one]) for one in slices}
+    alone = measure_edits(target, exam.questions, edits)
+    effects = with_active(subject, decomposition, exam.questions, slices, alone.pop(""))
+    on_facts, facts = exam.on_facts(target, edits[""])
+    return SuppressionReport(
+        slices=[str(address) for address in slices],
+        together=together,
+        matrices=describe(target, decomposition, slices, edits[""]),
+        effects=effects + on_facts,
+        alone=alone,
+        facts=facts,
+    )
+
+
+def patch_target(target: Target, patch: Patch, path: Path, revert: bool = False) -> tuple[Edit, Weights]:
+    """What the patch that was read from `path` does to the target, or what taking it off does: the edit, and the
+    touched weights afterwards, bit for bit. The target is not changed.
+
+    SpdError unless the target is the base that the patch needs.
+    """
+    if revert:
+        undo = {name: negative(factors) for name, factors in patch.edit.items()}
+        return undo, reverted(target, patch, path)
+    return patch.edit, applied(target, patch, path)
+
+
+def report_patch(target: Target, patch: Patch, edit: Edit, exam: Exam, revert: bool = False) -> PatchReport:
+    """What `edit`, that of a patch or its opposite, does to an exam."""
+    on_facts, facts = exam.on_facts(target, edit)
+    return PatchReport(
+        slices=patch.about["slices"],
+        action="revert" if revert else "apply",
+        effects=measure_edits(target, exam.questions, {"": edit})[""] + on_facts,
+        alone={},
+        facts=facts,
+    )

@@ -1,0 +1,47 @@
+"""A language model by name, or by a run's directory, without its decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spdcli.engine.target import Target
+from spdcli.errors import UsageError
+from spdcli.recipe.schema import HuggingFaceTarget
+from spdcli.runs.directory import RECIPE, RunDirectory
+from spdcli.runs.subject import choose_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class NamedModel:
+    """A model as a target with its tokenizer; `name` is how it is spelled, in a run's recipe where it was named by a
+    run, which also says whether prompts have a `begin_token`."""
+
+    target: Target
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    begin_token: bool
+
+
+def open_model(name: str, device: str | None = None, begin_token: bool = False) -> NamedModel:
+    """The model `name`: a hub id, a directory, a .gguf file, package:NAME/FILE, or a run directory.
+
+    `device` is auto, cpu or cuda; a run's own when left out. UsageError for a run of the induction toy.
+    """
+    from spdcli.targets.huggingface import build_target, load_model
+
+    dtype = "float32"
+    if (Path(name) / RECIPE).exists():
+        recipe = RunDirectory.open(Path(name)).recipe
+        if not isinstance(recipe.target, HuggingFaceTarget):
+            raise UsageError(f"{name} is a run of the induction toy, which knows no facts", "give a language model")
+        device = device or recipe.device
+        name, dtype = recipe.target.model, recipe.target.dtype
+        begin_token = recipe.data is not None and recipe.data.begin_token
+    language_model = load_model(name, dtype)
+    language_model.model.to(choose_device(device or "auto"))
+    return NamedModel(build_target(language_model, False), language_model.tokenizer, name, begin_token)
