@@ -115,8 +115,16 @@ def test_the_parametrised_tests_pick_them_up(tmp_path: Path) -> None:
     files = ["engine/test_parity.py", "engine/test_variants.py", "engine/test_subcomponents.py", "runs/test_subject.py"]
     options = ["-q", "-p", "added_rows", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}"]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-k", "half_recon or affine or all_ones", *files],
-        cwd=ROOT / "tests",
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *options,
+            "-k",
+            "half_recon or affine or all_ones",
+            *(f"tests/{file}" for file in files),
+        ],
+        cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

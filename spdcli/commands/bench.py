@@ -81,15 +81,15 @@ def bench(
     from spdcli.machine import describe
     from spdcli.runs.subject import choose_device
 
-    chosen = choose_device(device or "auto")
-    groups = groups_of(what, Options(sizes, batch, chosen.type, case or [], per_loss))
+    place = choose_device(device or "auto")
+    groups = groups_of(what, Options(sizes, batch, place.type, case or [], per_loss))
     if not groups:
         raise UsageError(f"no case of {what} is called like {', '.join(case or [])}")
     for group in groups:
         console.debug(" | ".join(one.name for one in group.cases))
     with console.progress() as report:
-        results = measure(groups, Conditions(rounds, chosen.type, threads), report)
-    machine = describe(chosen)
+        results = measure(groups, Conditions(rounds, place.type, threads), report)
+    machine = describe(place)
     if threads is not None:
         machine = replace(machine, threads=threads)
     rows = [row_data(row) for row in results.rows]
@@ -124,10 +124,10 @@ def title(machine: Machine) -> str:
 def row_data(row: Row) -> dict[str, Any]:
     """A row as `--json` shows it: the measurement's numbers, or why there are none, and the case."""
     case = row.case
-    kept = {"way": case.way, "recipe": case.recipe, "settings": case.settings, "keep_freed": case.keep_freed}
+    about = {"way": case.way, "recipe": case.recipe, "settings": case.settings, "keep_freed": case.keep_freed}
     if row.measurement is None:
-        return {"name": case.name, **kept, **case.labels, "skipped": row.skipped}
-    return {"name": case.name, **vars(row.measurement), **kept, **case.labels}
+        return {"name": case.name, **about, **case.labels, "skipped": row.skipped}
+    return {"name": case.name, **vars(row.measurement), **about, **case.labels}
 
 
 def table(rows: Sequence[Row], heading: str) -> Table:

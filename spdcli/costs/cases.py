@@ -71,9 +71,9 @@ def importance_groups(options: Options) -> list[Group]:
                 continue  # no backward on the processor; for short sequences dense is what it would be measured against
             name = f"{kind} {backend}".removesuffix(" auto")
             relative = ("importance.relative=scalar",) if backend == "flex" else ()
-            chosen = (f"importance.kind={kind}", f"importance.backend={backend}", *relative)
+            function = (f"importance.kind={kind}", f"importance.backend={backend}", *relative)
             large = backend == "dense" and length > DENSE_LENGTH  # grows with the square of the length
-            cases.append(Case(f"{name}, length {length}", "induction", (*chosen, *shape), large=large, labels=labels))
+            cases.append(Case(f"{name}, length {length}", "induction", (*function, *shape), large=large, labels=labels))
         groups.append(Group(cases, seconds=CASE_SECONDS))
     return groups
 
@@ -138,8 +138,8 @@ def scaling_groups(options: Options) -> list[Group]:
             labels = {words[name][0]: size * words[name][1] for name, size in (middle | {key: value}).items()}
             cases.append(Case(f"{word} {value * unit}", "induction", (*TOY, *settings), labels=labels))
         first, last = cases[0].name, cases[-1].name
-        grown = f"{last} / {first}"
-        groups.append(Group(cases, {f"{grown}, seconds": (last, first)}, {f"{grown}, peak": (last, first)}))
+        pair = f"{last} / {first}"
+        groups.append(Group(cases, {f"{pair}, seconds": (last, first)}, {f"{pair}, peak": (last, first)}))
     return groups
 
 
@@ -151,9 +151,9 @@ def allocator_groups(options: Options) -> list[Group]:
         ("gpt2-C64", "gpt2", (*SHARED, "slices.C=64")),
     ):
         for way in ("plan", "plain") if recipe == "induction" else ("plan",):
-            kept, default = f"{name} {way}, freed memory kept", f"{name} {way}, glibc's defaults"
-            cases = [Case(kept, recipe, settings, way), Case(default, recipe, settings, way, keep_freed=False)]
-            groups.append(Group(cases, {f"{name} {way}, defaults / kept": (default, kept)}))
+            with_it, default = f"{name} {way}, freed memory kept", f"{name} {way}, glibc's defaults"
+            cases = [Case(with_it, recipe, settings, way), Case(default, recipe, settings, way, keep_freed=False)]
+            groups.append(Group(cases, {f"{name} {way}, defaults / kept": (default, with_it)}))
     return groups
 
 
@@ -172,7 +172,7 @@ def memory_groups(options: Options) -> list[Group]:
 
 def groups_of(what: str, options: Options) -> list[Group]:
     """The groups of benchmark `what`, cut to the cases whose names match one of the patterns."""
-    kept = []
+    groups = []
     for group in BENCHMARKS[what].groups(options):
         cases = [case for case in group.cases if _matches(case.name, options.patterns)]
         names = {case.name for case in cases}
@@ -180,8 +180,8 @@ def groups_of(what: str, options: Options) -> list[Group]:
             ratios = {name: pair for name, pair in group.ratios.items() if names.issuperset(pair)}
             memory = {name: pair for name, pair in group.memory.items() if names.issuperset(pair)}
             growth = {name: three for name, three in group.growth.items() if names.issuperset(three)}
-            kept.append(replace(group, cases=cases, ratios=ratios, memory=memory, growth=growth))
-    return kept
+            groups.append(replace(group, cases=cases, ratios=ratios, memory=memory, growth=growth))
+    return groups
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -164,13 +164,13 @@ def _counted(loaded: LoadedRecipe, device: torch.device) -> _Counts:
         optimizer = state_bytes(decomposition)
         settings = fit_settings(recipe, free - process - held - optimizer)
         step = _dry_step(recipe, subject, decomposition, settings, heap)
-        grown = heap.grown
+        growth = heap.growth
     finally:
         heap.close()
     parameters = sum(p.numel() for p in trained)
     gates = sum(p.numel() for p in decomposition.importances.parameters() if p.requires_grad)
     weights = held - sum(m.numel() for m in moments) * subject.target.unembedding.element_size()
-    need = Need(process, weights, optimizer, max(0, grown - weights - optimizer))
+    need = Need(process, weights, optimizer, max(0, growth - weights - optimizer))
     return _Counts(names, settings, Parameters(parameters - gates, gates), need, free, step)
 
 

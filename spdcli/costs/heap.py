@@ -21,9 +21,9 @@ class _Mallinfo(ctypes.Structure):
 
 
 class Heap:
-    """glibc's heap, asked for blocks that stay untouched; `grown` is by how many bytes it has grown at most.
+    """glibc's heap, asked for blocks that stay untouched; `growth` is by how many bytes it has grown at most.
 
-    Without glibc (2.33 or later) `grown` is what was alive at once. Blocks are known by a number each.
+    Without glibc (2.33 or later) `growth` is what was alive at once. Every block has a number.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Heap:
         self._blocks: dict[int, tuple[ctypes.c_void_p | None, int]] = {}
         self._next = self._alive = 0
         self._size_at_start = self._size()
-        self.grown = 0
+        self.growth = 0
 
     def take(self, size: int) -> int:
         """A block of `size` bytes; its number."""
@@ -44,7 +44,7 @@ class Heap:
                 block = None  # more than the system gives to anybody: then only `alive` tells
         self._blocks[self._next] = (block, size)
         if size >= WORTH_LOOKING:
-            self.grown = max(self.grown, self._alive, self._size() - self._size_at_start)
+            self.growth = max(self.growth, self._alive, self._size() - self._size_at_start)
         return self._next
 
     def give_back(self, number: int) -> None:

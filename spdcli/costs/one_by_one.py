@@ -39,7 +39,7 @@ def one_by_one_step(
     variants: Sequence[Variant],
     noise: Noise,
 ) -> dict[str, Tensor]:
-    """All losses of a step on `variants`, and their gradients in the parameters."""
+    """The losses of a step on `variants`, by name; their gradients are added to `.grad` of the parameters."""
     batch = clean.batch
     lower, upper = decomposition.importance(clean.inputs, clean.padding)
     losses: dict[str, Tensor] = {}
@@ -114,10 +114,10 @@ def fit_one_by_one(
         variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, generator)
         state.optimiser.zero_grad(set_to_none=True)
         p = losses.p(state.step, settings.steps)
-        done = one_by_one_step(target, decomposition, clean, losses, p, variants, noise)
+        values = one_by_one_step(target, decomposition, clean, losses, p, variants, noise)
         for group, limit in zip(state.optimiser.param_groups, (settings.clip_slices, settings.clip_gates), strict=True):
             torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf)
         set_rate(state.optimiser, state.schedule, state.step)
         state.optimiser.step()
         state.step += 1
-        yield done
+        yield values

@@ -51,17 +51,17 @@ class Tally(TorchDispatchMode):
         """Count one operation that has been done."""
         if getattr(function, "is_view", False) or not hasattr(function, "overloadpacket"):
             return
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         packet = function.overloadpacket
         count = PROCESSOR_ATTENTION.get(packet, flop_registry.get(packet))
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         self.operations += 1
-        self.bytes += sum(size_of(t) for t in _touched(packet, given, made))
-        known = {id(t.untyped_storage()) for t in given}
-        for tensor in made:
-            if id(tensor.untyped_storage()) not in known:
+        self.bytes += sum(size_of(t) for t in _read_and_written(packet, inputs, outputs))
+        old = {id(t.untyped_storage()) for t in inputs}
+        for tensor in outputs:
+            if id(tensor.untyped_storage()) not in old:
                 self._see(tensor.untyped_storage())
 
     def _see(self, storage: torch.UntypedStorage) -> None:
@@ -90,13 +90,13 @@ PICKING = {torch.ops.aten.index_select, torch.ops.aten.gather, torch.ops.aten.in
 PLACING = {torch.ops.aten.index_copy_: 1, torch.ops.aten.index_add_: 2}  # what the last tensor says is put in
 
 
-def _touched(packet: Any, given: list[Tensor], made: list[Tensor]) -> list[Tensor]:
+def _read_and_written(packet: Any, inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
     """Tensors as large as what an operation reads and writes."""
     if packet in PICKING:  # it reads as much of its source as it gives
-        return [*made, *made, *(t for t in given[1:] if not t.is_floating_point())]
+        return [*outputs, *outputs, *(t for t in inputs[1:] if not t.is_floating_point())]
     if packet in PLACING:  # it changes as much of its target as it is given, and reads that before if it adds
-        return [*given[1:], *PLACING[packet] * given[-1:]]
-    return [*given, *made]
+        return [*inputs[1:], *PLACING[packet] * inputs[-1:]]
+    return [*inputs, *outputs]
 
 
 def size_of(tensor: Tensor) -> int:

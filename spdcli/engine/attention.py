@@ -42,7 +42,9 @@ def importance_attention(
     backend: str = "auto",
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Attention with a learned relative bias, `[M, B, T, I]` (Eq. 4; layout in the module docstring).
+    """Line 4 of Algorithm 1, attention with a learned relative bias (Eq. 4): `[M, B, T, I]`.
+
+    q, k `[M, B, T, K]`, v `[M, B, T, I]`, `relative` `[M, 2 S - 1]` or `[M, 2 S - 1, K]`: see the module's docstring.
 
     `causal` hides keys after the query, `valid` `[B, T]` those where it is False: padding (None: there is none).
     `backend` is a key of `tables.BACKENDS`; flex raises ValueError where it has no backward (CPU) or cannot express
@@ -51,8 +53,8 @@ def importance_attention(
     longest = (relative.shape[1] + 1) // 2
     if q.shape[2] > longest:
         raise ValueError(f"{q.shape[2]} positions, but relative biases for {longest}")
-    chosen = choose_backend(q, relative) if backend == "auto" else backend
-    return BACKENDS[chosen].load()(q, k, v, relative, valid, causal)
+    name = choose_backend(q, relative) if backend == "auto" else backend
+    return BACKENDS[name].load()(q, k, v, relative, valid, causal)
 
 
 def choose_backend(q: Tensor, relative: Tensor) -> str:
@@ -65,7 +67,7 @@ def choose_backend(q: Tensor, relative: Tensor) -> str:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    """The reference: every score at once."""
+    """The reference: every score `[M, B, T, T]` at once. Arguments and result as in `importance_attention`."""
     length = q.shape[2]
     position = torch.arange(length, device=q.device)
     offset = position - position[:, None]  # [T, T], key less query
@@ -191,7 +193,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    """Exact attention in memory linear in T."""
+    """Exact attention in memory linear in T. Arguments and result as in `importance_attention`."""
     return _Blocked.apply(q, k, v, relative, valid, causal)
 
 
@@ -203,7 +205,8 @@ def _compiled_flex() -> Any:
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    """torch's flex attention with the bias as a score change; matrices are its heads."""
+    """torch's flex attention with the bias as a score change; matrices are its heads. Arguments and result as in
+    `importance_attention`, but `relative` is `[M, 2 S - 1]`."""
     if not q.is_cuda and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, relative)):
         raise ValueError("flex attention has no backward on the CPU; use blocked or dense")
     if relative.dim() != 2:

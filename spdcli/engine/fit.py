@@ -1,4 +1,4 @@
-"""The training loop of a decomposition (Algorithm 3)."""
+"""The training loop of a decomposition: Algorithm 3, again and again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ PRUNE_BATCHES = 128  # what a slice's frequency is counted on
 
 @dataclass
 class Record:
-    """One logged step: every loss term before its coefficient, mean active slices a position and matrix (L0),
-    gradient norms before clipping, learning rate, seconds since the start."""
+    """One logged step.
+
+    `losses` are before their coefficients, `total` is their weighted sum; `active[m]` is the mean number of active
+    slices (L0) at a position of matrix m; `gradients` are the norms, before clipping, of slices and gates; `rate` is
+    the learning rate, `p` the power of minimality, `seconds` those since the start.
+    """
 
     step: int
     losses: dict[str, float]
@@ -51,10 +55,12 @@ class FitState:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """`steps`, what to clip (None: nothing), how often to record, the memory of a plan's chunk in bytes.
+    """What the loop does: a recipe's [decompose] and [losses], but for the optimizer.
 
-    After `prune_step` steps (None: never), slices active in fewer than `prune_below` of the sequences are switched off.
-    `targeted` is what the losses on the broad stream count, times those on the prompts.
+    `clip_slices` and `clip_gates` are the largest gradient norms (None: no limit). Every `log_every` steps there is a
+    Record. `plan_bytes` is the memory of a plan's chunk. After `prune_step` steps (None: never), slices active in fewer
+    than the share `prune_below` of sequences are switched off. `targeted` is what the losses on the broad stream count,
+    times those on the prompts.
     """
 
     steps: int
@@ -77,7 +83,7 @@ def start_fit(
 ) -> FitState:
     """Optimizer, schedule and generators at step 0; `slice_rate` multiplies the learning rate of U and V.
 
-    Generators: `data` and `plan` on the CPU, `noise` on the device.
+    Generators, seeded from `seed`: `data` and `plan` on the CPU, `noise` on the device.
     """
     groups: list[dict] = [
         {"params": list(decomposition.slices.parameters()), "factor": slice_rate},
@@ -93,7 +99,7 @@ def start_fit(
 
 
 def warm_up_faithfulness(target: Target, decomposition: Decomposition, steps: int, rate: float = 1e-3) -> float:
-    """Adam on faithfulness alone, before the run; returns the faithfulness reached."""
+    """So many `steps` of Adam on faithfulness alone, before the run; the faithfulness (Eq. 1) that is reached."""
     optimiser = torch.optim.Adam(decomposition.slices.parameters(), lr=rate)
     for _ in range(steps):
         optimiser.zero_grad(set_to_none=True)
@@ -114,10 +120,12 @@ def fit(
 ) -> Iterator[Record | None]:
     """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
 
-    `batches(generator)` gives the next minibatch; when it gives the same object again the clean pass is not
-    repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. Raises SpdError, naming
-    step and term, when a loss or a gradient is not finite: at once on a processor, at the next record on a GPU, which
-    is not waited for in between. The parameters are then those of the step before.
+    `batches(generator)` gives the next minibatch, tokens `[B, T]`; when it gives the same object again the clean pass
+    is not repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. `state` and
+    `decomposition` are changed in place, so that the loop may be left after any step and gone on with later.
+
+    Raises SpdError, naming step and loss, when a loss or a gradient is not finite: at once on a processor, at the next
+    record on a GPU, which is not waited for in between. The parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
     watch = _Watch(state.optimiser, target.device)
@@ -133,29 +141,29 @@ def fit(
         backward = partial(
             backward_step, p=p, generator=state.generators["plan"], noise=noise, budget=settings.plan_bytes
         )
-        done = backward(target, decomposition, clean, settings.losses)
+        step = backward(target, decomposition, clean, settings.losses)
         if stream is not None and settings.targeted > 0:
             broad = stream(state.generators["data"])
-            beside = settings.losses.on_stream(settings.targeted)
-            also = backward(target, decomposition, clean_pass(target, broad, decomposition.names), beside)
-            done = Step(done.losses | {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}, done.active)
+            losses = settings.losses.on_stream(settings.targeted)
+            beside = backward(target, decomposition, clean_pass(target, broad, decomposition.names), losses)
+            step = Step(step.losses | {f"{ON_STREAM}{name}": loss for name, loss in beside.losses.items()}, step.active)
         norms = _clipped(state.optimiser, settings)
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
-        watch.see(state.step + 1, done, norms)
+        watch.see(state.step + 1, step, norms)
         if due or target.device.type != "cuda":
-            watch.check(done.losses)
+            watch.check(step.losses)
         rate = set_rate(state.optimiser, state.schedule, state.step)
         state.optimiser.step()
         state.step += 1
         if state.step == settings.prune_step:
-            kept = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
-            decomposition.importances.prune(kept)
+            frequent = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
+            decomposition.importances.prune(frequent)
         state.seconds = time.monotonic() - begun
-        yield _record(state, done, norms, settings, rate, p) if due else None
+        yield _record(state, step, norms, settings, rate, p) if due else None
 
 
 def _clipped(optimiser: torch.optim.Optimizer, settings: FitSettings) -> dict[str, Tensor]:
-    """Clips the gradients of slices and gates, each by its own limit; their norms before."""
+    """Clips the gradients of slices and gates, each by its own limit; the norms that they had, one number each."""
     limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
     return {
         name: torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf, foreach=True)
@@ -175,10 +183,9 @@ def frequent_slices(
     counts: dict[str, Tensor] = {}
     sequences, batch = 0, None
     for _ in range(PRUNE_BATCHES):
-        drawn = batches(generator)
-        if drawn is batch:  # a fixed set of prompts: once is enough
+        previous, batch = batch, batches(generator)
+        if batch is previous:  # a fixed set of prompts: once is enough
             break
-        batch = drawn
         clean = clean_pass(target, batch, decomposition.names)
         g, _ = decomposition.importance(clean.inputs, clean.padding)
         sequences += len(batch.tokens)
@@ -189,24 +196,32 @@ def frequent_slices(
 
 
 class _Watch:
-    """Notices what is not finite without waiting for the device: from that step on the optimizer changes nothing."""
+    """Remembers the first step with a loss or a gradient that is not finite, and stops the optimizer from then on.
+
+    It all happens on the device, so that a GPU is never waited for until `check` asks: `see` writes the step's number
+    and its losses into tensors, and a flag that fused optimizers read before they change any parameter.
+    """
 
     def __init__(self, optimiser: torch.optim.Optimizer, device: torch.device) -> None:
-        self.broken = torch.zeros((), device=device)  # 1 once something was
-        self.step = torch.zeros((), dtype=torch.long, device=device)
-        self.values: Tensor | None = None  # every loss of that step
-        optimiser.found_inf = self.broken  # type: ignore[attr-defined]  # what fused optimizers look at
+        self.broken = torch.zeros((), device=device)  # 0, and 1 from the first bad step on
+        self.step = torch.zeros((), dtype=torch.long, device=device)  # the number of the first bad step
+        self.values: Tensor | None = None  # the losses of that step, in the order of `Step.losses`
+        optimiser.found_inf = self.broken  # type: ignore[attr-defined]  # the flag that fused optimizers read
 
-    def see(self, step: int, done: Step, norms: dict[str, Tensor]) -> None:
-        losses = torch.stack([loss.double() for loss in done.losses.values()])
+    def see(self, number: int, step: Step, norms: dict[str, Tensor]) -> None:
+        """Look at the losses of `step`, whose number is `number`, and at the norms of its gradients."""
+        losses = torch.stack([loss.double() for loss in step.losses.values()])
         bad = ~(losses.isfinite().all() & torch.stack(list(norms.values())).isfinite().all())
-        fresh = bad & (self.broken == 0)
-        self.step = torch.where(fresh, step, self.step)
-        self.values = losses if self.values is None else torch.where(fresh, losses, self.values)
+        first = bad & (self.broken == 0)
+        self.step = torch.where(first, number, self.step)
+        self.values = losses if self.values is None else torch.where(first, losses, self.values)
         self.broken.copy_(torch.maximum(self.broken, bad.to(self.broken)))
 
     def check(self, names: Iterable[str]) -> None:
-        """SpdError where something was not finite, naming step and loss."""
+        """Wait for the device; SpdError where a step was bad, naming it and its first loss that is not finite.
+
+        `names` are those of the losses, in their order.
+        """
         if not bool(self.broken) or self.values is None:
             return
         bad = [
@@ -220,16 +235,16 @@ class _Watch:
 
 
 def _record(
-    state: FitState, done: Step, norms: dict[str, Tensor], settings: FitSettings, rate: float, p: float
+    state: FitState, step: Step, norms: dict[str, Tensor], settings: FitSettings, rate: float, p: float
 ) -> Record:
-    terms = {name: loss.item() for name, loss in done.losses.items()}
+    terms = {name: loss.item() for name, loss in step.losses.items()}
     broad = settings.losses.on_stream(settings.targeted).coefficients
     coefficients = {**settings.losses.coefficients, **{f"{ON_STREAM}{name}": share for name, share in broad.items()}}
     return Record(
         step=state.step,
         losses=terms,
         total=sum(coefficients[name] * value for name, value in terms.items()),
-        active={name: value.item() for name, value in done.active.items()},
+        active={name: value.item() for name, value in step.active.items()},
         gradients={name: norm.item() for name, norm in norms.items()},
         rate=rate,
         p=p,

@@ -1,10 +1,12 @@
-"""Runs a target once and listens in; then pushes a plan's rows through its blocks, once.
+"""Runs a target once and listens in; then pushes a plan's rows through its blocks, once (Algorithm 3, lines 2 and 5).
 
     clean pass   the target on B sequences, no gradient: every block's entry, every matrix's input, log p
     plan pass    rows of many variants together. Each enters at its first changed block as a copy of the clean
-                 hidden state there; in a block, a decomposed matrix replaces its output on the rows that ask
+                 hidden state there; in a block, a decomposed matrix's output is replaced on the rows that have masks
 
 Blocks are replayed as they were called: tensors with the sequences as first dimension are gathered by row.
+Letters: B sequences, T positions, R rows of a chunk, D width of the residual stream, I d_in, O d_out, C slices,
+N vocabulary, n positions that losses look at, H attention heads.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class Clean:
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
     `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
-    looked at, which `at` knows. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities, when
-    `clean_pass` was told to keep them.
+    looked at, which `at` has. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities; the list is empty
+    unless `clean_pass` was told to keep them.
     """
 
     batch: Batch
@@ -44,19 +46,20 @@ class Clean:
 
     @property
     def at(self) -> LookedAt:
+        """Where the n positions that losses look at are."""
         return self.batch.looked_at
 
     @property
     def padding(self) -> Tensor | None:
-        """`batch.valid` where some of it is False, else None."""
+        """`batch.valid` `[B, T]` where some of it is False, else None."""
         return self.batch.valid if self.at.padded else None
 
 
 @torch.no_grad()
 def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: bool = False) -> Clean:
-    """Run the target on `batch` and keep what a step needs.
+    """Run the target on `batch` (tokens `[B, T]`) and keep what a step needs: see `Clean`.
 
-    `names` are the matrices whose inputs are wanted; with `patterns` the attention of every block is kept too.
+    The inputs `[B, T, I]` of the matrices `names` are kept; with `patterns` the attention of every block too.
     """
     entries: list[Tensor] = []
     calls: list[tuple[tuple, dict]] = []
@@ -88,26 +91,30 @@ def _logits_at(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:
     return F.linear(finished, target.unembedding, target.unembedding_bias)
 
 
-def recording(target: Target, wanted: bool) -> AbstractContextManager[list[Tensor]]:
-    """The target's attention patterns while open, or an empty list when they are not wanted."""
-    if not wanted:
+def recording(target: Target, patterns: bool) -> AbstractContextManager[list[Tensor]]:
+    """A list that gets the attention log-probabilities `[R, H, T, T]` of every block that runs while it is open; one
+    that stays empty without `patterns`."""
+    if not patterns:
         return nullcontext([])
     assert target.record_patterns is not None, "this target does not tell its attention patterns"
     return target.record_patterns()
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in what a block, or a part of one, returns."""
+    """The hidden state `[R, T, D]` in what a block, or a part of one, returns: all of it, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def replaced(target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows]) -> Iterator[None]:
-    """While open, the modules of the matrices in `masks` answer with masked slices on the rows that ask."""
+    """While open, the modules of the matrices in `masks` answer with masked slices on the rows that have masks.
+
+    Their input is `[R, T, I]` then, and their output `[R, T, O]`; other rows get the target's own.
+    """
     parts: dict[nn.Module, list[Matrix]] = {}
     for matrix in target.matrices.values():
         parts.setdefault(matrix.module, []).append(matrix)
-    touched = [module for module, matrices in parts.items() if any(m.name in masks for m in matrices)]
+    changed = [module for module, matrices in parts.items() if any(m.name in masks for m in matrices)]
 
     def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -117,11 +124,11 @@ def replaced(target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows]) 
         return forward
 
     try:
-        for module in touched:
+        for module in changed:
             module.forward = forward_of(module)
         yield
     finally:
-        for module in touched:
+        for module in changed:
             module.__dict__.pop("forward", None)
 
 
@@ -134,9 +141,10 @@ def _part_output(x: Tensor, matrix: Matrix, slices: SliceSet, masks: Mapping[str
 
 
 def rows_of(value: Any, sequences: int, index: Tensor) -> Any:
-    """A block's recorded argument for other rows: tensors with the sequences first are gathered, the rest passes.
+    """A block's recorded argument for the rows that replay the sequences `index` `[R]` of all `sequences`.
 
-    What all sequences share must have one dimension, or a first dimension of 1: `[T, D]` would be taken for B = T.
+    Tensors `[sequences, ...]` become `[R, ...]`, inside tuples, lists and dicts too; the rest passes. What all
+    sequences share must have one dimension, or a first dimension of 1: `[T, D]` would be taken for B = T.
     """
     if isinstance(value, Tensor):
         return value.index_select(0, index) if value.dim() >= 2 and value.shape[0] == sequences else value
@@ -157,7 +165,8 @@ def plan_pass(
 ) -> Tensor:
     """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces.
 
-    With `ends`, and a target that can, those at the last position alone, `[R, 1, D]`.
+    `masks[m]` are the masks of matrix m, which `masks.chunk_masks` makes. With `ends`, and a target that can, the
+    answer is that of the last position alone, `[R, 1, D]`.
     """
     device = clean.batch.tokens.device
     sequences = len(clean.batch.tokens)
@@ -183,30 +192,31 @@ def plan_pass(
 def row_divergences(
     target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool
 ) -> list[Tensor]:
-    """KL at every looked-at position of every piece, in nats: a `[k]` tensor a piece, sequences in order.
+    """KL to the target at every looked-at position, in nats: a tensor a piece, `[k]` for its k positions in order.
 
-    `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives.
+    `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives. It is KL(target ‖ variant), or
+    with `reverse` KL(variant ‖ target).
     """
     at, positions, length = clean.at, hidden.shape[1], clean.batch.tokens.shape[1]
     looked = at.spots - (length - positions) * (at.spots // length + 1)  # places in the flat [B * positions]
     spots, index, first = [], [], 0
     for piece in chunk:
-        known = slice(at.firsts[piece.start], at.firsts[piece.stop])
-        spots.append(looked[known] + (first - piece.start) * positions)
-        index.append(torch.arange(known.start, known.stop, device=hidden.device))
+        part = slice(at.firsts[piece.start], at.firsts[piece.stop])
+        spots.append(looked[part] + (first - piece.start) * positions)
+        index.append(torch.arange(part.start, part.stop, device=hidden.device))
         first += len(piece)
     finished = target.finish(hidden.flatten(0, 1).index_select(0, torch.cat(spots)))
     divergence = unembed_kl(
         finished, target.unembedding, target.unembedding_bias, clean.log_probs, torch.cat(index), reverse
     )
-    return list(divergence.split([len(part) for part in index]))
+    return list(divergence.split([len(numbers) for numbers in index]))
 
 
 @torch.no_grad()
 def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping[str, MaskedRows]) -> Tensor:
-    """Logits `[n, N]` at the looked-at positions of the target with the matrices in `masks` replaced.
+    """Logits `[n, N]`, at the looked-at positions, of the target with the matrices in `masks` replaced.
 
-    Every `MaskedRows` covers all B sequences of the batch.
+    Each of `masks` covers all B sequences of the batch, as those of `masks.importance_masks` do.
     """
     entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
     whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.batch.tokens))

@@ -1,12 +1,14 @@
-"""Causal importance functions: what each matrix's slices are worth at each position (section 4.1).
+"""Causal importance functions: what each matrix's slices are worth at each position (section 4.1, Eq. 4).
 
-    scalar     one MLP a slice on its inner activation x . U_c
-    vector     one MLP a slice on the whole input x
+Eq. 4 reads `g = σ_H(γ_c(x̄_n))`. The kinds of γ and of what it reads are rows of `tables.IMPORTANCE_FUNCTIONS`:
+
+    scalar     one MLP γ_c a slice on its inner activation x . U_c
+    vector     one MLP γ_c a slice on the whole input x
     shared     one MLP for all slices of a matrix
-    attention  Algorithm 1: attention over the sequence, then one MLP a slice (Eq. 4)
+    attention  Algorithm 1: attention over the sequence makes x̄ of x, then one MLP γ_c a slice
 
-All return values before the sigmoid, `[B, T, C]` a matrix; `leaky` makes importances of them.
-Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
+`Importances` gives the values before the sigmoid, `[B, T, C]` a matrix; `leaky_hard_sigmoid` is σ_H, which makes
+importances g of them. Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ LOCAL_SLOPE = 0.5
 OFF = -1.0  # what a pruned slice has instead of a gate
 
 
-class _Leaky(torch.autograd.Function):
+class _LeakyHardSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
@@ -49,21 +51,28 @@ class _Leaky(torch.autograd.Function):
         return grad
 
 
-def leaky(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Importances of the gates' values x: `g_lower` for masks and `g_upper` for minimality, the shape of x both.
+def leaky_hard_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
+    """σ_H of Eq. 4: importances of the gates' values x, `g_lower` for masks and `g_upper` for minimality.
 
-    g_lower is x clamped to [0, 1]; below 0 a gradient that would raise it passes, times 0.01. g_upper is clamped below
-    at 0 and has slope 0.01 above 1, so that large values come back.
+    x has any shape, `[B, T, C]` as a rule, and so have both. g_lower is x clamped to [0, 1]; below 0 a gradient that
+    would raise it passes, times 0.01. g_upper is clamped below at 0 and has slope 0.01 above 1, so that large values
+    come back.
+
+    >>> lower, upper = leaky_hard_sigmoid(torch.tensor([-1.0, 0.5, 2.0]))
+    >>> lower.tolist(), [round(value, 2) for value in upper.tolist()]
+    ([0.0, 0.5, 1.0], [0.0, 0.5, 1.01])
     """
-    return _Leaky.apply(x)
+    return _LeakyHardSigmoid.apply(x)
 
 
 @dataclass(frozen=True)
 class ImportanceSettings:
-    """`kind` scalar | vector | shared | attention; `length` is the longest sequence the tables cover.
+    """How importance functions are built: the section [importance] of a recipe, but for its `basis`.
 
-    Importances start around `gate_bias`, `gate_spread` times as far apart as unit-variance weights would put them.
-    `relative` scalar | query, `relative_start` zero | local, `causal` and `backend` are for attention.
+    `kind` is a key of `tables.IMPORTANCE_FUNCTIONS`; so are `activation`, `normalise`, `relative`, `relative_start` and
+    `backend` of the tables of their names. Importances start around `gate_bias`, `gate_spread` times as far apart as
+    unit-variance weights would put them. `relative`, `relative_start`, `causal` and `backend` are for attention alone,
+    as is `length`, the longest sequence (T) that its position tables cover.
     """
 
     kind: str
@@ -91,7 +100,10 @@ class _Gates(nn.Module):
 
 
 class VectorGates(_Gates):
-    """C independent MLPs, I -> G -> 1, on one shared input."""
+    """C independent MLPs γ_c, I -> G -> 1, on one shared input.
+
+    Its parameters: w1 `[I, G*C]`, b1 `[G*C]`, w2 `[G, C]`, b2 `[C]`.
+    """
 
     def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
@@ -109,7 +121,10 @@ class VectorGates(_Gates):
 
 
 class ScalarGates(_Gates):
-    """C independent MLPs, 1 -> G -> 1, each on its own inner activation."""
+    """C independent MLPs γ_c, 1 -> G -> 1, each on its own inner activation.
+
+    Its parameters: w1, b1, w2 `[G, C]`, b2 `[C]`, whatever d_in is.
+    """
 
     def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
@@ -127,7 +142,7 @@ class ScalarGates(_Gates):
 
 
 class SharedGates(_Gates):
-    """One MLP, I -> G -> C."""
+    """One MLP for all slices, I -> G -> C. Its parameters: w1 `[I, G]`, b1 `[G]`, w2 `[G, C]`, b2 `[C]`."""
 
     def __init__(self, d_in: int, slices: int, settings: ImportanceSettings) -> None:
         super().__init__()
@@ -145,7 +160,11 @@ class SharedGates(_Gates):
 
 
 class AttentionMixer(nn.Module):
-    """Lines 1 to 5 of Algorithm 1 for M matrices of one input width at once: `[M, B, T, I]` to `[M, B, T, 2 I]`."""
+    """Lines 1 to 5 of Algorithm 1, for M matrices of one input width at once: x to x̄ of Eq. 4.
+
+    Its parameters: Q, K, V `[M, 1, I, I]`, AbsPosEnc `[M, 1, length, I]` and RelPosEnc `[M, 2 length - 1, I]`, which is
+    multiplied by the query, or `[M, 2 length - 1]`, numbers by themselves (`relative` scalar).
+    """
 
     def __init__(self, matrices: int, d_in: int, settings: ImportanceSettings) -> None:
         super().__init__()
@@ -162,17 +181,18 @@ class AttentionMixer(nn.Module):
         self.causal, self.backend = settings.causal, settings.backend
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        placed = x + self.absolute[:, :, : x.shape[2]]
-        q, k, v = x @ self.q, x @ self.k, placed @ self.v
-        mixed = importance_attention(q, k, v, self.relative, self.causal, self.backend, valid)
-        return torch.cat([mixed, placed], dim=-1)
+        """x `[M, B, T, I]` to x̄ `[M, B, T, 2 I]`; `valid` `[B, T]` is False at padding, None where there is none."""
+        x_pos = x + self.absolute[:, :, : x.shape[2]]
+        q, k, v = x @ self.q, x @ self.k, x_pos @ self.v
+        x_mixed = importance_attention(q, k, v, self.relative, self.causal, self.backend, valid)
+        return torch.cat([x_mixed, x_pos], dim=-1)
 
 
 class Importances(nn.Module):
     """The importance functions of every decomposed matrix.
 
-    `widths` maps a matrix to its d_in, `slices` to its C. With `bases` (vector gates alone) matrix m's gate
-    reads coordinates `x @ bases[m].T` `[B, T, r]`, scaled to mean square 1 over the data: on data inside the
+    `widths[m]` is the d_in of matrix m, `slices[m]` its C. With `bases[m]` `[r, I]` (vector gates alone) the gates of
+    matrix m read coordinates `x @ bases[m].T` `[B, T, r]`, scaled to mean square 1 over the data: on data inside the
     span of the basis this is the same class of functions with d_in / r times fewer parameters.
     """
 
@@ -210,7 +230,7 @@ class Importances(nn.Module):
     def forward(
         self, inputs: dict[str, Tensor], read: dict[str, Tensor], valid: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Values before the sigmoid, `[B, T, C]` a matrix.
+        """The gates' values before the sigmoid σ_H, `[B, T, C]` a matrix.
 
         `inputs[m]` is the matrix's input `[B, T, I]` in the target; `read[m]` is `U` `[I, C]`, which scalar gates use.
         `valid` `[B, T]` is False at padding, which attention does not see; None where there is none.
@@ -219,14 +239,14 @@ class Importances(nn.Module):
         if self.function.reads_inner:
             x = {name: x[name] @ read[name] for name in self.names}
         for width, group in self.groups.items():
-            mixed = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
-            x.update(zip(group, mixed.unbind(0), strict=True))
+            x_bar = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
+            x.update(zip(group, x_bar.unbind(0), strict=True))
         return {n: self.gates[_key(n)](x[n], self.alive[_key(n)]) for n in self.names}
 
-    def prune(self, kept: dict[str, Tensor]) -> None:
-        """Switch slices off for good: those where `kept[m]` `[C]` is False."""
-        for name, keep in kept.items():
-            self.alive[_key(name)].logical_and_(keep)
+    def prune(self, frequent: dict[str, Tensor]) -> None:
+        """Switch slices off for good: those where `frequent[m]` `[C]` is False."""
+        for name, mask in frequent.items():
+            self.alive[_key(name)].logical_and_(mask)
 
     def _prepared(self, name: str, x: Tensor) -> Tensor:
         if self.bases:

@@ -121,14 +121,14 @@ class _Rows:
         own = (self.entry == block).nonzero()[:, 0]
         fresh = self.run.states[block].index_select(0, self.base[own])
         states = (self.kind[own] == KINDS.index(STATE)).nonzero()[:, 0]
-        chosen = own[states]
-        fresh[states, self.token[chosen]] = self.other.states[block][self.source[chosen], self.token[chosen]]
+        rows = own[states]
+        fresh[states, self.token[rows]] = self.other.states[block][self.source[rows], self.token[rows]]
         return fresh
 
     def putter(self, kind: str, block: int) -> Callable:
         """A hook for the part `kind` of `block`: its output with the pieces of the rows that want one there."""
-        wanted = (self.kind == KINDS.index(kind)) & (self.first <= block) & (block <= self.last)
-        own = wanted.nonzero()[:, 0]  # all of them have entered, since first is their entry
+        concerned = (self.kind == KINDS.index(kind)) & (self.first <= block) & (block <= self.last)
+        own = concerned.nonzero()[:, 0]  # all of them have entered, since first is their entry
 
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             if not len(own):

@@ -1,4 +1,4 @@
-"""The losses as pure functions: faithfulness, minimality (Eq. 1), the KLs of outputs and of attention patterns.
+"""The losses as pure functions: faithfulness and minimality (Eq. 1), the KLs of outputs (Eq. 2 to 8) and of attention.
 
 Which losses there are is told by `tables.LOSSES`. Every reconstruction loss is one cell of a grid there, mask source x
 scope: `variants.draw_variants` says which matrices its variants replace, `masks.chunk_masks` by what masks.
@@ -21,9 +21,13 @@ RECONSTRUCTION = losses_where(lambda loss: loss.in_grid)  # names, as in Eq. 2, 
 
 
 def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Eq. 1, left: sum over matrices of ‖W - U V‖² over the number of their weights.
+    """Eq. 1, left: sum over matrices of ‖W - U V‖² over the number of their weights; one number, exact.
 
-    `pairs[m]` is `(W [I, O], U [I, C], V [C, O])`. Exact.
+    `pairs[m]` is W `[I, O]`, U `[I, C]` and V `[C, O]` of matrix m.
+
+    >>> W = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> faithfulness({"m": (W, W[:, :1], W[:1])}).item()  # one slice that leaves a 1 of four weights
+    0.25
     """
     errors = [_Residual.apply(weight, U, V) for weight, U, V in pairs.values()]
     return torch.stack(errors).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
@@ -59,22 +63,27 @@ class _Residual(torch.autograd.Function):
 
 
 def minimality(importances: Mapping[str, Tensor], valid: Tensor, p: float, epsilon: float) -> Tensor:
-    """Eq. 1, right: mean over real positions of the sum over matrices and slices of `(g + eps)^p - eps^p`.
+    """Eq. 1, right: mean over real positions of the sum over matrices and slices of `(g + eps)^p - eps^p`; one number.
 
-    The constant changes no gradient and makes the loss 0 where every g is: at p = 0.1, 1e-12 to the power is 0.06.
-    `importances[m]` is g_upper `[B, T, C]`; `valid` `[B, T]` is False at padding.
+    `importances[m]` is g_upper `[B, T, C]`; `valid` `[B, T]` is False at padding. The constant changes no gradient and
+    makes the loss 0 where every g is: at p = 0.1, 1e-12 to the power is 0.06.
     """
     per_position = [((g + epsilon) ** p - epsilon**p).sum(-1) for g in importances.values()]
     return (torch.stack(per_position).sum(0) * valid).sum() / valid.sum()
 
 
 def annealed_p(step: int, steps: int, start: float, final: float) -> float:
-    """p at `step` (from 0) of `steps`, linear from `start` to `final`."""
+    """The power p of minimality at `step` (from 0) of `steps`, linear from `start` to `final`.
+
+    >>> [round(annealed_p(step, 3, 0.9, 0.1), 2) for step in range(3)]
+    [0.9, 0.5, 0.1]
+    """
     return start + (final - start) * step / max(1, steps - 1)
 
 
 def _relative_entropy(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
-    """KL(a ‖ b) = sum a gap, `gap` = log a - log b, as a sum of `a gap + b - a`, none of which is negative.
+    """KL(a ‖ b) `[...]` of probabilities a, b `[..., N]` with `gap` = log a - log b: their sum of `a gap + b - a`, none
+    of which is negative.
 
     In float32 a plain sum of `a gap` drowns a KL of 1e-7: rounding moves a whole row of log-probabilities by 1e-6.
     Where a and b are close, `a gap + b - a` is `a (exp(-gap) - 1 + gap)`, without their difference.
@@ -84,7 +93,7 @@ def _relative_entropy(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
 
 
 def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]`.
+    """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]` of p and q.
 
     Keys that no query may see are -inf in both.
     """
@@ -113,14 +122,14 @@ class _UnembedKl(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = _logits(hidden[rows], unembedding, bias)
-            for own, known, answer in zip(
+            for own, numbers, answer in zip(
                 logits.split(rows_at_once),
                 index[rows].split(rows_at_once),
                 divergence[rows].split(rows_at_once),
                 strict=True,
             ):
                 _divergence_and_slope(
-                    own, target.index_select(0, known), probabilities.index_select(0, known), answer, reverse
+                    own, target.index_select(0, numbers), probabilities.index_select(0, numbers), answer, reverse
                 )
             if slope is not None:
                 torch.mm(logits, unembedding, out=slope[rows])

@@ -36,7 +36,7 @@ class Noise:
 Fill = Callable[[Tensor, Piece, str, str, Noise | None], None]
 
 
-def nothing(out: Tensor, piece: Piece, name: str, kind: str, noise: Noise | None) -> None:
+def unmoved(out: Tensor, piece: Piece, name: str, kind: str, noise: Noise | None) -> None:
     """The source "importance": masks are g itself (L_recon of section 4, Eq. 5), the delta is off."""
     out.zero_()
 
@@ -83,34 +83,34 @@ def _drawn_rows(
     routed = any(piece.variant.routed is not None for _, piece in pieces)
     moved = any(SOURCES[piece.variant.source].code for _, piece in pieces)
     numbers = g.new_empty(len(rows), *g.shape[1:]) if moved or routed else None
-    kept = g.new_zeros(len(rows), g.shape[1], 1) if delta or routed else None
+    deltas = g.new_zeros(len(rows), g.shape[1], 1) if delta or routed else None
     first = 0
     for _, piece in pieces:
         part, first = slice(first, first + len(piece)), first + len(piece)
-        _fill(
-            None if numbers is None else numbers[part], None if kept is None else kept[part], piece, name, delta, noise
-        )
-        if piece.variant.routed is not None and numbers is not None and kept is not None:
+        own_numbers = None if numbers is None else numbers[part]
+        own_deltas = None if deltas is None else deltas[part]
+        _fill(own_numbers, own_deltas, piece, name, delta, noise)
+        if piece.variant.routed is not None and own_numbers is not None and own_deltas is not None:
             left_alone = ~sent(piece.variant.routed[name][piece.start : piece.stop, :, None], g.device)
-            numbers[part].masked_fill_(left_alone, 1.0)  # a number of 1 is a mask of 1
-            kept[part].masked_fill_(left_alone, 1.0)
-    return MaskedRows(rows, g, kept, origin, numbers)
+            own_numbers.masked_fill_(left_alone, 1.0)  # a number of 1 is a mask of 1
+            own_deltas.masked_fill_(left_alone, 1.0)
+    return MaskedRows(rows, g, deltas, origin, numbers)
 
 
 def _fill(
-    numbers: Tensor | None, kept: Tensor | None, piece: Piece, name: str, delta: bool, noise: Noise | None
+    numbers: Tensor | None, deltas: Tensor | None, piece: Piece, name: str, delta: bool, noise: Noise | None
 ) -> None:
-    """Fill the `numbers` `[n, T, C]` and the delta's masks `kept` `[n, T, 1]` of one piece by its variant's source."""
+    """Fill the `numbers` `[n, T, C]` and the delta's masks `deltas` `[n, T, 1]` of a piece by its variant's source."""
     source = SOURCES[piece.variant.source]
-    fill: Fill = source.load() if source.code else nothing
+    fill: Fill = source.load() if source.code else unmoved
     if numbers is not None:
         fill(numbers, piece, name, "mask", noise)
-    if kept is None:
+    if deltas is None:
         return
     if piece.variant.delta:
-        kept.fill_(piece.variant.delta)
+        deltas.fill_(piece.variant.delta)
     elif delta and source.code:  # else they are 0 already
-        fill(kept, piece, name, "delta", noise)
+        fill(deltas, piece, name, "delta", noise)
 
 
 def _fixed_rows(pieces: Sequence[tuple[int, Piece]], name: str) -> MaskedRows:

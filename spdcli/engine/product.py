@@ -1,12 +1,12 @@
-"""The replacement kernel: what a matrix answers on all rows of a plan, masked slices where rows ask for them.
+"""The replacement kernel: a matrix's output on all rows of a plan, by masked slices on the rows that have masks.
 
-With mask m and delta mask d a row that asks is answered by
+With mask m and delta mask d such a row's output is
 
     x (U diag(m) V + d (W - U V)) = d (x W) + ((x U) * (m - d)) V,
 
-every other row by `x W`. `W - U V` is never formed, and what is as wide as the slices is visited in chunks
+every other row's `x W`. `W - U V` is never formed, and what is as wide as the slices is visited in chunks
 that fit the cache; only the inner activations `x U` are kept for backward.
-R rows, r of them asking, T positions, I d_in, O d_out, C slices.
+R rows, r of them masked, T positions, I d_in, O d_out, C slices.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ GPU_CHUNK_ELEMENTS = 1 << 26  # 256 MiB: small chunks would leave a GPU waiting 
 
 @dataclass(eq=False)
 class MaskedRows:
-    """Rows that want a matrix replaced: their numbers `rows` `[r]`, and their masks.
+    """The rows on which a matrix is replaced, and by what masks.
 
-    The mask of row `rows[i]` is `mask[i]` `[T, C]`, or `mask[origin[i]]` where there is an `origin` `[r]`; `noise`
-    `[r, T, C]` in [0, 1] moves it towards 1, to `mask + (1 - mask) * noise`. `delta` `[r, T, 1]` are the delta's masks,
-    None for 0. Masks that are the same everywhere may have a T of 1, but no gradient then.
+    `rows` `[r]` are their numbers among the R rows of a chunk. Row `rows[i]` has the mask `mask[i]` `[T, C]`, or
+    `mask[origin[i]]` where there is an `origin` `[r]`, so that rows may share one. `noise` `[r, T, C]`, numbers in
+    [0, 1], moves masks towards 1: to `mask + (1 - mask) * noise`. `delta` `[r, T, 1]` are the masks of the delta
+    W - U V; None is 0. Masks that are the same at every position may have a T of 1, but no gradient then.
     """
 
     rows: Tensor
@@ -38,13 +39,13 @@ class MaskedRows:
     noise: Tensor | None = None
 
     def last(self, positions: int) -> MaskedRows:
-        """The same for the last `positions` positions."""
+        """The same masks at the last `positions` positions alone."""
         cut = lambda t: t if t is None or t.shape[1] <= positions else t[:, -positions:]  # noqa: E731
         return MaskedRows(self.rows, cut(self.mask), cut(self.delta), self.origin, cut(self.noise))
 
 
 def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, masks: MaskedRows) -> Tensor:
-    """The matrix's output `[R, T, O]` on x `[R, T, I]`: masked slices on the rows that ask, the target's on the rest.
+    """The matrix's output `[R, T, O]` on x `[R, T, I]`: by masked slices on the rows of `masks`, else the target's.
 
     weight `[I, O]`, bias `[O]` or None, U `[I, C]`, V `[C, O]`; x, U, V and `masks.mask` get gradients. Where x has
     fewer positions than the masks, it has the last ones.
@@ -84,16 +85,16 @@ class _Replaced(torch.autograd.Function):
         out = x.new_empty(*x.shape[:2], V.shape[1])
         inner = x.new_empty(len(rows), x.shape[1], V.shape[0])
         for part in _chunks(x, len(rows), V.shape[0]):
-            chosen = rows[part]
-            piece = x.index_select(0, chosen)
+            own = rows[part]
+            piece = x.index_select(0, own)
             torch.matmul(piece, U, out=inner[part])
             answer = (inner[part] * _share(part, mask, origin, noise, delta)) @ V
             if delta is not None:
                 answer += delta[part] * (piece @ weight)
-            out.index_copy_(0, chosen, answer)
+            out.index_copy_(0, own, answer)
         for part in _chunks(x, len(rest), V.shape[0]):
-            chosen = rest[part]
-            out.index_copy_(0, chosen, x.index_select(0, chosen) @ weight)
+            own = rest[part]
+            out.index_copy_(0, own, x.index_select(0, own) @ weight)
         ctx.save_for_backward(x, weight, U, V, mask, rows, rest, origin, noise, delta, inner)
         return out if bias is None else out.add_(bias)
 
@@ -105,26 +106,26 @@ class _Replaced(torch.autograd.Function):
         grad_U, grad_V = (torch.zeros_like(U), torch.zeros_like(V)) if want_slices else (None, None)
         grad_mask = torch.zeros_like(mask) if want_mask else None
         for part in _chunks(x, len(rows), V.shape[0]):
-            chosen = rows[part]
-            piece_grad, own = grad.index_select(0, chosen), inner[part]
+            own = rows[part]
+            piece_grad, piece_inner = grad.index_select(0, own), inner[part]
             share = _share(part, mask, origin, noise, delta)
             outward = piece_grad @ V.t()
             if grad_V is not None:
-                grad_V.addmm_((own * share).flatten(0, 1).t(), piece_grad.flatten(0, 1))
+                grad_V.addmm_((piece_inner * share).flatten(0, 1).t(), piece_grad.flatten(0, 1))
             if grad_mask is not None:
-                _add_mask_gradient(grad_mask, outward * own, part, origin, noise)
+                _add_mask_gradient(grad_mask, outward * piece_inner, part, origin, noise)
             outward *= share
             if grad_U is not None:
-                grad_U.addmm_(x.index_select(0, chosen).flatten(0, 1).t(), outward.flatten(0, 1))
+                grad_U.addmm_(x.index_select(0, own).flatten(0, 1).t(), outward.flatten(0, 1))
             if grad_x is not None:
                 answer = outward @ U.t()
                 if delta is not None:
                     answer += (delta[part] * piece_grad) @ weight.t()
-                grad_x.index_copy_(0, chosen, answer)
+                grad_x.index_copy_(0, own, answer)
         if grad_x is not None:
             for part in _chunks(x, len(rest), V.shape[0]):
-                chosen = rest[part]
-                grad_x.index_copy_(0, chosen, grad.index_select(0, chosen) @ weight.t())
+                own = rest[part]
+                grad_x.index_copy_(0, own, grad.index_select(0, own) @ weight.t())
         return grad_x, None, None, grad_U, grad_V, grad_mask, None, None, None, None, None
 
 
@@ -136,7 +137,7 @@ def _chunks(x: Tensor, rows: int, slices: int) -> Iterator[slice]:
 
 
 def _share(part: slice, mask: Tensor, origin: Tensor | None, noise: Tensor | None, delta: Tensor | None) -> Tensor:
-    """`m - d` of some of the asking rows, `[n, T, C]`."""
+    """`m - d` of n of the masked rows, those of `part`: `[n, T, C]`."""
     own = mask[part] if origin is None else mask.index_select(0, origin[part])
     if noise is not None:
         own = torch.lerp(own, own.new_ones(()), noise[part])

@@ -1,4 +1,7 @@
-"""The losses of one step and their gradients: one pass over the plan (Algorithm 3, lines 2 to 9)."""
+"""The losses of one step and their gradients: one pass over the plan (Algorithm 3, lines 3 to 9).
+
+`backward_step` is the whole of it. B sequences, T positions, R rows of a chunk, C slices, H attention heads.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,14 @@ ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the att
 
 @dataclass(frozen=True)
 class LossSettings:
-    """`coefficients` by loss name (only those above 0 are evaluated); the rest as in a recipe's [losses].
+    """Which losses a step has and how their masks are drawn: a recipe's [losses].
 
-    `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses, and
-    `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the plan
-    pass multiply in bfloat16; importances and losses stay as they are.
-    `delta_mask` is that of every variant; 0 leaves it to the masks' source.
+    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2;
+    minimality's power p goes from `p_start` to `p_final`, or stays where it is without `anneal_p`; `epsilon` is added
+    to g before it; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is KL(variant ‖ target). `layerwise_matrices` of
+    the matrices, drawn every step, stand for all in the layerwise losses, and `faithfulness_probes` random vectors for
+    the exact faithfulness; None is exact. With `half` the blocks of the plan pass multiply in bfloat16; importances and
+    losses stay as they are. `delta_mask` is that of every variant; 0 leaves it to the masks' source.
     """
 
     coefficients: Mapping[str, float]
@@ -52,6 +57,7 @@ class LossSettings:
 
     @property
     def reconstruction(self) -> list[str]:
+        """The names of the reconstruction losses that are evaluated."""
         return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
 
     def on_stream(self, share: float) -> LossSettings:
@@ -69,7 +75,10 @@ class LossSettings:
 
 
 def row_costs(target: Target, slices: SliceSet, positions: int) -> list[float]:
-    """Bytes that a row entering at block b keeps for backward: an estimate from the sizes of its matrices."""
+    """Bytes that a row entering at block b, of so many `positions`, keeps for backward: element b of the list.
+
+    It is an estimate, from the widths of the matrices from block b on.
+    """
     size = target.unembedding.element_size()
     width = target.unembedding.shape[1]
     per_block = [16.0 * width + 2 * positions for _ in target.blocks]
@@ -93,13 +102,17 @@ def reconstruction(
     attend: Callable[[Variant, Tensor], Tensor] | None = None,
     half: bool = False,
 ) -> None:
-    """One pass over a plan, chunk by chunk.
+    """Run all `variants` on the batch of a clean pass, in chunks of at most `budget` bytes, and hand over their KLs.
 
-    `g[m]` `[B, T, C]` are the importances masks are made of. For every piece of the plan, `consume` gets the
-    variant, the sequences and their KLs (`[k]`, looked-at positions in order); what it returns is summed over the
-    chunk and, unless None, sent backward before the next chunk is built. `attend` gets, for the variants of
-    ATTENDED, the KL of their attention to the target's (see `attention_errors`), and is summed likewise.
-    `half` is for the blocks alone.
+    Goes in: importances `g[m]` `[B, T, C]`, which masks start from (fixed variants need none), and `noise` for the
+    sources that draw. Comes out, through `consume(variant, sequences, divergence)`: for some of a variant's sequences,
+    given as a slice, the KL to the target in nats at every looked-at position, `[k]` in order; a variant may come in
+    several parts. With `reverse` the KL is turned round. What `consume` returns, a number a call, is the share of the
+    objective: the sum of a chunk's is sent backward before the next chunk is built, so that only one chunk's
+    activations exist at a time; None sends nothing.
+
+    `attend(variant, error)` gets likewise the attention errors of the variants of ATTENDED losses (see
+    `attention_errors`). With `half` the blocks multiply in bfloat16.
     """
     sequences, positions = clean.batch.tokens.shape
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
@@ -121,11 +134,12 @@ def reconstruction(
 def attention_errors(
     clean: Clean, chunk: Sequence[Piece], patterns: Sequence[Tensor]
 ) -> Iterator[tuple[Variant, Tensor]]:
-    """For each piece of a variant in ATTENDED: KL(target ‖ variant) of the attention, in nats (the attention loss adds
-    those of all ATTENDED variants up).
+    """How far the attention of variants is from the target's: for each piece of an ATTENDED loss, its variant and one
+    number, KL(target ‖ variant) of the attention patterns in nats.
 
-    Summed over the piece's sequences, mean over blocks, heads and real queries. `patterns` are those of the plan
-    pass, from the chunk's first block on; blocks before a variant's entry are the target's.
+    The KL is a mean over blocks, heads and real queries, and a sum over the piece's sequences. `patterns[i]`
+    `[R, H, T, T]` are log-probabilities of the chunk's rows in the i-th block of its plan pass, which begins at the
+    chunk's first entry; blocks before a variant's own entry are the target's, and add nothing.
     """
     first_block, first = chunk[0].variant.entry, 0
     for piece in chunk:
@@ -142,17 +156,17 @@ def attention_errors(
 
 
 def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
-    """Faithfulness of all decomposed matrices (Eq. 1)."""
+    """Faithfulness of all decomposed matrices, one number (Eq. 1)."""
     return faithfulness(_weights_and_slices(target, slices))
 
 
 def estimated_faithfulness(target: Target, slices: SliceSet, probes: int, generator: torch.Generator) -> Tensor:
-    """Faithfulness by `probes` random sign vectors a matrix, drawn from `generator` on the CPU."""
+    """An unbiased estimate of it, by `probes` random sign vectors a matrix, drawn from `generator` on the CPU."""
     pairs = _weights_and_slices(target, slices)
     signs = {}
     for name, (weight, _, _) in pairs.items():
-        drawn = torch.randint(2, (probes, weight.shape[0]), generator=generator)
-        signs[name] = sent((2 * drawn - 1).to(weight.dtype), weight.device)
+        bits = torch.randint(2, (probes, weight.shape[0]), generator=generator)
+        signs[name] = sent((2 * bits - 1).to(weight.dtype), weight.device)
     return probed_faithfulness(pairs, signs)
 
 
@@ -162,7 +176,8 @@ def _weights_and_slices(target: Target, slices: SliceSet) -> dict[str, tuple[Ten
 
 @dataclass(eq=False)
 class Step:
-    """The gradients of one step are in the parameters; `losses` are its terms, still on the device."""
+    """What a step tells, on the device still: every loss before its coefficient, and the mean number of active slices
+    (g > 0) at a real position, by matrix."""
 
     losses: dict[str, Tensor]
     active: dict[str, Tensor]
@@ -178,10 +193,16 @@ def backward_step(
     noise: Noise,
     budget: float,
 ) -> Step:
-    """All losses of one step and their gradients: one pass over the plan, cut where memory asks for it.
+    """One training step without its update (Algorithm 3, lines 3 to 9): all losses, and their gradients.
 
-    Backward runs chunk by chunk against detached importances; their summed gradient then goes through the importance
-    functions once, together with faithfulness and minimality.
+    Goes in: the clean pass of a minibatch; `settings`, which losses and how much of each; the power `p` of minimality;
+    the `generator` that matrices and subsets are drawn from and the `noise` that masks are; the `budget` in bytes that
+    the activations of one chunk of variants may take. Comes out: a `Step`; the gradient of the objective, the sum of
+    coefficient times loss, is *added* to `.grad` of all U, V and importance functions.
+
+    How: backward runs chunk by chunk against detached importances `[B, T, C]`, whose summed gradient then goes through
+    the importance functions once, together with faithfulness and minimality. The result is that of one backward
+    through everything.
     """
     lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
@@ -216,10 +237,11 @@ def _plan_terms(
     noise: Noise,
     budget: float,
 ) -> dict[str, Tensor]:
-    """Run the step's plan backward into the slices and the importances `leaves`; returns its loss terms, detached."""
-    wanted = settings.reconstruction
+    """The losses of the step's variants, detached, by name; their gradients are added to `.grad` of the slices and of
+    the importances `leaves[m]` `[B, T, C]`."""
+    losses = settings.reconstruction
     attention = settings.coefficients.get("attention", 0)
-    names = [*wanted, "attention"] if attention > 0 else wanted
+    names = [*losses, "attention"] if attention > 0 else losses
     sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in names}
     sequences, looked = len(clean.batch.tokens), clean.log_probs.shape[0]
 
@@ -236,7 +258,7 @@ def _plan_terms(
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.batch.tokens.shape[1])
     variants = draw_variants(
-        wanted,
+        losses,
         blocks,
         settings.samples,
         settings.subset,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.importance import Importances, leaky
+from spdcli.engine.importance import Importances, leaky_hard_sigmoid
 from spdcli.engine.tables import STARTS
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
@@ -135,28 +135,28 @@ def distinct_rows(inputs: Tensor, tolerance: float = 1e-3) -> Tensor:
 def _padded(
     left: Tensor, values: Tensor, right: Tensor, slices: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    kept = min(slices, values.shape[0])
-    root = values[:kept].sqrt()
-    return _filled(left[:, :kept] * root, root[:, None] * right[:kept], slices, generator)
+    count = min(slices, values.shape[0])
+    root = values[:count].sqrt()
+    return _filled(left[:, :count] * root, root[:, None] * right[:count], slices, generator)
 
 
 def _filled(read: Tensor, write: Tensor, slices: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`read` `[I, n]` and `write` `[n, O]` as the first n of C slices; the others read something and write nothing."""
-    kept = read.shape[1]
+    count = read.shape[1]
     U = _directions(read.shape[0], slices, generator, read)
     V = write.new_zeros(slices, write.shape[1])
-    U[:, :kept], V[:kept] = read, write
+    U[:, :count], V[:count] = read, write
     return U, V
 
 
 def _directions(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Gaussian `[rows, columns]` with columns of norm about 1."""
-    drawn = torch.randn(rows, columns, generator=generator, dtype=like.dtype)
-    return drawn.to(like.device) / rows**0.5
+    numbers = torch.randn(rows, columns, generator=generator, dtype=like.dtype)
+    return numbers.to(like.device) / rows**0.5
 
 
 class SliceSet(nn.Module):
-    """Slices of several matrices of one target: all that a forward pass needs.
+    """Slices, U `[I, C]` and V `[C, O]`, of several matrices of one target: all that a forward pass needs.
 
     `delta` says whether `W - U V` takes part as one more component, with a mask of its own.
     """
@@ -188,7 +188,7 @@ class Decomposition(SliceSet):
         """
         read = {name: self.of(name).U for name in self.names}
         raw = self.importances(inputs, read, valid)
-        both = {name: leaky(values) for name, values in raw.items()}
+        both = {name: leaky_hard_sigmoid(values) for name, values in raw.items()}
         return {n: lower for n, (lower, _) in both.items()}, {n: upper for n, (_, upper) in both.items()}
 
 
@@ -200,17 +200,17 @@ def start_slices(
     seed: int,
     moments: dict[str, Tensor] | None = None,
 ) -> dict[str, Slices]:
-    """Fresh slices for every matrix; `start` is one of STARTS.
+    """Fresh slices, U `[I, C]` and V `[C, O]`, for every matrix; `slices` is C and `start` a key of `tables.STARTS`.
 
-    `inputs[m]` is the data `[n, I]`, for svd_span and the duals; `moments[m]` `[I, I]` is for dual_whitened.
+    `inputs[m]` `[n, I]` is the data of starts that need inputs, `moments[m]` `[I, I]` for those that need a moment.
     """
     generator = torch.Generator().manual_seed(seed)
-    made = {}
+    started = {}
     for name, matrix in matrices.items():
         weight = matrix.weight.detach()
         precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
         data = None if inputs is None else inputs[name].to(precise)
         moment = None if moments is None else moments[name].to(weight.device)
         U, V = STARTS[start].load()(weight.to(precise), slices, data, moment, generator)
-        made[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))
-    return made
+        started[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))
+    return started

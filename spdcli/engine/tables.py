@@ -119,7 +119,7 @@ LOSSES: dict[str, Loss] = {
         ),
         Loss(
             "recon_partial",
-            "Eq. 5 and 7",
+            "Eq. 5 and Eq. 7",
             "KL (nats) to the target with a random subset of the matrices masked by importances",
             "importance",
             "subset",
@@ -145,7 +145,7 @@ LOSSES: dict[str, Loss] = {
         ),
         Loss(
             "stochastic_recon_partial",
-            "Eq. 6 and 8",
+            "Eq. 6 and Eq. 8",
             "KL (nats) to the target with a random subset of the matrices masked by numbers drawn between importance "
             "and 1",
             "stochastic",
@@ -162,9 +162,9 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def losses_where(chosen: Callable[[Loss], bool]) -> tuple[str, ...]:
-    """The names of the losses that `chosen` is True of, in the order of LOSSES."""
-    return tuple(name for name, loss in LOSSES.items() if chosen(loss))
+def losses_where(condition: Callable[[Loss], bool]) -> tuple[str, ...]:
+    """The names of the losses of which `condition` is True, in the order of LOSSES."""
+    return tuple(name for name, loss in LOSSES.items() if condition(loss))
 
 
 @dataclass(frozen=True)

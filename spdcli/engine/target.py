@@ -54,10 +54,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LookedAt:
-    """Which of a batch's positions are looked at, in numbers that the host knows: a device would have to be waited for.
+    """Where the n positions are that a batch's losses look at (`Batch.looked`).
 
-    `spots` `[n]` are their places in the flat `[B * T]`, in order; those of sequence i start at `firsts[i]`. `ends`:
-    they are the last positions, and no others. `padded`: some position is padding.
+    `spots` `[n]` are their places in the batch laid flat, `[B * T]`, in order. The numbers beside it are the host's, so
+    that a GPU is not waited for: `firsts[i]` is how many of them come before sequence i (B + 1 numbers, the last one
+    n); `ends`, whether they are the last position of every sequence and no other; `padded`, whether the batch has
+    padding anywhere.
     """
 
     spots: Tensor
@@ -68,10 +70,12 @@ class LookedAt:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences to run: `tokens` `[B, T]`, which of them are real, and which the losses look at.
+    """B sequences of T tokens to run a target on.
 
-    `valid` is False at padding (always at the end). `looked` is True at positions whose next-token
-    distribution counts. A toy batch also names its position classes: `classes["m"]` is `[B, T]` bool.
+    `tokens` `[B, T]` are token ids. `valid` `[B, T]` is False at padding, which is always at the end. `looked` `[B, T]`
+    is True at the positions whose next-token distribution the losses compare. `answers` `[B]` are the tokens that
+    should follow, where there is one for every sequence. `classes[name]` `[B, T]` is True at the toy's positions of
+    that class: s1, m, s2, random.
     """
 
     tokens: Tensor
@@ -98,7 +102,8 @@ class Batch:
 
     @cached_property
     def looked_at(self) -> LookedAt:
-        """Worked out on the device of the tensors: make a batch on the host, and move it with `to`."""
+        """Where the positions are that losses look at. It reads numbers out of the tensors, so make a batch on the
+        host and move it with `to`, which keeps what is known."""
         assert bool((self.valid[:, :-1] >= self.valid[:, 1:]).all()), "padding must be at the end"
         firsts = [0, *self.looked.sum(1).cumsum(0).tolist()]
         return LookedAt(
@@ -109,12 +114,13 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, for which the host does not wait if it is a GPU."""
         batch = self.map(lambda tensor: sent(tensor, device))
         batch.__dict__["looked_at"] = replace(self.looked_at, spots=sent(self.looked_at.spots, device))
         return batch
 
     def select(self, rows: Tensor) -> Batch:
-        """Some of the sequences, by number."""
+        """The sequences whose numbers are `rows` `[n]`."""
         return self.map(lambda tensor: tensor[rows])
 
 
@@ -127,14 +133,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 class Target:
     """A frozen model, seen as: `run` (tokens through all blocks), the blocks, `finish`, unembedding.
 
-    `run(tokens)` calls the blocks in order; the engine listens in with hooks, so what it
-    returns does not matter. `finish` is the final norm (identity where there is none).
-    `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts
-    of one module are neighbours and together cover all its columns. While `record_patterns()` is open, every block
-    that runs appends its attention log-probabilities `[B, H, T, T]` (None where blocks do not tell). `last_block`,
-    called like the last block, gives its output at the last position alone, `[R, 1, D]` (None where it cannot).
-    `parts[kind]` are the modules, one a block, whose outputs are added to the stream: `mlp` and `attention` (empty
-    where a block is no such sum).
+    `run(tokens)` calls the `blocks` in order on tokens `[B, T]`; the engine listens in with hooks, so what it returns
+    does not matter. A block takes a hidden state `[R, T, D]` first and gives one, alone or first in a tuple. `finish`
+    is the final norm, `[..., D]` to the same (identity where there is none); logits are what it gives, times
+    `unembedding` `[N, D]` transposed, plus `unembedding_bias` `[N]`. `embedding` `[N, D]` has a row a token.
+
+    `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts of one module are
+    neighbours and together cover all its columns. While `record_patterns()` is open, every block that runs appends its
+    attention log-probabilities `[R, H, T, T]` (None where blocks cannot). `last_block`, called like the last block,
+    gives its output at the last position alone, `[R, 1, D]` (None where it cannot). `parts[kind]` are the modules, one
+    a block, whose outputs are added to the stream: `mlp` and `attention` (empty where a block is no such sum).
     """
 
     model: nn.Module

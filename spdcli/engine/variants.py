@@ -78,7 +78,7 @@ class Drawing:
 
 
 def all_matrices(names: Sequence[str], drawing: Drawing) -> list[Selection]:
-    """The scope "all": one selection of all L matrices `names` (Eq. 2)."""
+    """The scope "all": one selection of all L matrices `names` (Eq. 2, and L_recon of section 4)."""
     return [Selection(names)]
 
 
@@ -91,8 +91,8 @@ def each_alone(names: Sequence[str], drawing: Drawing) -> list[Selection]:
 
 
 def random_subset(names: Sequence[str], drawing: Drawing) -> list[Selection]:
-    """The scope "subset": k uniform from 1 .. L, then k of the L matrices (Eq. 5 to 8): one such selection, or
-    (`subset` position) another one at every position."""
+    """The scope "subset" (Eq. 5 and Eq. 7, Eq. 6 and Eq. 8): k uniform from 1 .. L, then k of the L matrices; one such
+    selection, or (`subset` position) another one at every position."""
     if drawing.subset == "position":
         return [Selection(names, _routed_subset(names, drawing.shape, drawing.generator))]
     size = int(torch.randint(1, len(names) + 1, (), generator=drawing.generator))
@@ -142,24 +142,24 @@ def _routed_subset(names: Sequence[str], shape: tuple[int, int], generator: torc
 
 
 def chunks(variants: Sequence[Variant], sequences: int, row_bytes: Sequence[float], budget: float) -> list[list[Piece]]:
-    """Cut a plan into chunks whose activations fit `budget` bytes; a chunk has at least one row.
+    """Cut a plan of `variants` on so many `sequences` into chunks whose activations fit `budget` bytes.
 
-    `row_bytes[b]` is what a row that enters at block b keeps for backward. A variant is cut between
-    sequences only when it does not fit whole.
+    `row_bytes[b]` is what a row that enters at block b keeps for backward. A chunk has at least one row. A variant is
+    cut between sequences only when it does not fit whole.
     """
-    done: list[list[Piece]] = []
+    full: list[list[Piece]] = []
     current: list[Piece] = []
     room = budget
     for variant in variants:
         cost = row_bytes[variant.entry]
         whole = cost * sequences
         if current and whole > room:
-            done.append(current)
+            full.append(current)
             current, room = [], budget
         if whole <= room:
             current.append(Piece(variant, 0, sequences))
             room -= whole
             continue
         step = max(1, int(budget // cost))
-        done += [[Piece(variant, start, min(start + step, sequences))] for start in range(0, sequences, step)]
-    return [*done, current] if current else done
+        full += [[Piece(variant, start, min(start + step, sequences))] for start in range(0, sequences, step)]
+    return [*full, current] if current else full

@@ -28,18 +28,18 @@ def load_document(
 ) -> tuple[Model, Source]:
     """The file at `path` as a `model`, and where each of its keys stands.
 
-    `check` finds what the model's own types and ranges cannot say. Raises RecipeError with every mistake.
+    `check` gives the mistakes that the model's own types and ranges cannot tell. Raises RecipeError with all mistakes.
     """
     text = read_toml(path, kind.name)
     raw = parse_toml(text, str(path))
     source = Source(str(path), key_lines(text))
     try:
-        made = model.model_validate(raw)
-        found = list(check(made))
+        document = model.model_validate(raw)
+        mistakes = list(check(document))
     except ValidationError as error:
-        found = document_mistakes(error, raw, model)
-        made = None
-    if made is None or found:
-        problems = [source.problem(mistake.keys, mistake.message) for mistake in found]
+        mistakes = document_mistakes(error, raw, model)
+        document = None
+    if document is None or mistakes:
+        problems = [source.problem(mistake.keys, mistake.message) for mistake in mistakes]
         raise RecipeError(sorted(problems, key=lambda problem: problem.line or 0), kind.hint)
-    return made, source
+    return document, source

@@ -114,7 +114,7 @@ class Optimisation(Section):
         "where there are more."
     )
     steps: Positive = Field(description="How many steps to train.")
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adam", description="Which optimizer.")
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adam", description="Which optimizer moves the parameters.")
     learning_rate: Rate = Field(1e-3, description="The highest learning rate.")
     weight_decay: Coefficient = Field(0.0, description="Weight decay, as the optimizer understands it.")
     schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
@@ -233,7 +233,7 @@ class Recipe(Section):
     train: Train | None = Field(None, description="How the toy is trained; not for a language model.")
     slices: Slices = Field(description="The slices of every matrix.")
     importance: Importance = Field(description="The importance functions.")
-    losses: Losses = Field(description="The losses.")
+    losses: Losses = Field(description="The losses and how much each counts.")
     decompose: Decompose = Field(description="The training of the decomposition.")
 
     @model_validator(mode="after")

@@ -132,10 +132,10 @@ class _Scanner:
         return self.text[self.position : self.position + 1]
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        found = pattern.match(self.text, self.position)
-        assert found is not None, f"not valid TOML at {self.position}"
-        self.position = found.end()
-        return found.group()
+        match = pattern.match(self.text, self.position)
+        assert match is not None, f"not valid TOML at {self.position}"
+        self.position = match.end()
+        return match.group()
 
     def skip(self, expected: str) -> None:
         self.peek()

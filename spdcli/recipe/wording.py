@@ -1,7 +1,7 @@
 """What is wrong with a recipe, in sentences: reads pydantic's findings and the schema, and says what was expected.
 
-A sentence names the place in the recipe's own terms (`[losses] recon`), shows the value that was
-found, describes the one that was expected, and offers the name that was probably meant. Other TOML
+A sentence names the place in the recipe's own terms (`[losses] recon`), shows the value that stands
+there, describes the one that was expected, and offers the name that was probably meant. Other TOML
 files with a pydantic model (facts, edit scripts) are put into words here too.
 """
 
@@ -33,15 +33,15 @@ class Mistake(NamedTuple):
 
 def mistakes(error: ValidationError, raw: Mapping[str, Any]) -> list[Mistake]:
     """Every mistake of the recipe `raw`: what pydantic found in `error`, and the contradictions it did not get to."""
-    found: list[Mistake] = []
+    problems: list[Mistake] = []
     broken: list[KeyPath] = []
     for path, sentence in _findings(error, raw, Recipe):
         broken.append(path)
-        found.append(Mistake((path,), sentence))
+        problems.append(Mistake((path,), sentence))
     for contradiction in contradictions(_sound_part(raw, broken)):
         keys = tuple(tuple(key.split(".")) for key in contradiction.keys)
-        found.append(Mistake(keys, contradiction.message))
-    return found
+        problems.append(Mistake(keys, contradiction.message))
+    return problems
 
 
 def document_mistakes(error: ValidationError, raw: Mapping[str, Any], model: type[BaseModel]) -> list[Mistake]:
@@ -64,15 +64,15 @@ def _findings(error: ValidationError, raw: Mapping[str, Any], model: type[BaseMo
             yield path, _sentence(detail["type"], path, raw, model)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or nothing."""
-    near = nearest(word, known)
+def did_you_mean(word: str, vocabulary: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest word of `vocabulary`, or nothing."""
+    near = nearest(word, vocabulary)
     return f" (did you mean '{near}'?)" if near else ""
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like `word`, whatever its case."""
-    lowered = {candidate.lower(): candidate for candidate in known}
+def nearest(word: str, vocabulary: Iterable[str]) -> str | None:
+    """The word of `vocabulary` that is most like `word`, whatever its case; None where none is like it."""
+    lowered = {candidate.lower(): candidate for candidate in vocabulary}
     near = difflib.get_close_matches(word.lower(), list(lowered), n=1)
     return lowered[near[0]] if near else None
 
@@ -121,12 +121,12 @@ def _unknown(path: KeyPath, raw: Mapping[str, Any], model: type[BaseModel]) -> s
     *section, name = path
     name = str(name)
     is_section = not section and isinstance(raw.get(name), dict)
-    known = known_keys(tuple(section), raw, model)
+    keys = known_keys(tuple(section), raw, model)
     if is_section:
-        near = nearest(name, known)
+        near = nearest(name, keys)
         return f"unknown section [{name}]" + (f" (did you mean [{near}]?)" if near else "")
     place, _ = _place(path)
-    meant = (_belongs(name) if model is Recipe else "") or did_you_mean(name, known)
+    meant = (_belongs(name) if model is Recipe else "") or did_you_mean(name, keys)
     return f"{place}unknown key '{name}'{meant}"
 
 

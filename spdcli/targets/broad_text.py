@@ -56,20 +56,20 @@ def sampled(
     A sequence begins with a token drawn uniformly, for variety. The ids in `special`, which are no text, never occur.
     """
     device = next(model.parameters()).device
-    known = torch.ones(model.get_input_embeddings().weight.shape[0])
-    known[list(special)] = 0
+    allowed = torch.ones(model.get_input_embeddings().weight.shape[0])  # [N]: 0 for a token that must not occur
+    allowed[list(special)] = 0
     parts = []
     for start in range(0, sequences, SEQUENCES_AT_ONCE):
         count = min(SEQUENCES_AT_ONCE, sequences - start)
-        drawn = [torch.multinomial(known, count, replacement=True, generator=generator)]
+        columns = [torch.multinomial(allowed, count, replacement=True, generator=generator)]
         past = None
-        while len(drawn) < length:
-            fed = drawn[-1][:, None].to(device)
-            answer = model(input_ids=fed, past_key_values=past, use_cache=True)
+        while len(columns) < length:
+            last = columns[-1][:, None].to(device)
+            answer = model(input_ids=last, past_key_values=past, use_cache=True)
             past = answer.past_key_values
-            likely = answer.logits[:, -1].float().softmax(-1).cpu() * known
-            drawn.append(torch.multinomial(likely, 1, generator=generator)[:, 0])
-        parts.append(torch.stack(drawn, dim=1))
+            likely = answer.logits[:, -1].float().softmax(-1).cpu() * allowed
+            columns.append(torch.multinomial(likely, 1, generator=generator)[:, 0])
+        parts.append(torch.stack(columns, dim=1))
     return torch.cat(parts)
 
 
@@ -88,12 +88,12 @@ def cut(
             f"data.stream: {path} has {windows} windows of {length} tokens, not {sequences}",
             "lower data.stream_sequences or data.stream_length, or give a longer text",
         )
-    chosen = torch.randperm(windows, generator=generator)[:sequences]
-    return torch.tensor(tokens[: windows * length]).view(windows, length)[chosen]
+    numbers = torch.randperm(windows, generator=generator)[:sequences]
+    return torch.tensor(tokens[: windows * length]).view(windows, length)[numbers]
 
 
 class _Enough(Exception):
-    """Everything that was wanted of a forward pass is there."""
+    """Ends a forward pass early: all inputs that it is run for have been read."""
 
 
 @torch.no_grad()

@@ -75,14 +75,14 @@ class ToyBlock(nn.Module):
         With `last` only the last position is worked out, `[B, 1, D]`.
         """
         normed = self.norm(hidden)
-        placed = normed + positions
-        asking, hidden = (placed[:, -1:], hidden[:, -1:]) if last else (placed, hidden)
-        query, key, value = self.q(asking), self.k(placed), self.v(normed)
+        with_positions = normed + positions
+        from_query, hidden = (with_positions[:, -1:], hidden[:, -1:]) if last else (with_positions, hidden)
+        query, key, value = self.q(from_query), self.k(with_positions), self.v(normed)
         if self.recorded is not None:
             self.recorded.append(self.scores(query, key).log_softmax(-1))
         q, k, v = self.split(query), self.split(key), self.split(value)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=not last).transpose(-2, -3).flatten(-2)
-        hidden = hidden + self.o(mixed)
+        values = F.scaled_dot_product_attention(q, k, v, is_causal=not last).transpose(-2, -3).flatten(-2)
+        hidden = hidden + self.o(values)
         if self.feed_forward:
             hidden = hidden + self.down(F.relu(self.up(self.ff_norm(hidden))))
         return hidden

@@ -90,10 +90,10 @@ def importance_masks_of(target: Target, decomposition: Decomposition) -> MasksOf
 
 
 def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta: float) -> dict[str, MaskedRows]:
-    """What every matrix in `masks` is asked for, on all sequences of a batch. UsageError for masks of other shapes."""
+    """The masks of every matrix in `masks`, on all sequences of a batch. UsageError for masks of other shapes."""
     sequences, positions = batch.tokens.shape
     rows = torch.arange(sequences, device=batch.tokens.device)
-    asked = {}
+    by_matrix = {}
     for name, mask in masks.items():
         if name not in decomposition.names:
             raise UsageError(
@@ -109,5 +109,5 @@ def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta:
                 f"a mask of {name} is of shape {tuple(mask.shape)}; expected [C], [T, C] or [B, T, C] of {whole}"
             ) from None
         share = mask.new_full((sequences, positions, 1), delta) if delta else None
-        asked[name] = MaskedRows(rows, mask, share)
-    return asked
+        by_matrix[name] = MaskedRows(rows, mask, share)
+    return by_matrix

@@ -152,15 +152,15 @@ def test_parameters_are_those_that_are_trained(tmp_path):
 def test_the_heap_has_holes_and_is_given_back():
     heap = Heap()
     blocks = [heap.take(3 << 20) for _ in range(8)]
-    assert heap.grown >= 24 << 20
+    assert heap.growth >= 24 << 20
     for number in blocks[::2]:
         heap.give_back(number)
     heap.take(5 << 20)  # no hole of 3 MiB can hold it
-    assert heap.grown >= 17 << 20
+    assert heap.growth >= 17 << 20
     heap.close()
-    before = heap.grown
+    before = heap.growth
     heap.take(1 << 20)
-    assert heap.grown == before
+    assert heap.growth == before
 
 
 def test_untouched_blocks_cost_no_memory():
@@ -168,7 +168,7 @@ def test_untouched_blocks_cost_no_memory():
     heap = Heap()
     heap.take(1 << 30)
     assert used_bytes(CPU) - before < 1 << 26
-    assert heap.grown >= 1 << 30
+    assert heap.growth >= 1 << 30
     heap.close()
 
 

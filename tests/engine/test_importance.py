@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from twins import attention_loop, close, gradients
 
-from spdcli.engine.importance import Importances, ImportanceSettings, leaky, span_basis
+from spdcli.engine.importance import Importances, ImportanceSettings, leaky_hard_sigmoid, span_basis
 from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 WIDTHS = {"h.0.a": 4, "h.0.b": 6, "h.1.c": 4}  # two matrices share a width, and so a mixer
@@ -100,7 +100,7 @@ def test_every_kind_slice_by_slice(lengths, kind, relative, causal, activation):
 def test_importances_for_masks(x, value, raising, lowering):
     for gradient, expected in ((-1.0, raising), (1.0, lowering)):
         leaf = torch.tensor(x, requires_grad=True)
-        out, _ = leaky(leaf)
+        out, _ = leaky_hard_sigmoid(leaf)
         out.backward(torch.tensor(gradient))
         assert out.item() == pytest.approx(value)
         assert leaf.grad.item() == pytest.approx(expected)
@@ -109,7 +109,7 @@ def test_importances_for_masks(x, value, raising, lowering):
 @pytest.mark.parametrize(("x", "value", "slope"), [(-0.5, 0, 0), (0.3, 0.3, 1), (1.5, 1.005, 0.01), (3.0, 1.02, 0.01)])
 def test_importances_for_minimality(x, value, slope):
     leaf = torch.tensor(x, requires_grad=True)
-    _, out = leaky(leaf)
+    _, out = leaky_hard_sigmoid(leaf)
     out.backward()
     assert out.item() == pytest.approx(value)
     assert leaf.grad.item() == pytest.approx(slope)
@@ -120,7 +120,7 @@ def test_both_importances_together():
     x = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
     down = torch.tensor([-1.0, 2.0, 3.0, -4.0, 5.0], dtype=torch.float64)
     up = torch.tensor([7.0, -11.0, 13.0, 17.0, 19.0], dtype=torch.float64)
-    lower, upper = leaky(x)
+    lower, upper = leaky_hard_sigmoid(x)
     (lower * down + upper * up).sum().backward()
     assert x.grad.tolist() == pytest.approx([-0.01, 2 - 11, 3 + 13, -4 + 17, 0.19])
 
@@ -178,7 +178,7 @@ def test_pruned_slices_are_off_for_good():
     importances.prune({"h.1.c": torch.tensor([True, True, False, True, True])})
     after = importances(inputs, read)["h.1.c"]
     assert torch.equal(after[..., [0, 3]], before[..., [0, 3]])
-    assert all((g[..., [1, 2, 4]] == 0).all() for g in leaky(after))
+    assert all((g[..., [1, 2, 4]] == 0).all() for g in leaky_hard_sigmoid(after))
     after.sum().backward()
     gate = importances.gates["h/1/c"]
     assert [bool(row.any()) for row in gate.w2.grad.t()] == [True, False, False, True, False]
