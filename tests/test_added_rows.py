@@ -114,16 +114,9 @@ def test_the_parametrised_tests_pick_them_up(tmp_path: Path) -> None:
     """Parity with one run a variant, padding, shares of a plan, the recipe's way to the engine, and starts."""
     files = ["engine/test_parity.py", "engine/test_variants.py", "engine/test_subcomponents.py", "runs/test_subject.py"]
     options = ["-q", "-p", "added_rows", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'base'}"]
+    paths = [f"tests/{file}" for file in files]
     process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            *options,
-            "-k",
-            "half_recon or affine or all_ones",
-            *(f"tests/{file}" for file in files),
-        ],
+        [sys.executable, "-m", "pytest", *options, "-k", "half_recon or affine or all_ones", *paths],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
