@@ -11,9 +11,8 @@ from spdcli.commands.options import Device, Force, Json, Quiet, Set, Verbose, ma
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
-
-REPORT = "reproduce.json"
+    from spdcli.console import Console
+    from spdcli.errors import SpdError
 
 Experiment = Annotated[
     Literal["induction", "facts"], typer.Argument(help="What to reproduce.", metavar="induction|facts")
@@ -65,23 +64,69 @@ def reproduce(
     console = make_console(json, quiet, verbose)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a directory", "name another with --out")
+    common = (list(set_ or []), device, force)
     if experiment == "facts":
-        from spdcli.commands.reproduce_facts import checked_pairs, fact_tables, reproduce_facts
-
         if same_toy:
             raise UsageError("--same-toy is for the induction experiment")
-        pairs = checked_pairs(pair)
-        name = recipe or "smollm2-facts"
-        data, failed = reproduce_facts(console, name, out, seeds, pairs, set_ or [], device, force)
-        console.show(data, *fact_tables(data))
+        failure = facts(console, recipe or "smollm2-facts", out, seeds, pair, *common)
     else:
         if pair:
             raise UsageError("--pair is for the facts experiment")
-        name = recipe or "induction-quick"
-        from spdcli.commands.reproduce_induction import report_tables, reproduce_induction
-
-        data, failed = reproduce_induction(console, name, out, seeds, same_toy, sequences, set_ or [], device, force)
-        console.show(data, *report_tables(data))
+        failure = induction(console, recipe or "induction-quick", out, seeds, same_toy, sequences, *common)
     console.result(out)
-    if failed is not None:
-        raise failed
+    if failure is not None:
+        raise failure
+
+
+def facts(
+    console: Console,
+    recipe: str,
+    out: Path,
+    seeds: int,
+    pair: list[str] | None,
+    settings: list[str],
+    device: str | None,
+    force: bool,
+) -> SpdError | None:
+    """The facts experiment; the failure if there is one."""
+    from spdcli.commands.reproduce_tables import fact_tables
+    from spdcli.edits.facts_file import load_facts
+    from spdcli.paper.fact_claims import PAIRS
+
+    for name in pair or ():
+        if name not in PAIRS:
+            raise UsageError(f"--pair {name}: expected one of {', '.join(PAIRS)}")
+    pairs = {name: PAIRS[name] for name in pair or PAIRS}
+    from spdcli.paper.fact_experiment import reproduce_facts
+    from spdcli.paper.verdict import SCHEMA
+    from spdcli.records import plain
+
+    with console.progress() as report:
+        experiment, verdict = reproduce_facts(recipe, out, pairs, load_facts(), seeds, settings, device, force, report)
+    console.show({"schema": SCHEMA, **plain(experiment)}, *fact_tables(experiment))
+    return verdict.failure()
+
+
+def induction(
+    console: Console,
+    recipe: str,
+    out: Path,
+    seeds: int,
+    same_toy: bool,
+    sequences: int,
+    settings: list[str],
+    device: str | None,
+    force: bool,
+) -> SpdError | None:
+    """The induction experiment; the failure if there is one."""
+    from spdcli.commands.reproduce_tables import induction_tables
+    from spdcli.paper.induction_experiment import reproduce_induction
+    from spdcli.paper.verdict import SCHEMA
+    from spdcli.records import plain
+
+    with console.progress() as report:
+        experiment, verdict = reproduce_induction(
+            recipe, out, seeds, same_toy, sequences, settings, device, force, report
+        )
+    console.show({"schema": SCHEMA, **plain(experiment)}, *induction_tables(experiment))
+    return verdict.failure("the bounds are for the full-size task; spd eval RUN shows more of a seed")

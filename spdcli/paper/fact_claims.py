@@ -1,15 +1,19 @@
-"""What must hold of facts that are cut out of a language model, and what seeds and pairs of prompts say to it."""
+"""The pairs of facts that `spd reproduce facts` cuts out of a language model, and how large each change may be.
+
+A pair is decomposed together, and each of its facts is cut in two ways: by rule and by effect. Of each cut four changes
+are bounded: of the fact's own answer, of the other prompt of the pair, and the median and mean of the known facts.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdcli.paper.table1 import Bound, Claim
+from spdcli.paper.verdict import Bound, Claim, Evidence
 
-Tables = Mapping[str, Sequence[Mapping[str, Any]]]  # of one seed: the `fact_table` of every pair
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]  # of one seed: by pair the `fact_table`, as JSON
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,18 @@ PAIRS = {
 }
 EFFECT_FALL = 0.8  # of either answer, by slices chosen for it
 OTHERS, MEDIAN, MEAN = 0.1, 0.02, 0.05  # relative changes: of the other prompt, of the known facts
+CHANGES = {  # the bounded numbers of an edit, in words
+    "own": "its own change",
+    "others": "change of the other prompt",
+    "median_relative_change": "median change of known facts",
+    "mean_relative_change": "mean change of known facts",
+}
 
 
-def fact_claims(pairs: Sequence[str]) -> list[Claim]:
+def fact_claims(pairs: Mapping[str, Pair]) -> list[Claim]:
     """Every bound of the pairs, for both ways to choose slices."""
-    made = []
-    for name in pairs:
-        pair = PAIRS[name]
+    claims = []
+    for name, pair in pairs.items():
         for method, falls in (("rule", pair.falls), ("effect", (EFFECT_FALL, EFFECT_FALL))):
             for row, fall in enumerate(falls):
                 answer = pair.prompts[row].rpartition(" ")[2]
@@ -66,53 +75,71 @@ def fact_claims(pairs: Sequence[str]) -> list[Claim]:
                 }
                 for key, (limit, words) in limits.items():
                     bound = Bound(None, limit, pair.stated, strict=key != "own", words=words)
-                    made.append(
-                        Claim(f"{answer} by {method}: {SAID[key]}", finder(name, row, method, key), None, bound)
-                    )
-    return made
+                    number = edit_number(name, row, method, key)
+                    claims.append(Claim(f"{answer} by {method}: {CHANGES[key]}", number, None, bound))
+    return claims
 
 
-SAID = {
-    "own": "its own change",
-    "others": "change of the other prompt",
-    "median_relative_change": "median change of known facts",
-    "mean_relative_change": "mean change of known facts",
-}
+def edit_number(pair: str, row: int, method: str, key: str) -> Callable[[Evidence], float]:
+    """Reads one number of an edit out of a seed's tables; NaN, which holds no bound, where there was no edit."""
 
-
-def finder(pair: str, row: int, method: str, key: str) -> Any:
-    """Reads one number out of a seed's tables; NaN, which holds no bound, where there was no edit."""
-
-    def find(tables: Tables) -> float:
+    def read(tables: Evidence) -> float:
         edit = tables[pair][row]["edits"].get(method)
         return float("nan") if edit is None else edit[key]
 
-    return find
+    return read
 
 
-def method_rows(seeds: Sequence[Tables]) -> list[dict[str, Any]]:
-    """One row a pair, prompt and method, over the seeds: mean, least and largest of each number."""
-    rows = []
-    for pair, table in seeds[0].items():
-        for row, entry in enumerate(table):
-            methods = dict.fromkeys(m for tables in seeds for m in tables[pair][row]["edits"])
-            for method in methods:
-                found = [tables[pair][row]["edits"][method] for tables in seeds if method in tables[pair][row]["edits"]]
-                rows.append(
-                    {
-                        "pair": pair,
-                        "prompt": entry["prompt"],
-                        "token": entry["token"],
-                        "method": method,
-                        "seeds": len(found),
-                        **{key: _spread([edit[key] for edit in found]) for key in NUMBERS},
-                    }
-                )
-    return rows
+@dataclass(frozen=True)
+class Range:
+    """A number over seeds."""
+
+    mean: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRow:
+    """What one method's edit does to a prompt of a pair over the `seeds` on which it is there."""
+
+    pair: str
+    prompt: str
+    token: str
+    method: str
+    seeds: int
+    own: Range
+    others: Range
+    median_relative_change: Range
+    mean_relative_change: Range
+    max_relative_change: Range
+    norm: Range
 
 
 NUMBERS = ("own", "others", "median_relative_change", "mean_relative_change", "max_relative_change", "norm")
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+def method_rows(seeds: Sequence[Tables]) -> list[MethodRow]:
+    """One row a pair, prompt and method, over the seeds."""
+    rows = []
+    for pair, table in seeds[0].items():
+        for row, entry in enumerate(table):
+            for method in dict.fromkeys(method for tables in seeds for method in tables[pair][row]["edits"]):
+                edits = [tables[pair][row]["edits"][method] for tables in seeds if method in tables[pair][row]["edits"]]
+                ranges = {key: range_of([edit[key] for edit in edits]) for key in NUMBERS}
+                rows.append(
+                    MethodRow(
+                        pair=pair,
+                        prompt=entry["prompt"],
+                        token=entry["token"],
+                        method=method,
+                        seeds=len(edits),
+                        **ranges,
+                    )
+                )
+    return rows
+
+
+def range_of(values: Sequence[float]) -> Range:
+    """Mean, least and largest of some values."""
+    return Range(statistics.fmean(values), min(values), max(values))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,77 +70,92 @@ def match(first: Signature, second: Signature) -> dict[int, tuple[int, float]]:
     }
 
 
-def stability(runs: Sequence[dict[str, Signature]]) -> list[dict]:
-    """How well each run's slices are found again in the other runs; needs at least two.
+class Match(NamedTuple):
+    """The partner of a slice in another run (counted from 0), or None there, and their similarity."""
 
-    One entry a slice: `{run, slice, score, matches: [[run, slice or None, similarity], ...]}`, where `run` counts from
-    0 and score is the mean similarity to the partners in the other runs, 0 in a run that has none for it.
-    """
-    found: dict[tuple[int, str, int], list] = {}
+    run: int
+    slice: str | None
+    similarity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceScore:
+    """How well a slice of one run, `matrix:index`, is found again: `score` is the mean similarity to its partners in
+    the other runs, 0 in a run that has none for it."""
+
+    run: int
+    slice: str
+    score: float
+    matches: list[Match]
+
+
+def stability(runs: Sequence[dict[str, Signature]]) -> list[SliceScore]:
+    """How well each run's slices are found again in the other runs; needs at least two. One score a slice."""
+    matches: dict[tuple[int, str, int], list[Match]] = {}
     for a in range(len(runs)):
         for b in range(a + 1, len(runs)):
             for name in runs[a].keys() & runs[b].keys():
                 pairs = match(runs[a][name], runs[b][name])
                 back = {partner: (label, score) for label, (partner, score) in pairs.items()}
-                for run, other, chosen in ((a, b, pairs), (b, a, back)):
+                for run, other, partners in ((a, b, pairs), (b, a, back)):
                     for label in runs[run][name].labels:
-                        partner, score = chosen.get(label, (None, 0.0))
-                        told = None if partner is None else f"{name}:{partner}"
-                        found.setdefault((run, name, label), []).append([other, told, score])
+                        partner, score = partners.get(label, (None, 0.0))
+                        address = None if partner is None else f"{name}:{partner}"
+                        matches.setdefault((run, name, label), []).append(Match(other, address, score))
     return [
-        {"run": run, "slice": f"{name}:{label}", "score": sum(m[2] for m in matches) / len(matches), "matches": matches}
-        for (run, name, label), matches in sorted(found.items())
+        SliceScore(run=run, slice=f"{name}:{label}", score=sum(m.similarity for m in own) / len(own), matches=own)
+        for (run, name, label), own in sorted(matches.items())
     ]
 
 
 @torch.no_grad()
-def effect_signatures(stage: CircuitData) -> dict[str, Signature]:
+def effect_signatures(data: CircuitData) -> dict[str, Signature]:
     """Effects of the active slices of every decomposed matrix (module docstring), `[n, B * T]` or `[n, B * N]`."""
-    made = {}
-    for name in stage.decomposition.names:
-        effect = _logit_effects(stage) if name == "V1" else _score_effects(stage, name)
-        made[name] = Signature(stage.active[name], (effect.flatten(1).cpu(),))
-    return made
+    signatures = {}
+    for name in data.decomposition.names:
+        effect = _logit_effects(data) if name == "V1" else _score_effects(data, name)
+        signatures[name] = Signature(data.active[name], (effect.flatten(1).cpu(),))
+    return signatures
 
 
-def _masked_inner(stage: CircuitData, name: str) -> Tensor:
+def _masked_inner(data: CircuitData, name: str) -> Tensor:
     """`g (x . u)` of the active slices of a matrix at every position, `[n, B, T]`."""
-    chosen = stage.active[name]
-    inner = stage.clean.inputs[name] @ stage.decomposition.of(name).U[:, chosen]
-    return (inner * stage.g[name][..., chosen]).movedim(-1, 0)
+    chosen = data.active[name]
+    inner = data.clean.inputs[name] @ data.decomposition.of(name).U[:, chosen]
+    return (inner * data.g[name][..., chosen]).movedim(-1, 0)
 
 
-def _score_effects(stage: CircuitData, name: str) -> Tensor:
+def _score_effects(data: CircuitData, name: str) -> Tensor:
     """What slices of Q0, K0, V0, Q1 or K1 add to the scores of the query that matters, by key: `[n, B, T]`."""
     layer = 0 if name in ("Q0", "K0") else 1
-    query_at = stage.at["m" if layer == 0 else "s2"]
-    rows, inputs = stage.rows, stage.clean.inputs
-    inner = _masked_inner(stage, name)
-    written = stage.decomposition.of(name).V[stage.active[name]]  # [n, D]
+    query_at = data.at["m" if layer == 0 else "s2"]
+    rows, inputs = data.rows, data.clean.inputs
+    inner = _masked_inner(data, name)
+    written = data.decomposition.of(name).V[data.active[name]]  # [n, D]
     if name.startswith("Q"):
-        keys = inputs[f"K{layer}"] @ stage.target.matrices[f"K{layer}"].weight  # [B, T, D]
+        keys = inputs[f"K{layer}"] @ data.target.matrices[f"K{layer}"].weight  # [B, T, D]
         scores = inner[:, rows, query_at, None] * torch.einsum("nd,btd->nbt", written, keys)
     else:
-        query = inputs[f"Q{layer}"][rows, query_at] @ stage.target.matrices[f"Q{layer}"].weight  # [B, D]
+        query = inputs[f"Q{layer}"][rows, query_at] @ data.target.matrices[f"Q{layer}"].weight  # [B, D]
         if name == "V0":
-            pattern = _target_pattern(stage, 0)
+            pattern = _target_pattern(data, 0)
             inner = torch.einsum("bij,nbj->nbi", pattern, inner)
-            written = written @ stage.target.matrices["K1"].weight
+            written = written @ data.target.matrices["K1"].weight
         scores = inner * (written @ query.t())[..., None]
     seen = torch.arange(scores.shape[-1], device=rows.device) <= query_at[:, None]  # [B, T]
     mean = (scores * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
-    return (scores - mean) * seen / math.sqrt(stage.toy.shape.d_model)
+    return (scores - mean) * seen / math.sqrt(data.toy.shape.d_model)
 
 
-def _logit_effects(stage: CircuitData) -> Tensor:
+def _logit_effects(data: CircuitData) -> Tensor:
     """What slices of V1 add to the logits at s2, `[n, B, N]`."""
-    to_s2 = _target_pattern(stage, 1)[stage.rows, stage.at["s2"]]  # [B, T]
-    arriving = torch.einsum("bt,nbt->nb", to_s2, _masked_inner(stage, "V1"))
-    logits = stage.decomposition.of("V1").V[stage.active["V1"]] @ stage.target.unembedding.t()  # [n, N]
+    to_s2 = _target_pattern(data, 1)[data.rows, data.at["s2"]]  # [B, T]
+    arriving = torch.einsum("bt,nbt->nb", to_s2, _masked_inner(data, "V1"))
+    logits = data.decomposition.of("V1").V[data.active["V1"]] @ data.target.unembedding.t()  # [n, N]
     return arriving[..., None] * (logits - logits.mean(-1, keepdim=True))[:, None]
 
 
-def _target_pattern(stage: CircuitData, layer: int) -> Tensor:
+def _target_pattern(data: CircuitData, layer: int) -> Tensor:
     """The target's attention probabilities `[B, T, T]` in a layer (one head)."""
-    q, k = (stage.product(f"{letter}{layer}", stage.clean.inputs[f"{letter}{layer}"], False) for letter in "QK")
-    return stage.block(layer).scores(q, k).softmax(-1)[:, 0]
+    q, k = (data.product(f"{letter}{layer}", data.clean.inputs[f"{letter}{layer}"], False) for letter in "QK")
+    return data.block(layer).scores(q, k).softmax(-1)[:, 0]

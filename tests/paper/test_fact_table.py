@@ -19,7 +19,7 @@ from spdcli.location.fact_edits import METHODS, fact_edits, most_important_at, s
 from spdcli.paper import fact_claims as fact_bounds
 from spdcli.paper.fact_claims import PAIRS, Pair, fact_claims, method_rows
 from spdcli.paper.fact_table import fact_table, open_table
-from spdcli.paper.table1 import compare, passes
+from spdcli.paper.verdict import judge
 from spdcli.recipe.reading import load_recipe
 from spdcli.records import plain
 from spdcli.runs.decomposition import start_decomposition
@@ -175,6 +175,9 @@ def test_what_a_table_cannot_be_made_of(tiny_llama_dir, tmp_path):
 # --- bounds ----------------------------------------------------------------------------------------
 
 
+ATHLETES = {"athletes": PAIRS["athletes"]}
+
+
 def edit_entry(own, others=0.01, median=0.01, mean=0.01):
     keys = {"median_relative_change": median, "mean_relative_change": mean, "max_relative_change": 0.3, "norm": 1.0}
     return {"own": own, "others": others, **keys}
@@ -203,29 +206,28 @@ def tables(kobe=-0.7, tiger=-0.9, **changes):
     ],
 )
 def test_the_bounds_by_hand(seed, broken):
-    rows, found = compare([seed], fact_claims(["athletes"]))
-    assert found == [broken]
-    assert passes(found) == (not broken)
-    assert len(rows) == 16
-    assert [row["name"] for row in rows if not row["agrees"]] == broken
+    verdict = judge([seed], fact_claims(ATHLETES))
+    assert verdict.broken == [broken]
+    assert verdict.passed == (verdict.failure() is None) == (not broken)
+    assert len(verdict.rows) == 16
+    assert [row.name for row in verdict.rows if not row.agrees] == broken
 
 
 def test_a_choice_that_found_nothing_holds_no_bound():
     seed = tables()
     del seed["athletes"][0]["edits"]["rule"]
-    _, found = compare([seed], fact_claims(["athletes"]))
-    assert len(found[0]) == 4
+    assert len(judge([seed], fact_claims(ATHLETES)).broken[0]) == 4
 
 
 def test_only_the_stated_pair_decides():
     assert [name for name, pair in PAIRS.items() if pair.stated] == ["athletes"]
-    for claim in fact_claims(["painters", "landmarks"]):
+    for claim in fact_claims({name: PAIRS[name] for name in ("painters", "landmarks")}):
         assert not claim.bound.stated
 
 
 def test_methods_over_seeds():
     rows = method_rows([tables(), tables(kobe=-0.9)])
-    row = next(row for row in rows if row["method"] == "rule" and "Kobe" in row["prompt"])
+    row = plain(next(row for row in rows if row.method == "rule" and "Kobe" in row.prompt))
     assert row["own"] == {"mean": pytest.approx(-0.8), "min": -0.9, "max": -0.7}
     assert row["seeds"] == 2
 

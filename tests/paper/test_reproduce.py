@@ -13,10 +13,13 @@ import torch
 from small_runs import TOY, one_line, spd_here
 
 from spdcli import api, cli
-from spdcli.commands.reproduce_induction import number, seed_recipes
+from spdcli.commands.reproduce_tables import number
 from spdcli.errors import Interrupted
 from spdcli.files import load_tensors
-from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, Bound, claims, compare, passes
+from spdcli.paper.induction_experiment import seed_recipes
+from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, claims
+from spdcli.paper.verdict import Bound, judge
+from spdcli.records import plain
 from spdcli.runs import training
 
 # Short sequences and few tokens: the whole experiment in about half a minute on one thread. Its own recipe, so that
@@ -96,12 +99,18 @@ def papers_evaluation(**changes):
     return data | changes
 
 
+def judged(evaluations):
+    """The verdict on Table 1, and its rows as JSON."""
+    verdict = judge(evaluations, claims())
+    return verdict, plain(verdict.rows)
+
+
 def test_every_number_of_the_table_has_a_row():
-    rows, broken = compare([papers_evaluation()])
+    verdict, rows = judged([papers_evaluation()])
     names = [row["name"] for row in rows]
     assert len(names) == len(set(names)) == 24 + 6 + 3 + 3 + 1 + 2
     assert all(row["agrees"] for row in rows)
-    assert broken == [[]]
+    assert verdict.broken == [[]]
     by_name = {row["name"]: row for row in rows}
     assert by_name["active V1 at m"] == {
         "name": "active V1 at m",
@@ -121,8 +130,8 @@ def test_every_number_of_the_table_has_a_row():
 def test_the_papers_own_k0_is_active_at_too_many_random_positions():
     data = papers_evaluation()
     data["active"]["K0"]["random"] = PAPER_ACTIVE["K0"][3]
-    _, broken = compare([data])
-    assert broken == [["active K0 at random"]]
+    verdict, _ = judged([data])
+    assert verdict.broken == [["active K0 at random"]]
 
 
 STATED = {  # a value at the edge that holds, and one just beyond
@@ -162,15 +171,15 @@ def test_how_bounds_are_written():
 
 def test_four_of_five_seeds_are_enough_and_three_are_not():
     good, bad = papers_evaluation(), papers_evaluation(accuracy={"target": 1.0, "masked": 0.9})
-    rows, broken = compare([good, good, bad, good, good])
-    assert passes(broken)
+    verdict, rows = judged([good, good, bad, good, good])
+    assert verdict.passed
     row = next(row for row in rows if row["name"] == "accuracy, masked model")
     assert row["agrees"]
     assert row["share"] == pytest.approx(0.8)
     assert row["ours"] == pytest.approx(0.98)
     assert row["spread"] == {"std": pytest.approx(0.1 * math.sqrt(0.2)), "min": 0.9, "max": 1.0}
-    rows, broken = compare([good, bad, bad, good, good])
-    assert not passes(broken)
+    verdict, rows = judged([good, bad, bad, good, good])
+    assert not verdict.passed
     assert not next(row for row in rows if row["name"] == "accuracy, masked model")["agrees"]
 
 
@@ -179,9 +188,9 @@ def test_a_seed_passes_as_a_whole():
     wrong = papers_evaluation(accuracy={"target": 1.0, "masked": 0.9})
     worse = papers_evaluation(metrics=PAPER_METRICS | {"recon": 0.1})
     good = papers_evaluation()
-    rows, broken = compare([wrong, worse, good, good, good])
+    verdict, rows = judged([wrong, worse, good, good, good])
     assert all(row["agrees"] for row in rows)
-    assert not passes(broken)
+    assert not verdict.passed
 
 
 # --- the experiment, reduced -----------------------------------------------------------------------

@@ -50,16 +50,16 @@ def test_shuffled_copies_are_found_again():
     pairs = match(other, one)
     assert {copy: original for copy, (original, _) in pairs.items()} == dict(enumerate(ORDER))
     assert [score for _, score in pairs.values()] == pytest.approx([1.0] * 5)
-    assert [entry["score"] for entry in stability([{"Q0": one}, {"Q0": other}])] == pytest.approx([1.0] * 10)
+    assert [entry.score for entry in stability([{"Q0": one}, {"Q0": other}])] == pytest.approx([1.0] * 10)
 
 
 def test_similarity_is_the_cosine_of_the_outer_products():
     first, second = random_slices(1), random_slices(2)
-    found = similarity(weight_signature(first, [0, 2]), weight_signature(second, [1, 3, 4]))
+    scores = similarity(weight_signature(first, [0, 2]), weight_signature(second, [1, 3, 4]))
     for i, c in enumerate([0, 2]):
         for j, d in enumerate([1, 3, 4]):
             a, b = torch.outer(first.U[:, c], first.V[c]), torch.outer(second.U[:, d], second.V[d])
-            assert found[i, j].item() == pytest.approx(abs((a * b).sum() / a.norm() / b.norm()).item(), rel=1e-5)
+            assert scores[i, j].item() == pytest.approx(abs((a * b).sum() / a.norm() / b.norm()).item(), rel=1e-5)
 
 
 def test_the_assignment_is_the_best_of_all():
@@ -74,12 +74,12 @@ def test_the_assignment_is_the_best_of_all():
 def test_a_slice_without_a_partner_scores_nothing():
     slices = random_slices()
     runs = [{"V1": weight_signature(slices, chosen)} for chosen in ([0, 1, 2], [0, 2], [])]
-    found = {(entry["run"], entry["slice"]): entry for entry in stability(runs)}
-    assert found[0, "V1:0"]["score"] == pytest.approx(0.5)  # found in run 1, not in the empty run 2
-    assert found[0, "V1:1"]["score"] == 0
-    assert found[0, "V1:1"]["matches"] == [[1, None, 0.0], [2, None, 0.0]]
-    assert found[1, "V1:2"]["matches"][0] == [0, "V1:2", pytest.approx(1.0)]
-    assert len(found) == 5
+    scores = {(entry.run, entry.slice): entry for entry in stability(runs)}
+    assert scores[0, "V1:0"].score == pytest.approx(0.5)  # found in run 1, not in the empty run 2
+    assert scores[0, "V1:1"].score == 0
+    assert scores[0, "V1:1"].matches == [(1, None, 0.0), (2, None, 0.0)]
+    assert scores[1, "V1:2"].matches[0] == (0, "V1:2", pytest.approx(1.0))
+    assert len(scores) == 5
 
 
 # --- effects ---------------------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def test_an_effect_is_what_adding_the_slice_changes(tmp_path, name):
     assert signature.labels == [0, 1]
     for row_of, c in enumerate(signature.labels):
         slow = torch.stack([slow_effect(stage, name, row, c) for row in range(5)])
-        found = signature.parts[0][row_of].view_as(slow)
-        torch.testing.assert_close(found, slow, atol=2e-5 * slow.abs().max().item() + 1e-6, rtol=1e-3)
+        scores = signature.parts[0][row_of].view_as(slow)
+        torch.testing.assert_close(scores, slow, atol=2e-5 * slow.abs().max().item() + 1e-6, rtol=1e-3)
 
 
 def turned_twin(tmp_path):

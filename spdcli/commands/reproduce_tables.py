@@ -1,0 +1,118 @@
+"""What `spd reproduce` prints: tables of both experiments."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from spdcli.paper.fact_claims import MethodRow, Range
+    from spdcli.paper.fact_experiment import FactExperiment
+    from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.verdict import ClaimRow
+
+LEGEND = "own, median and mean: means over seeds (own: least and largest too); other prompt and max: the largest."
+NAMES = {
+    "rule": "SPD, by rule",
+    "effect": "SPD, by effect",
+    "static": "static duals, whitened",
+    "static_plain": "static duals",
+    "direct": "direct, C⁻¹x",
+    "optimised": "optimised (no location)",
+    "random": "random, same norm",
+    "singular": "top singular",
+}
+
+
+def induction_tables(experiment: InductionExperiment) -> list[Table | str]:
+    """Ours beside the paper's (Table 1), then seed by seed."""
+    parts: list[Table | str] = [
+        claim_table(experiment),
+        "Bounds in brackets are not stated ones: they say what counts as agreeing.",
+    ]
+    for seed in experiment.seeds:
+        ranks = ", ".join(f"{name} {'never' if r is None else f'{r:g}'}" for name, r in seed.svd.rank.items())
+        verdict = "meets every bound" if seed.passed else f"breaks {len(seed.broken)} bounds"
+        parts.append(f"seed {seed.seed} {verdict}; rank left at a KL of {seed.svd.tolerance:g}: {ranks}")
+    if experiment.stability is not None:
+        means = ", ".join(f"{name} {one.mean:.2f}" for name, one in experiment.stability.matrices.items())
+        parts.append(
+            f"mean similarity of a slice to its match in other seeds, by {experiment.stability.definition}: {means}"
+        )
+    return parts
+
+
+def claim_table(experiment: InductionExperiment) -> Table:
+    """Every number of Table 1; of several seeds with its spread."""
+    from rich.table import Table
+
+    several = len(experiment.seeds) > 1
+    table = Table(
+        title=f"Table 1: ours{', mean of ' + str(len(experiment.seeds)) + ' seeds' if several else ''}, and the paper's"
+    )
+    headings = ["", "ours", *(["spread", "least", "most"] if several else []), "paper", "bound", "agrees"]
+    for heading in [*headings, *(["seeds"] if several else [])]:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in experiment.rows:
+        spread = [number(value) for value in (row.spread.std, row.spread.min, row.spread.max)] if row.spread else []
+        share = [f"{row.share:.0%}"] if several else []
+        paper = "" if row.paper is None else number(row.paper)
+        agrees = "yes" if row.agrees else "NO"
+        table.add_row(row.name, number(row.ours), *spread, paper, bound_text(row), agrees, *share)
+    return table
+
+
+def fact_tables(experiment: FactExperiment) -> list[Table | str]:
+    """One table a prompt with every method, then the bounds."""
+    from rich.table import Table
+
+    several = len(experiment.seeds) > 1
+    by_prompt: dict[str, list[MethodRow]] = {}
+    for row in experiment.methods:
+        by_prompt.setdefault(row.prompt, []).append(row)
+    parts: list[Table | str] = [method_table(prompt, rows, several) for prompt, rows in by_prompt.items()]
+    bounds = Table(title="Bounds (in brackets: not stated ones)")
+    for heading in ("", "ours", "bound", "holds on"):
+        bounds.add_column(heading, justify="right" if heading else "left")
+    for claim in experiment.rows:
+        ours = "no slice" if math.isnan(claim.ours) else f"{claim.ours:+.1%}"
+        bounds.add_row(claim.name, ours, bound_text(claim), f"{claim.share:.0%} of seeds")
+    return [*parts, LEGEND, bounds]
+
+
+def method_table(prompt: str, rows: list[MethodRow], several: bool) -> Table:
+    """What every method's edit does to one prompt's answer, to the other prompt and to the known facts."""
+    from rich.table import Table
+
+    table = Table(title=f"{prompt.removesuffix(rows[0].token)} …{rows[0].token}: relative changes")
+    table.add_column("edit", no_wrap=True)
+    for heading in ("own answer", "other", "facts: median", "mean", "max"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            NAMES[row.method],
+            range_text(row.own, several, "+.0%"),
+            f"{row.others.max:.1%}",
+            f"{row.median_relative_change.mean:.1%}",
+            f"{row.mean_relative_change.mean:.1%}",
+            f"{row.max_relative_change.max:.0%}",
+        )
+    return table
+
+
+def bound_text(row: ClaimRow) -> str:
+    """A stated bound, or in brackets what counts as agreeing."""
+    return row.bound or f"({row.agreement})"
+
+
+def range_text(values: Range, several: bool, form: str) -> str:
+    """A mean, and of several seeds the least and the largest value."""
+    mean = format(values.mean, form)
+    return f"{mean} ({format(values.min, form)} to {format(values.max, form)})" if several else mean
+
+
+def number(value: float) -> str:
+    """Three decimals, or an exponent where they would say nothing."""
+    return f"{value:.3f}".rstrip("0").rstrip(".") if value == 0 or abs(value) >= 1e-2 else f"{value:.1e}"
