@@ -25,7 +25,7 @@ test: setup
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy spdcli
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
 format: setup

@@ -139,9 +139,23 @@ def suppression(data: Data) -> str:
         rows = [[code(one), *(percent(e["ratio"] - 1) for e in every)] for one, every in data["alone"].items()]
         parts.append(joined(["Each alone:", table(["slice", *answers], rows)]))
     if data.get("matrices"):
-        rows = [[code(row["matrix"]), len(row["slices"]), f"{row['removed']:.2%}"] for row in data["matrices"]]
-        parts.append(table(["matrix", "slices", "taken from it, as a share of ‖W‖"], rows))
+        parts.append(cuts(data["matrices"], data["together"]))
     return joined(parts)
+
+
+def cuts(matrices: list[Data], together: str) -> str:
+    """What every form of the edit takes from each matrix, and how far it ends from the literal one."""
+    forms = list(matrices[0]["forms"])
+    rows = []
+    for row in matrices:
+        sizes = [row["forms"][form] for form in forms]
+        removed = [f"{one['removed']:.3%}" for one in sizes]
+        apart = [f" ({one['from_literal']:.3%})" if one["from_literal"] else "" for one in sizes]
+        rows.append([code(row["matrix"]), str(len(row["slices"])), *map("".join, zip(removed, apart, strict=True))])
+    words = (
+        f"Taken from each matrix as a share of ‖W‖ (in brackets: how far from literal); what was done is {together}."
+    )
+    return joined([words, table(["matrix", "slices", *forms], rows)])
 
 
 def effects(data: Data) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from generate.markdown import code, joined, table
-from generate.recorded import DOCS, results
+from generate.recorded import DOCS, results, with_tuples
 
 MAP = DOCS / "paper_map.toml"
 NOTE = "<!-- Generated from docs/paper_map.toml by `make results`. -->"
@@ -34,10 +34,7 @@ class Entry:
 def entries() -> tuple[Entry, ...]:
     """The whole map, in the order of the page."""
     raw = tomllib.loads(MAP.read_text(encoding="utf-8"))["entry"]
-    return tuple(
-        Entry(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-        for entry in raw
-    )
+    return tuple(Entry(**with_tuples(entry)) for entry in raw)
 
 
 def page() -> str:

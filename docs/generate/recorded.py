@@ -67,10 +67,7 @@ class Recording:
 @cache
 def results() -> dict[str, Result]:
     """Every result of `docs/results.toml`, by its name, in the order of the pages."""
-    entries = [
-        Result(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-        for entry in _list()["result"]
-    ]
+    entries = [Result(**with_tuples(entry)) for entry in _list()["result"]]
     return {entry.name: entry for entry in entries}
 
 
@@ -92,6 +89,11 @@ def recording(name: str) -> Recording | None:
 def sentence(result: Result, recorded: Recording) -> str:
     """What the result shows, with its numbers filled in."""
     return result.shows.format_map({**recorded.result, "recorded": vars(recorded)})
+
+
+def with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a TOML file with tuples in the place of its lists, for a frozen record."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 @cache
