@@ -10,17 +10,22 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import save_tiny_model
+from generate import result_pages
 from generate.recorded import results
 from printed import ROOT, blocks, spd_commands
 from small_world import make_small_world
 
 import spdcli
 from spdcli import cli
+from spdcli.console import Console
 from spdcli.edits.script import load_script
+from spdcli.records import plain
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHAIN = spd_commands(README)
@@ -87,10 +92,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+def rendered_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on, every answer of a command as the pages of results show its JSON."""
+    pages: list[str] = []
+    show = Console.show
+
+    def kept(console: Console, data: Mapping[str, Any], *renderables: Any) -> None:
+        pages.append(result_pages.body(json.loads(json.dumps(plain(data)))))
+        show(console, data, *renderables)
+
+    monkeypatch.setattr(Console, "show", kept)
+    return pages
+
+
 def test_its_commands_run_in_order(
     folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_small_world(folder, tiny_model, monkeypatch)
+    pages = rendered_answers(monkeypatch)
     for command in [*demo_commands(), *CHAIN]:
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
         with pytest.raises(SystemExit) as exit_:
@@ -98,6 +117,8 @@ def test_its_commands_run_in_order(
         err = capsys.readouterr().err
         wanted = (0, 1) if command.startswith(tuple(f"spd {one}" for one in MAY_SAY_NO)) else (0,)
         assert exit_.value.code in wanted, f"{command}\n{err}"
+    assert len(pages) == len([*demo_commands(), *CHAIN])
+    assert all("| ---" in page or "Total loss" in page for page in pages)
     evaluated = json.loads((folder / "demo/induction/eval.json").read_text())
     assert set(evaluated["active"]) == {"Q0", "K0", "V0", "Q1", "K1", "V1"}
     assert (folder / "restored/model.safetensors").exists()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from generate.markdown import code, joined, table
 from generate.recorded import DOCS, results, with_tuples
+from spdcli.figures.table import FIGURES
 
 MAP = DOCS / "paper_map.toml"
 NOTE = "<!-- Generated from docs/paper_map.toml by `make results`. -->"
@@ -34,7 +37,20 @@ class Entry:
 def entries() -> tuple[Entry, ...]:
     """The whole map, in the order of the page."""
     raw = tomllib.loads(MAP.read_text(encoding="utf-8"))["entry"]
-    return tuple(Entry(**with_tuples(entry)) for entry in raw)
+    return tuple(of_figure(**entry) if "figure" in entry else Entry(**with_tuples(entry)) for entry in raw)
+
+
+def of_figure(figure: int, code: Sequence[str] = (), commands: Sequence[str] = (), **more: Any) -> Entry:
+    """The entry of a figure: what the package's own table says of it, then what the map adds."""
+    known = next(one for one in FIGURES if one.number == figure)
+    module, _, name = known.drawn_by.partition(":")
+    drawn = known.file or f"{module.replace('.', '/')}.py:{name}"
+    return Entry(
+        paper=f"Figure {figure}, {known.shows}",
+        code=(drawn, *code),
+        commands=(known.command, *commands),
+        **with_tuples(more),
+    )
 
 
 def page() -> str:

@@ -1,0 +1,42 @@
+"""The guide's own blocks: its Python runs as printed, and its files are files that spd reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from printed import ROOT, blocks
+from small_world import make_small_world
+
+from spdcli.edits.facts_file import load_facts
+
+GUIDE = ROOT / "docs/guide"
+
+
+def shown(page: str, language: str) -> list[str]:
+    """The blocks of a page in a language."""
+    return [block.text for block in blocks((GUIDE / page).read_text(encoding="utf-8")) if block.language == language]
+
+
+def test_its_python_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=6, tie_word_embeddings=False)
+    make_small_world(tmp_path, model, monkeypatch)
+    names: dict[str, object] = {}
+    for block in shown("python.md", "python"):
+        exec(block.replace('"decompose.steps": 200', '"decompose.steps": 20'), names)
+    whole, masked, without = (names[name] for name in ("whole", "masked", "without"))
+    assert isinstance(whole, torch.Tensor)
+    assert not torch.equal(whole, masked)  # type: ignore[arg-type]
+    assert not torch.equal(whole, without)  # type: ignore[arg-type]
+
+
+def test_the_facts_file_is_one(tmp_path: Path) -> None:
+    (text,) = [text for text in shown("edits.md", "toml") if "[[fact]]" in text]
+    (tmp_path / "facts.toml").write_text(text)
+    facts = load_facts(tmp_path / "facts.toml")
+    assert [fact.prompt for fact in facts.fact] == ["The capital of Norway is Oslo", "The capital of Peru is Lima"]
+    assert facts.related[0].kind == "reversed"
