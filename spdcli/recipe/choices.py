@@ -23,7 +23,7 @@ DEVICES: dict[str, Choice] = {
 }
 
 POSITIONS: dict[str, Choice] = {
-    "shortformer": Choice("sinusoids added to the outputs of Q and K"),
+    "shortformer": Choice("sinusoids added to what Q and K read, and to nothing else"),
     "added": Choice("sinusoids added to the embedding, before the first block"),
 }
 

@@ -50,7 +50,9 @@ class InductionTarget(Section):
     positions: Annotated[str, OneOf(POSITIONS)] = Field(
         "shortformer", description="How a token's position enters (Table 3: Shortformer)."
     )
-    layer_norm: bool = Field(False, description="A layer norm before every attention and MLP (Table 3: no).")
+    layer_norm: bool = Field(
+        False, description="A layer norm before every attention and MLP, and at the end (Table 3: no)."
+    )
     feed_forward: bool = Field(False, description="An MLP of width 4 d_model in every block (Table 3: no).")
     output_projection: bool = Field(
         False, description="A matrix O after attention. Open in the paper, whose Table 1 lists Q, K and V alone."
