@@ -10,7 +10,7 @@ from spdcli.paper.verdict import Bound, Claim, Evidence, near
 
 CLASSES = ("s1", "m", "s2", "random")
 
-# Average active slices a position (s1, m, s2, random), unique slices.
+# Tables 1a and 1b: average active slices a position (s1, m, s2, random), unique slices.
 PAPER_ACTIVE = {
     "Q0": (0.000, 1.000, 0.000, 0.001, 1),
     "K0": (1.000, 0.050, 0.000, 0.183, 1),
@@ -19,9 +19,11 @@ PAPER_ACTIVE = {
     "K1": (0.000, 1.000, 0.000, 0.000, 1),
     "V1": (0.000, 5.053, 0.000, 0.000, 11),
 }
+# Table 1c.
 PAPER_METRICS = {"faithfulness": 3e-9, "recon": 1e-4, "recon_layerwise": 1e-4}
 PAPER_ATTENTION = (0.385, 0.002)
 PAPER_ATTENTION_MEAN = 0.194
+# Section 6.1.
 PAPER_M_TO_S1, PAPER_M_TO_S1_UNPLACED = 1.0, 0.0941
 
 OWN_CLASS = {"Q0": "m", "K0": "s1", "V0": "s1", "Q1": "s2", "K1": "m"}  # where one slice is to be active; V1 has more

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from small_runs import TOY, one_line, spd_here
 
-from spdcli.commands import compare as module
+from spdcli import comparison
 from spdcli.runs.directory import METRICS, RunDirectory
 
 
@@ -25,20 +26,21 @@ def recipe(tmp_path):
 
 def test_a_run_at_equal_steps_and_one_in_equal_time(spd, recipe, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    measure = module.measure
+    setting_run = comparison.setting_run
 
     def timed(folder, name, loaded, *rest):
         """Steps that take what the test says: 3 s as the recipe is, 1 s with fewer matrices, 4 s with more slices."""
         each = {"as-it-is": 3.0, "1": 1.0, "2": 4.0}[folder.name.split("-equal")[0]]
-        return measure(folder, name, loaded, *rest) | {"seconds": each * loaded.recipe.decompose.steps}
+        return replace(setting_run(folder, name, loaded, *rest), seconds=each * loaded.recipe.decompose.steps)
 
-    monkeypatch.setattr(module, "measure", timed)
+    monkeypatch.setattr(comparison, "setting_run", timed)
     given = ["--with", "losses.layerwise_matrices=2", "--with", "slices.C=9", "--out", out, "--sequences", "8"]
     code, text, _ = spd("compare", recipe, *given, "--json")
     assert code == 0
     data = json.loads(text)
     rows = {row["run"].rsplit("/", 1)[1]: row for row in data["rows"]}
     assert data["schema"] == "spd.compare/1"
+    assert [row["with"] for row in data["rows"]] == ["the recipe as it is", *[given[1]] * 2, given[3]]
     # Three times as fast, three times the 8 steps; what is slower gets no second run.
     assert {name: row["steps"] for name, row in rows.items()} == {
         "as-it-is": 8,

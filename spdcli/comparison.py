@@ -1,0 +1,94 @@
+"""What a setting of a recipe costs and buys, at equal steps and at equal time: what `spd compare` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spdcli.api import finished
+from spdcli.errors import UsageError
+from spdcli.measures.evaluation import evaluate_without_circuit
+from spdcli.progress import Progress, Report, silent
+from spdcli.recipe.reading import LoadedRecipe, load_recipe, parse_override
+from spdcli.runs.training import claimed_run
+
+AS_IT_IS = "the recipe as it is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingRun:
+    """One run: what its `setting` is, where it is, and what it costs and gives.
+
+    `seconds` are those of training its `steps`; `active` are active slices a position at the last of them, over all
+    matrices, and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name.
+    """
+
+    setting: str
+    run: str
+    steps: int
+    seconds: float
+    active: float
+    total_active: int
+    metrics: Mapping[str, float]
+    standard_error: Mapping[str, float | None]
+
+
+def compare_settings(
+    recipe: str,
+    changes: Sequence[str],
+    out: Path,
+    settings: Sequence[str] = (),
+    sequences: int = 2048,
+    seed: int | None = None,
+    device: str | None = None,
+    force: bool = False,
+    report: Report = silent,
+) -> list[SettingRun]:
+    """The recipe with `settings`, then with each of `changes` as well, decomposed into directories under `out`.
+
+    Settings are as `--set` takes them. A change that makes steps faster gets a second run, of as many steps as fit the
+    time of the recipe as it is. What is finished is reused; the toy of the first run is that of all. The toy is
+    measured on `sequences` fresh sequences.
+    """
+    overrides = [parse_override(change, "--with") for change in changes]
+    recipes = [
+        load_recipe(recipe, [*settings, one], seed=seed, device=device) for one in overrides
+    ]  # errors come first
+    base = load_recipe(recipe, settings, seed=seed, device=device)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a directory", "name another with --out")
+    first = setting_run(out / "as-it-is", AS_IT_IS, base, sequences, force, report)
+    shared = list(settings)
+    if base.recipe.target.kind == "induction" and base.recipe.target.path is None:
+        shared.append(f"target.path={json.dumps(str((out / 'as-it-is').resolve()))}")
+    runs = [first]
+    for number, (change, loaded) in enumerate(zip(changes, recipes, strict=True), 1):
+        with_toy = load_recipe(recipe, [*shared, change], seed=seed, device=device)
+        runs.append(setting_run(out / f"{number}-equal-steps", change, with_toy, sequences, force, report))
+        steps = round(loaded.recipe.decompose.steps * first.seconds / runs[-1].seconds)
+        if steps > loaded.recipe.decompose.steps:
+            longer = load_recipe(recipe, [*shared, change, f"decompose.steps={steps}"], seed=seed, device=device)
+            runs.append(setting_run(out / f"{number}-equal-time", change, longer, sequences, force, report))
+    return runs
+
+
+def setting_run(
+    folder: Path, setting: str, loaded: LoadedRecipe, sequences: int, force: bool, report: Report
+) -> SettingRun:
+    """One run, trained unless it is there already, and measured."""
+    report(Progress(f"{setting}, {loaded.recipe.decompose.steps} steps, in {folder}"))
+    run = finished(claimed_run(folder, loaded, force), loaded, report)
+    last = run.home.metrics()[-1]
+    evaluation = evaluate_without_circuit(run.subject, run.decomposition, sequences, 0.0, loaded.recipe.seed)
+    return SettingRun(
+        setting=setting,
+        run=str(folder),
+        steps=last["step"],
+        seconds=last["seconds"],
+        active=sum(last["active"].values()),
+        total_active=evaluation.total_active,
+        metrics=evaluation.metrics,
+        standard_error=evaluation.standard_error,
+    )
