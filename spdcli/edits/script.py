@@ -27,10 +27,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from spdcli.edits.choices import ANSWER_MEASURES, MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER
-from spdcli.recipe.choices import OneOf
 from spdcli.recipe.documents import Kind, load_document
 from spdcli.recipe.reading import Source
-from spdcli.recipe.section import Positive, Section, Text
+from spdcli.recipe.section import OneOf, Positive, Section, Text
 from spdcli.recipe.toml_lines import KeyPath
 from spdcli.recipe.wording import Mistake
 

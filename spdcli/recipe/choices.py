@@ -1,20 +1,11 @@
-"""Settings of a recipe with a few possible values: the values that only a recipe knows, and the type of such a setting.
+"""Settings of a recipe with a few possible values: those that only a recipe knows.
 
 What the engine can be told stands in `engine.tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from pydantic_core import CoreSchema, core_schema
-
 from spdcli.engine.tables import Choice
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
 DEVICES: dict[str, Choice] = {
     "auto": Choice("a GPU if there is one, else the processor"),
@@ -48,19 +39,3 @@ PRECISIONS: dict[str, Choice] = {
     "tf32": Choice("on a GPU, products by its tensor cores, whose factors have 10 bits"),
     "bf16": Choice("products in the plan's blocks in bfloat16; importances and losses in float32"),
 }
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """A text that is one of `choices`, as in `Annotated[str, OneOf(DEVICES)]`.
-
-    Its JSON schema tells what each of them means, under `choices`.
-    """
-
-    choices: Mapping[str, Choice]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.literal_schema(list(self.choices))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), "choices": {name: choice.about for name, choice in self.choices.items()}}

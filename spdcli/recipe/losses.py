@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, create_model
 
 from spdcli.engine.tables import LOSSES, SUBSETS
-from spdcli.recipe.choices import DIVERGENCES, OneOf
-from spdcli.recipe.section import Coefficient, Positive, Rate, Section
+from spdcli.recipe.choices import DIVERGENCES
+from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section
 
 if TYPE_CHECKING:
     Coefficients = Section

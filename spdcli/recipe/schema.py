@@ -23,10 +23,10 @@ from spdcli.engine.tables import (
     SCHEDULES,
     STARTS,
 )
-from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS, OneOf
+from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.rules import contradictions
-from spdcli.recipe.section import Coefficient, Positive, Rate, Section, Share, Text
+from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section, Share, Text
 
 GENERATED = "generated"  # the stream that is sampled from the model itself
 

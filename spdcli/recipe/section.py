@@ -1,10 +1,15 @@
-"""What every section of a recipe is, and the types of its numbers and texts."""
+"""What every section of a recipe is, and the types of its numbers, texts and choices."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from spdcli.engine.tables import Choice
 
 Positive = Annotated[int, Field(ge=1)]
 Coefficient = Annotated[float, Field(ge=0)]
@@ -17,3 +22,19 @@ class Section(BaseModel):
     """A table of a recipe: no key but its own, no value that has to be bent into its type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A text that is one of `choices`, as in `Annotated[str, OneOf(DEVICES)]`.
+
+    Its JSON schema tells what each of them means, under `choices`.
+    """
+
+    choices: Mapping[str, Choice]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.choices))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "choices": {name: choice.about for name, choice in self.choices.items()}}

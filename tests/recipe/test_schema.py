@@ -9,10 +9,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from spdcli.engine.tables import LOSSES, STARTS
-from spdcli.recipe.choices import DEVICES, OneOf
+from spdcli.recipe.choices import DEVICES
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.schema import Recipe
-from spdcli.recipe.section import Section
+from spdcli.recipe.section import OneOf, Section
 
 
 def keys() -> Iterator[tuple[str, dict]]:
