@@ -59,10 +59,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty when there is none that can be read."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def remove(path: Path) -> None:

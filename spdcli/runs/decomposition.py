@@ -43,8 +43,8 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
         inputs = _start_inputs(recipe, subject, names)
     if start.needs_moment:
         assert subject.stream is not None
-        found = second_moments(subject.target, subject.stream(), names)
-        moments = {name: ridged(moment, section.ridge) for name, moment in found.items()}
+        plain = second_moments(subject.target, subject.stream(), names)
+        moments = {name: ridged(moment, section.ridge) for name, moment in plain.items()}
     slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments)
     bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
     return _assemble(recipe, subject, slices, bases)
@@ -60,8 +60,8 @@ def _assemble(
     recipe: Recipe, subject: Subject, slices: dict[str, Slices], bases: dict[str, Tensor] | None
 ) -> Decomposition:
     torch.manual_seed(recipe.seed)
-    made = Decomposition(slices, _importances(recipe, subject, list(slices), bases), recipe.slices.delta)
-    return made.to(subject.target.device, subject.target.unembedding.dtype)
+    decomposition = Decomposition(slices, _importances(recipe, subject, list(slices), bases), recipe.slices.delta)
+    return decomposition.to(subject.target.device, subject.target.unembedding.dtype)
 
 
 def untrained_decomposition(recipe: Recipe, subject: Subject, names: list[str], device: torch.device) -> Decomposition:
@@ -104,12 +104,12 @@ def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tens
     bases = None
     if recipe.importance.basis == "span":
         bases = {name: tensors[f"importances.bases.{name.replace('.', '/')}"] for name in ordered}
-    made = _assemble(recipe, subject, ordered, bases)
+    decomposition = _assemble(recipe, subject, ordered, bases)
     try:
-        made.load_state_dict(tensors)
+        decomposition.load_state_dict(tensors)
     except RuntimeError as error:  # torch's own words are a page
         raise SpdError(
             "the saved decomposition does not fit its recipe: other slices or gates, or an older version of spd",
             "run spd decompose again",
         ) from error
-    return made.requires_grad_(False).eval()
+    return decomposition.requires_grad_(False).eval()

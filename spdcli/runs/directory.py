@@ -37,31 +37,31 @@ HELD = (RECIPE, METRICS, EVAL, FIGURES, DECOMPOSITION, "checkpoint", TOY, TOY_WE
 
 def versions() -> dict[str, str]:
     """The versions a run depends on."""
-    found = {}
+    versions_by_package = {}
     for package in ("spd-cli", "torch", "transformers", "numpy"):
         try:
-            found[package] = version(package)
+            versions_by_package[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "source"
-    return found
+            versions_by_package[package] = "source"
+    return versions_by_package
 
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with its local paths made absolute, so that a run can be read from any directory."""
     keys = {"induction": "path", "huggingface": "model"}
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if recipe.target.kind in keys:
-        found["target"] = _anchored_key(recipe.target, keys[recipe.target.kind])
+        changes["target"] = _anchored_key(recipe.target, keys[recipe.target.kind])
     if recipe.data is not None:
-        found["data"] = _anchored_key(recipe.data, "stream")
-    return recipe.model_copy(update=found)
+        changes["data"] = _anchored_key(recipe.data, "stream")
+    return recipe.model_copy(update=changes)
 
 
 def _anchored_key(section: Section, key: str) -> Section:
-    given = getattr(section, key)
-    if given in (None, GENERATED) or not Path(given).expanduser().exists():
+    place = getattr(section, key)
+    if place in (None, GENERATED) or not Path(place).expanduser().exists():
         return section
-    return section.model_copy(update={key: str(Path(given).expanduser().resolve())})
+    return section.model_copy(update={key: str(Path(place).expanduser().resolve())})
 
 
 class RunDirectory:
@@ -136,13 +136,13 @@ class RunDirectory:
     def _metric_lines(self) -> list[tuple[dict[str, Any], str]]:
         path = self / METRICS
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        found = []
+        records = []
         for line in lines:
             try:
-                found.append((json.loads(line), f"{line.rstrip()}\n"))  # a crash may have cut its end alone
+                records.append((json.loads(line), f"{line.rstrip()}\n"))  # a crash may have cut its end alone
             except json.JSONDecodeError:
                 continue
-        return found
+        return records
 
     def save(self, decomposition: nn.Module, state: FitState) -> None:
         """The checkpoint to go on from, then the decomposition for readers."""
