@@ -1,4 +1,4 @@
-"""The site: built without a warning and without anything from elsewhere, where `make docs` has installed its builder."""
+"""The site: built without a warning and without anything from elsewhere, where its builder is installed."""
 
 from __future__ import annotations
 
