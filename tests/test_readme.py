@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_model
-from generate import result_pages
+from generate import parts, result_pages
 from generate.recorded import results
 from printed import ROOT, blocks, spd_commands
 from small_world import make_small_world
@@ -74,6 +74,10 @@ def test_the_edit_script_is_whole(tmp_path: Path) -> None:
     (tmp_path / "edits.toml").write_text(shown("toml"))
     script, _ = load_script(tmp_path / "edits.toml")
     assert [edit.name for edit in script.edit] == ["Kobe forgets basketball", "Tiger forgets golf"]
+
+
+def test_every_room_says_what_it_is() -> None:
+    assert "|  |\n" not in parts.rooms().split("\n", 2)[2] + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from generate import fact_results, recipe_page, toy_results
-from generate.markdown import code, duration, fenced, joined, table
+from generate.markdown import code, duration, fenced, joined, size, table
 from generate.recorded import DOCS, ROOT, recording
 
 WRITTEN = (ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md")))
@@ -51,7 +51,10 @@ def cut() -> str:
     recorded = recording("athletes-suppress")
     if recorded is None:
         return "*Not recorded yet: `python docs/record.py athletes-decompose athletes-suppress`.*"
-    return joined([fact_results.effects(recorded.result), fact_results.facts(recorded.result["facts"])])
+    facts = recorded.result["facts"]
+    sizes = ", ".join(f"{name} {size(facts[f'{name}_relative_change'])}" for name in facts["interval"])
+    beside = f"Of {facts['asked']} other facts it knows {facts['known']}; sizes of their changes: {sizes}."
+    return joined([fact_results.effects(recorded.result), beside])
 
 
 def edits() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import typer
-from generate import command_page, recipe_page
+from generate import command_page, json_page, recipe_page
 from generate.markdown import prose
 from printed import recipe_keys
 
@@ -63,3 +63,26 @@ def test_every_command_and_every_option_has_its_line() -> None:
         for option in command.options:
             assert option.help, f"spd {command.name} {option.form}"
             assert f"`{option.form.split(' <')[0]}" in page or "|" in option.form
+
+
+def test_the_shape_of_an_object_by_hand() -> None:
+    data = {
+        "schema": "spd.x/1",
+        "unique": {"Q0": 1, "K0": 2},
+        "rows": [{"name": "a", "kl": None}, {"name": "b", "kl": 0.5, "best": True}],
+        "empty": [],
+    }
+    assert json_page.shape(data) == [
+        "{",
+        "  schema: text",
+        "  unique: {",
+        "    <matrix>: number",
+        "  }",
+        "  rows: [{",
+        "    name: text",
+        "    kl: number",
+        "    best: true or false",
+        "  }, …]",
+        "  empty: []",
+        "}",
+    ]
