@@ -43,13 +43,13 @@ def suppress(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_
     return suppress_directions(weight, read, write, together)
 
 
-def static_duals(target: Target, name: str, rows: Tensor, chosen: Sequence[int], moment: Tensor | None = None) -> Edit:
-    """The untrained dual slices of the `chosen` rows of the data `rows` `[n, I]`, suppressed.
+def static_duals(target: Target, name: str, rows: Tensor, places: Sequence[int], moment: Tensor | None = None) -> Edit:
+    """The untrained dual slices of the rows `places` of the data `rows` `[n, I]`, suppressed.
 
     Reads are dual to all rows, whitened by `moment` where it is given; slice t writes `x_t W`.
     """
     weight = target.matrices[name].weight
-    index = list(chosen)
+    index = list(places)
     read = dual_directions(rows, moment)[:, index]
     return {name: suppress(weight, read, rows[index].to(weight) @ weight)}
 
@@ -100,15 +100,15 @@ def optimised_edit(
     matrix = target.matrices[name]
     weight = matrix.weight.detach()
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(n, count, generator=generator).to(weight).requires_grad_() for n in weight.shape]
-    optimiser = torch.optim.Adam(drawn, lr=OPTIMISER_RATE)
+    directions = [torch.randn(n, count, generator=generator).to(weight).requires_grad_() for n in weight.shape]
+    optimiser = torch.optim.Adam(directions, lr=OPTIMISER_RATE)
     clean = clean_pass(target, questions.batch, ())
     bank = Slices(weight.new_zeros(len(weight), count), weight.new_zeros(count, weight.shape[1]))
     slices = SliceSet({name: bank}, delta=True)
     variant = fixed_variant("", {name: weight.new_zeros(count)}, {name: matrix.block}, delta=1.0)
     piece = Piece(variant, 0, len(questions.texts))
     for _ in range(steps):
-        factors = _suppressed(weight, *drawn)
+        factors = _suppression_factors(weight, *directions)
         with torch.no_grad():
             bank.U.copy_(factors[0])
             bank.V.copy_(factors[1])
@@ -117,13 +117,13 @@ def optimised_edit(
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(factors, [bank.U.grad, bank.V.grad])
         optimiser.step()
-    read, write = (directions.detach() for directions in drawn)
+    read, write = (one.detach() for one in directions)
     return {name: suppress(weight, read, write.t(), "orthonormal")}  # the form that was sought by
 
 
-def _suppressed(weight: Tensor, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+def _suppression_factors(weight: Tensor, read: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
     """What suppressing the directions `read` `[I, k]` and `write` `[O, k]` takes from W, as factors with a gradient."""
-    read, write = (directions / directions.norm(dim=0) for directions in (read, write))
+    read, write = (one / one.norm(dim=0) for one in (read, write))
     gram = (read.t() @ read) * (write.t() @ write) + 1e-6 * torch.eye(read.shape[1]).to(weight)
     a = torch.linalg.solve(gram, ((read.t() @ weight) * write.t()).sum(1))
     return read, a[:, None] * write.t()

@@ -60,12 +60,12 @@ def slices_by_rule(context: FactContext, row: int, top: int = 1) -> dict[Address
     hold most, |ûᵀ W v̂|. A slice that is taken at two tokens is there once. Empty where no token has one.
     """
     name, size = context.matrix, carried(context.target, context.decomposition, [context.matrix])
-    chosen: dict[Address, tuple[int, ...]] = {}
+    slices: dict[Address, tuple[int, ...]] = {}
     for token in context.naming[row]:
         active = active_at(context.activity, row, token, 0.0, unique=True, only_at=False)[name]
         for address in in_order(with_direction(context.decomposition, {name: active}), [size])[:top]:
-            chosen[address] = (*chosen.get(address, ()), token[-1])
-    return chosen
+            slices[address] = (*slices.get(address, ()), token[-1])
+    return slices
 
 
 def slices_by_effect(context: FactContext, row: int) -> list[Address]:
@@ -91,9 +91,9 @@ def inputs_at(context: FactContext, name: str, row: int, positions: Sequence[int
 def fact_edits(context: FactContext, row: int, draws: int = 1) -> FactEdits:
     """Every edit of the fact of prompt `row`, with `draws` random ones (see the head of this file)."""
     rule, effect = slices_by_rule(context, row), slices_by_effect(context, row)
-    chosen = {"rule": list(rule), "effect": effect}
+    choices = {"rule": list(rule), "effect": effect}
     edits: dict[str, Edit] = {
-        how: suppression(context.target, context.decomposition, slices) for how, slices in chosen.items() if slices
+        how: suppression(context.target, context.decomposition, slices) for how, slices in choices.items() if slices
     }
     naming = [position for token in context.naming[row] for position in token]
     positions = most_important_at(context, row, list(rule)) or naming

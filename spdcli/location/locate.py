@@ -122,8 +122,9 @@ def locate(
         question = given_questions(subject, foreign)
         places = [(activity_on(subject, decomposition, question), 0, question)]
     searches = []
-    for here, number, asked in places:
-        question = asked if token is None else about_token(subject, asked, token)
+    for here, number, question in places:
+        if token is not None:
+            question = about_token(subject, question, token)
         others = [other for other, text in enumerate(own.texts) if text != question.texts[0]]
         rest = pick(own, others) if others else None
         slices = candidates(decomposition, here, number, search)
@@ -176,7 +177,7 @@ def search_prompt(
     single = {address: effects[str(address)] for address in slices}
     single = dict(sorted(single.items(), key=lambda entry: entry[1].after))
     by_name = {str(address): effect for address, effect in single.items()}
-    listed = measurer.side_effects(by_name, search.top)
+    beside = measurer.side_effects(by_name, search.top)
     pairs = search_pairs(subject, decomposition, measurer, single, search)
     return PromptSearch(
         prompt=question.texts[0],
@@ -186,19 +187,19 @@ def search_prompt(
         known_facts=len(facts.texts) if facts is not None else 0,
         statistic=search.statistic,
         limit=search.limit,
-        slices=[SliceEntry(slice=name, **vars(by_name[name]), **vars(side)) for name, side in listed.items()],
-        pairs_measured=pairs.measured,
+        slices=[SliceEntry(slice=name, **vars(by_name[name]), **vars(side)) for name, side in beside.items()],
+        pairs_measured=pairs.tried,
         pairs_above_sum=pairs.above_sum,
-        pairs=pairs.listed,
+        pairs=pairs.best,
     )
 
 
 class PairSearch(NamedTuple):
     """How many pairs were measured, how many do more than the sum of their parts, and the best of those."""
 
-    measured: int
+    tried: int
     above_sum: int
-    listed: list[PairEntry]
+    best: list[PairEntry]
 
 
 def search_pairs(
@@ -216,7 +217,7 @@ def search_pairs(
     together = measurer.effects(edits) if edits else {}
     excess = {name: effect.fall - sum(single[part].fall for part in pairs[name]) for name, effect in together.items()}
     above = sorted((name for name in together if excess[name] < 0), key=lambda name: excess[name])
-    listed = measurer.side_effects({name: together[name] for name in above}, search.pairs)
+    beside = measurer.side_effects({name: together[name] for name in above}, search.pairs)
     entries = [
         PairEntry(
             slices=[str(part) for part in pairs[name]],
@@ -224,6 +225,6 @@ def search_pairs(
             **vars(together[name]),
             **vars(side),
         )
-        for name, side in listed.items()
+        for name, side in beside.items()
     ]
     return PairSearch(len(pairs), len(above), entries)

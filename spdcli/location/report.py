@@ -11,7 +11,7 @@ the run with the corrupted subject (mean over draws). They say nothing about oth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from spdcli.edits.answer_changes import AnswerChanges, measure_edits
@@ -47,7 +47,7 @@ class ReportSettings:
     """`trace` as for `spd trace`; how many `random` directions are a control; the edited matrix (None: see
     `chosen_matrix`)."""
 
-    trace: TraceSettings
+    trace: TraceSettings = field(default_factory=lambda: TraceSettings(samples=3))
     random: int = 3
     matrix: str | None = None
     seed: int = 0
@@ -199,16 +199,16 @@ def fact_report(
     random: int,
 ) -> FactReport:
     """The report on the fact of prompt `row`, which `trace` has traced; `second` is the second matrix."""
-    shown = report_edits(context, row, trace.tokens, second, random)
+    edits = report_edits(context, row, trace.tokens, second, random)
     known = context.known
-    on_prompts = measure_edits(context.target, context.prompts, shown.edits)
-    in_table = {name: shown.edits[name] for one in shown.rows for name in one.edits}
+    on_prompts = measure_edits(context.target, context.prompts, edits.by_name)
+    in_table = {name: edits.by_name[name] for one in edits.rows for name in one.edits}
     on_facts = {} if known is None else measure_edits(context.target, known.questions, in_table)
     rows = traced_rows(trace)
     for layer in dict.fromkeys((0, zeroed.needed[row])):
         changes = zeroed.prompts[f"mlp {layer}"]
         rows.append(one_row(f"MLP {layer} zeroed", ZEROED, changes, zeroed.facts.get(layer), row, known))
-    for one in shown.rows:
+    for one in edits.rows:
         rows += edit_rows(one, on_prompts, on_facts, row, known)
     return FactReport(
         prompt=trace.prompt,
@@ -218,16 +218,16 @@ def fact_report(
         trace=trace,
         second_matrix=second,
         before=on_prompts["direct"][row].before,
-        chosen=ChosenSlices([str(one) for one in shown.fact.rule], [str(one) for one in shown.fact.effect]),
-        named_at=shown.fact.positions,
+        chosen=ChosenSlices([str(one) for one in edits.fact.rule], [str(one) for one in edits.fact.effect]),
+        named_at=edits.fact.positions,
         rows=rows,
-        slices=slice_effects(shown, on_prompts, trace.tokens),
-        related=related_prompts(context, shown, facts, trace.prompt, begin_token),
+        slices=slice_effects(edits, on_prompts, trace.tokens),
+        related=related_prompts(context, edits, facts, trace.prompt, begin_token),
     )
 
 
 def slice_effects(
-    shown: ReportEdits, on_prompts: Mapping[str, AnswerChanges], tokens: Sequence[str]
+    edits: ReportEdits, on_prompts: Mapping[str, AnswerChanges], tokens: Sequence[str]
 ) -> list[SliceEffect]:
     """The rule's slices, each suppressed alone and then all together, on every prompt (Figures 3 and 4)."""
 
@@ -242,13 +242,13 @@ def slice_effects(
             ratio=[change.ratio for change in changes],
         )
 
-    rule = shown.fact.rule
+    rule = edits.fact.rule
     alone = [effect(str(address), {address: positions}) for address, positions in rule.items()]
     return alone if len(alone) < 2 else [*alone, effect("rule", rule)]
 
 
 def related_prompts(
-    context: FactContext, shown: ReportEdits, facts: Facts, prompt: str, begin_token: bool
+    context: FactContext, edits: ReportEdits, facts: Facts, prompt: str, begin_token: bool
 ) -> list[RelatedPrompt]:
     """The fact in other words and asked in reverse, before and after the edits of LEAKS: what leaks."""
     related = facts.related_to(prompt)
@@ -257,11 +257,11 @@ def related_prompts(
     assert context.subject.prompts is not None
     tokenizer = context.subject.prompts.tokenizer
     questions = fact_questions(tokenizer, related, begin_token, context.target.device)
-    edits = {name: shown.edits[name] for name in LEAKS if name in shown.edits}
-    measured = measure_edits(context.target, questions, edits)
+    leaking = {name: edits.by_name[name] for name in LEAKS if name in edits.by_name}
+    by_edit = measure_edits(context.target, questions, leaking)
     entries = []
     for number, one in enumerate(related):
-        changes = {name: by_prompt[number] for name, by_prompt in measured.items()}
+        changes = {name: by_prompt[number] for name, by_prompt in by_edit.items()}
         first = next(iter(changes.values()))
         leaks = {name: Leak(change.after, change.ratio, change.rank_after) for name, change in changes.items()}
         entries.append(RelatedPrompt(one.kind, one.prompt, first.token, first.before, first.rank_before, leaks))

@@ -33,13 +33,13 @@ class RowEdits:
 
 @dataclass(frozen=True, eq=False)
 class ReportEdits:
-    """A fact's edits with those that a report adds: all `edits` by name, and the `rows` that show them.
+    """A fact's edits with those that a report adds: all of them `by_name`, and the `rows` that show them.
 
     Every slice by rule is an edit alone, too, by its address, and no row of the table.
     """
 
     fact: FactEdits
-    edits: Mapping[str, Edit]
+    by_name: Mapping[str, Edit]
     rows: Sequence[RowEdits]
 
 

@@ -63,17 +63,20 @@ def one_row(
 
 
 def edit_rows(
-    shown: RowEdits,
+    row_edits: RowEdits,
     on_prompts: Mapping[str, AnswerChanges],
     on_facts: Mapping[str, AnswerChanges],
     row: int,
     known: OtherFacts | None,
 ) -> list[ReportRow]:
     """The row of one edit; of several, a row with their mean sizes of change and one with the largest of each."""
-    rows = [one_row(shown.label, shown.kind, on_prompts[name], on_facts.get(name), row, known) for name in shown.edits]
+    rows = [
+        one_row(row_edits.label, row_edits.kind, on_prompts[name], on_facts.get(name), row, known)
+        for name in row_edits.edits
+    ]
     if len(rows) == 1:
         return rows
-    label = f"{shown.label}, {{}} of {len(rows)}"
+    label = f"{row_edits.label}, {{}} of {len(rows)}"
     return [
         summed_up(label.format("mean size"), rows, statistics.fmean),
         summed_up(label.format("largest"), rows, max),

@@ -65,12 +65,12 @@ def reproduce_facts(
     `facts` are those that a cut should leave alone; `settings` change the recipe as `--set` does. RecipeError unless it
     is for a language model; UsageError for a run by another recipe, unless `force` replaces it.
     """
-    wanted = [
+    jobs = [
         (name, loaded) for name, pair in pairs.items() for loaded in pair_recipes(recipe, settings, device, seeds, pair)
     ]
-    runs = [claimed_run(out / name / f"seed-{loaded.recipe.seed}", loaded, force) for name, loaded in wanted]
+    runs = [claimed_run(out / name / f"seed-{loaded.recipe.seed}", loaded, force) for name, loaded in jobs]
     tables: dict[int, dict[str, Any]] = {}
-    for nth, (run, (name, loaded)) in enumerate(zip(runs, wanted, strict=True), 1):
+    for nth, (run, (name, loaded)) in enumerate(zip(runs, jobs, strict=True), 1):
         report(Progress(f"{name}, seed {loaded.recipe.seed} ({nth} of {len(runs)}) in {run.path}"))
         table = table_of(run, loaded, pairs[name], facts, report)
         tables.setdefault(loaded.recipe.seed, {})[name] = table

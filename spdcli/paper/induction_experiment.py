@@ -159,9 +159,9 @@ def seed_recipes(
 def evaluation_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
     """What `spd eval` says of the run, measured now unless it was measured so before."""
     seed = run.recipe.seed
-    wanted = {"schema": "spd.eval/1", "sequences": sequences, "threshold": 0.0, "seed": seed}
+    settings = {"schema": "spd.eval/1", "sequences": sequences, "threshold": 0.0, "seed": seed}
     before = read_json(run.home / EVAL)
-    if "circuit" in before and all(before.get(key) == value for key, value in wanted.items()):
+    if "circuit" in before and all(before.get(key) == value for key, value in settings.items()):
         return before
     return write_evaluation(run, evaluate(run.subject, run.decomposition, sequences, 0.0, seed))
 
@@ -169,8 +169,8 @@ def evaluation_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
 def rank_left(run: LoadedRun, report: Report) -> RankLeft:
     """What every method of `spd svd` has left at its usual tolerance; the curves go into the run's figures."""
     data = read_json(run.home / SVD)
-    wanted = {"schema": "spd.svd/1", "tolerance": SVD_TOLERANCE, "looked_at": SVD_SEQUENCES}
-    if any(data.get(key) != value for key, value in wanted.items()) or set(data["result"]) != set(METHODS):
+    settings = {"schema": "spd.svd/1", "tolerance": SVD_TOLERANCE, "looked_at": SVD_SEQUENCES}
+    if any(data.get(key) != value for key, value in settings.items()) or set(data["result"]) != set(METHODS):
         curves = svd_curves(
             run.subject,
             run.decomposition,

@@ -42,8 +42,8 @@ class Signature:
 
 def weight_signature(slices: Slices, active: Sequence[int]) -> Signature:
     """`u` `[n, I]` and `v` `[n, O]`: |cos(u (x) v, u' (x) v')| is |cos(u, u')| |cos(v, v')|."""
-    chosen = list(active)
-    return Signature(chosen, (slices.U.t()[chosen].cpu(), slices.V[chosen].cpu()))
+    labels = list(active)
+    return Signature(labels, (slices.U.t()[labels].cpu(), slices.V[labels].cpu()))
 
 
 def similarity(first: Signature, second: Signature) -> Tensor:
@@ -120,9 +120,9 @@ def effect_signatures(data: CircuitData) -> dict[str, Signature]:
 
 def _masked_inner(data: CircuitData, name: str) -> Tensor:
     """`g (x . u)` of the active slices of a matrix at every position, `[n, B, T]`."""
-    chosen = data.active[name]
-    inner = data.clean.inputs[name] @ data.decomposition.of(name).U[:, chosen]
-    return (inner * data.g[name][..., chosen]).movedim(-1, 0)
+    active = data.active[name]
+    inner = data.clean.inputs[name] @ data.decomposition.of(name).U[:, active]
+    return (inner * data.g[name][..., active]).movedim(-1, 0)
 
 
 def _score_effects(data: CircuitData, name: str) -> Tensor:

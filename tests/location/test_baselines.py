@@ -15,7 +15,7 @@ from spdcli.engine.subcomponents import Slices, SliceSet, start_slices
 from spdcli.engine.variants import Piece, fixed_variant
 from spdcli.location.baselines import (
     _objective,
-    _suppressed,
+    _suppression_factors,
     direct_edit,
     edit_norm,
     optimised_edit,
@@ -53,7 +53,7 @@ def taken(edit):
     return factors.read @ factors.write
 
 
-def test_one_suppressed_direction_by_hand():
+def test_one_suppression_factors_direction_by_hand():
     weight, read, write = random(5, 7), random(5, 1, seed=1), random(1, 7, seed=2)
     u, v = read[:, 0] / read.norm(), write[0] / write.norm()
     factors = suppress(weight, 3 * read, write / 5)  # lengths do not matter
@@ -128,7 +128,7 @@ def test_an_optimised_edit_follows_the_gradient_of_its_whole_objective(subject):
     drawn = [random(32, 1, seed=8).requires_grad_(), random(48, 1, seed=9).requires_grad_()]
 
     def value(read, write):
-        U, V = _suppressed(weight, read, write)
+        U, V = _suppression_factors(weight, read, write)
         slices = SliceSet({NAME: Slices(U.detach(), V.detach())}, delta=True)
         piece = Piece(fixed_variant("", {NAME: weight.new_zeros(1)}, {NAME: 1}, delta=1.0), 0, 2)
         return _objective(target, slices, clean, piece, 0), slices, (U, V)

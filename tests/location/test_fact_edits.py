@@ -161,9 +161,9 @@ def test_no_slice_is_active(planted):
     context = with_g(context, off)
     assert slices_by_effect(context, KOBE) == []
     shown = report_edits(context, KOBE, TOKENS, FC, 1)
-    assert not {"rule", "effect", "direct second", "optimised second"} & set(shown.edits)
+    assert not {"rule", "effect", "direct second", "optimised second"} & set(shown.by_name)
     assert shown.fact.positions == [OBE, BRYANT]
-    assert edit_norm(shown.edits["random"]) == pytest.approx(edit_norm(shown.edits["direct"]))
+    assert edit_norm(shown.by_name["random"]) == pytest.approx(edit_norm(shown.by_name["direct"]))
 
 
 def test_everything_stands_side_by_side(planted):
@@ -172,21 +172,21 @@ def test_everything_stands_side_by_side(planted):
     kinds = [one.kind for one in shown.rows]
     assert kinds == [SLICES] * 2 + [BASELINE] * 4 + [CONTROL] * 2 + [SOUGHT] * 2
     named = [name for one in shown.rows for name in one.edits]
-    assert set(shown.edits) == {*named, f"{FC}:0"}
+    assert set(shown.by_name) == {*named, f"{FC}:0"}
     assert (shown.fact.rule, shown.fact.positions) == ({Address(FC, 0): (BRYANT,)}, [BRYANT])
     assert [name for name in shown.fact.edits if name in METHODS] == list(METHODS)
-    matrices = {name: list(edit) for name, edit in shown.edits.items()}
+    matrices = {name: list(edit) for name, edit in shown.by_name.items()}
     assert matrices["direct second"] == matrices["optimised second"] == [SECOND]
-    for name, (factors,) in {name: tuple(edit.values()) for name, edit in shown.edits.items()}.items():
+    for name, (factors,) in {name: tuple(edit.values()) for name, edit in shown.by_name.items()}.items():
         assert factors.read.shape[1] == (len(shown.fact.effect) if name == "effect" else 1), name
-        assert edit_norm(shown.edits[name]) > 1e-6
-    norm, draws = edit_norm(shown.edits["rule"]), ("random", "random 1", "random 2")
-    assert [edit_norm(shown.edits[name]) for name in draws] == pytest.approx([norm] * 3)
-    assert len({shown.edits[name][FC].write[0, 0].item() for name in draws}) == 3
+        assert edit_norm(shown.by_name[name]) > 1e-6
+    norm, draws = edit_norm(shown.by_name["rule"]), ("random", "random 1", "random 2")
+    assert [edit_norm(shown.by_name[name]) for name in draws] == pytest.approx([norm] * 3)
+    assert len({shown.by_name[name][FC].write[0, 0].item() for name in draws}) == 3
     again = report_edits(context, KOBE, TOKENS, SECOND, 3)
-    for name, edit in shown.edits.items():
+    for name, edit in shown.by_name.items():
         for matrix, factors in edit.items():
-            assert torch.equal(factors.read, again.edits[name][matrix].read)
+            assert torch.equal(factors.read, again.by_name[name][matrix].read)
 
 
 def test_controls_have_as_many_directions_as_the_rule_has_slices(planted):
@@ -197,7 +197,9 @@ def test_controls_have_as_many_directions_as_the_rule_has_slices(planted):
     shown = report_edits(with_g(context, g), KOBE, TOKENS, FC, 1)
     assert list(shown.fact.rule) == [Address(FC, 1), Address(FC, 0)]
     assert shown.fact.positions == [BRYANT, 3]
-    ranks = {name: int(torch.linalg.matrix_rank(edit[FC].read @ edit[FC].write)) for name, edit in shown.edits.items()}
+    ranks = {
+        name: int(torch.linalg.matrix_rank(edit[FC].read @ edit[FC].write)) for name, edit in shown.by_name.items()
+    }
     for name in ("rule", "static", "static_plain", "direct", "optimised", "random", "singular"):
         assert ranks[name] == 2, name
     assert ranks[f"{FC}:0"] == ranks[f"{FC}:1"] == ranks["direct last"] == 1
@@ -220,12 +222,11 @@ def test_direct_edits_are_of_the_tokens_inputs(planted):
     ridge = 0.02 * context.moments[FC].diagonal().mean() * torch.eye(32, dtype=torch.float64)
     special = torch.linalg.solve(context.moments[FC] + ridge, x.t())  # [I, T]
     weight = context.target.matrices[FC].weight.double()
-    left = {
-        name: weight - shown.edits[name][FC].read @ shown.edits[name][FC].write for name in ("direct", "direct last")
-    }
+    direct = {name: shown.by_name[name][FC] for name in ("direct", "direct last")}
+    left = {name: weight - factors.read @ factors.write for name, factors in direct.items()}
     size = lambda name, at: (special[:, at] @ left[name]).norm() / (special[:, at] @ weight).norm()  # noqa: E731
     assert size("direct", OBE) < 1e-5
     assert size("direct", BRYANT) < 1e-5
     assert size("direct last", BRYANT) < 1e-5
     assert size("direct last", OBE) > 0.1
-    assert PROJ not in shown.edits["direct"]
+    assert PROJ not in shown.by_name["direct"]
