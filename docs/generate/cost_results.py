@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from generate.markdown import code, duration, joined, memory, number, table
+from generate.markdown import code, duration, joined, memory, number, table, threads
 
 Data = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def benchmark(data: Data) -> str:
         speed = ["not measured", ""] if "skipped" in row else [f"{row['seconds']:.3g}", f"{1 / row['seconds']:.3g}"]
         rows.append([row["name"], *batch, *speed, *[paper_speed(row["name"])] * beside, *further(row)])
     machine = data["machine"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    where = machine.get("gpu") or f"{machine['processor']}, {threads(machine['threads'])}"
     ratios = [[name, f"{ratio:.2f}"] for name, ratio in data["ratios"].items()]
     shown = table(["ratio", ""], ratios) if ratios else ""
     return joined([f"{where}, torch {machine['torch']}:", table(heads, rows), shown])

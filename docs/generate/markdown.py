@@ -69,6 +69,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
+def threads(count: int) -> str:
+    """So many threads."""
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def memory(count: float) -> str:
     """Bytes as people say them."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

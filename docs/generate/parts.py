@@ -8,8 +8,8 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from generate import fact_results, recipe_page, toy_results
-from generate.markdown import code, duration, fenced, joined, size, table
+from generate import edit_results, recipe_page, toy_results
+from generate.markdown import code, duration, fenced, joined, size, table, threads
 from generate.recorded import DOCS, ROOT, recording
 
 WRITTEN = (ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md")))
@@ -41,7 +41,7 @@ def demo() -> str:
         return "*Not recorded yet: `python docs/record.py demo-decompose demo-eval`.*"
     took = duration(trained.seconds + measured.seconds)
     accuracy = f"{measured.result['accuracy']['masked']:.2%}"
-    where = f"{trained.machine['processor']}, {trained.machine['threads']} threads"
+    where = f"{trained.machine['processor']}, {threads(trained.machine['threads'])}"
     sentence = f"It took {took} ({where}); the model of active slices alone is right on {accuracy} of fresh sequences."
     return joined([sentence, toy_results.active_slices(measured.result)])
 
@@ -54,7 +54,7 @@ def cut() -> str:
     facts = recorded.result["facts"]
     sizes = ", ".join(f"{name} {size(facts[f'{name}_relative_change'])}" for name in facts["interval"])
     beside = f"Of {facts['asked']} other facts it knows {facts['known']}; sizes of their changes: {sizes}."
-    return joined([fact_results.effects(recorded.result), beside])
+    return joined([edit_results.effects(recorded.result), beside])
 
 
 def edits() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import cost_results, fact_results, toy_results
+from generate import cost_results, edit_results, fact_results, toy_results
 from generate.markdown import duration, fenced, joined
 from generate.recorded import Page, Recording, Result, pages, recording, results, sentence
 
@@ -88,7 +88,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.inspect/1": fact_results.inspection,
     "spd.facts/1": fact_results.known_facts,
     "spd.locate/1": fact_results.location,
-    "spd.suppress/1": fact_results.suppression,
+    "spd.suppress/1": edit_results.suppression,
     "spd.trace/1": fact_results.tracing,
     "spd.report/1": fact_results.report,
     "spd.bench/1": cost_results.benchmark,
