@@ -6,20 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from generate.markdown import code, joined, number, percent, size, table
+from spdcli.commands.reproduce_tables import NAMES
+from spdcli.location.report_rows import SITES
 
 Data = Mapping[str, Any]
 
-METHODS = {  # of `spd reproduce facts`
-    "rule": "SPD, by rule",
-    "effect": "SPD, by effect",
-    "static": "static duals, whitened",
-    "static_plain": "static duals",
-    "direct": "direct, C⁻¹x",
-    "optimised": "optimised (no location)",
-    "random": "random, same norm",
-    "singular": "top singular",
-}
-PLACES = {"state": "hidden state", "mlp": "MLPs", "attention": "attention"}
 TOKENS_SHOWN = 3
 
 
@@ -139,7 +130,7 @@ def tracing(data: Data) -> str:
     for entry in data["prompts"]:
         rows = [
             [
-                PLACES[best["kind"]],
+                SITES[best["kind"]],
                 {"subject": "the subject", "after": "after it"}[best["where"]],
                 code(entry["tokens"][best["position"]]),
                 best["layer"],
@@ -187,7 +178,7 @@ def related(entry: Data) -> str:
         [one["kind"], one["prompt"], f"{one['before']:.4f}", *(percent(e["ratio"] - 1) for e in one["edits"].values())]
         for one in entry["related"]
     ]
-    heads = ["what leaks", "prompt", "before", *(METHODS.get(edit, edit) for edit in edits)]
+    heads = ["what leaks", "prompt", "before", *(NAMES.get(edit, edit) for edit in edits)]
     return table(heads, rows, words=2)
 
 
@@ -204,7 +195,7 @@ def reproduction(data: Data) -> str:
             extent = f" ({percent(own['min'], 0)} to {percent(own['max'], 0)})" if several else ""
             rows.append(
                 [
-                    METHODS.get(row["method"], row["method"]),
+                    NAMES.get(row["method"], row["method"]),
                     percent(own["mean"], 0) + extent,
                     size(row["others"]["max"]),
                     *map(size, statistics),

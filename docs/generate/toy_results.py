@@ -6,24 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from generate.markdown import duration, joined, number, size, table
-from spdcli.paper.table1 import (
-    CLASSES,
-    PAPER_ACTIVE,
-    PAPER_ATTENTION,
-    PAPER_M_TO_S1,
-    PAPER_M_TO_S1_UNPLACED,
-    PAPER_METRICS,
-)
+from spdcli.commands.evaluate import STEPS
+from spdcli.paper.table1 import CLASSES, PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS
 
 Data = Mapping[str, Any]
-
-STEPS = {  # of the circuit: what it is called here, and the paper's number
-    "m_to_s1": ("m attends to s1", PAPER_M_TO_S1),
-    "m_to_s1_unplaced_query": ("the same, without encodings in m's query", PAPER_M_TO_S1_UNPLACED),
-    "m_to_s1_unplaced_query_and_s1": ("nor in s1's key", None),
-    "m_to_s1_content_only": ("nor in any key", None),
-    "s2_to_m": ("s2 attends to m", None),
-}
 
 
 def training(data: Data) -> str:
@@ -86,7 +72,7 @@ def circuit(data: Data) -> str:
     """The mechanism of section 6.1: who attends to whom."""
     attention = data["attention"]
     rows = [
-        [label, number(attention["target"][key]), number(attention["masked"][key]), paper(theirs)]
+        [label.replace("  ", "– "), number(attention["target"][key]), number(attention["masked"][key]), paper(theirs)]
         for key, (label, theirs) in STEPS.items()
     ]
     shown = table(["attention", "target", "active slices alone", "paper"], rows)
