@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from spdcli.commands.change import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
-from spdcli.commands.effects import alone_table, effects_table, facts_tables, listed, prompts_only, quiet_lines
+from spdcli.commands.effects import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
 from spdcli.errors import UsageError
@@ -91,7 +91,7 @@ def ablate(
     exam = options.open(console, loaded.subject, seed, loaded.decomposition if slices else None)
     report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking)
     drawings = draw_layers(report.alone, run) if figure else []
-    title = f"Without {listed([*report.slices, *report.zeroed])}" + (f" (others {masking.others})" if slices else "")
+    title = f"Without {in_title([*report.slices, *report.zeroed])}" + (f" (others {masking.others})" if slices else "")
     whole = [] if each_mlp else [effects_table(title, prompts_only(report.effects))]
     data = {"schema": "spd.suppress/1", "run": str(run), **plain(report), "saved": None, "figures": drawings}
     console.show(data, *whole, *alone_table(report.alone), *facts_tables(report.facts, report.effects, verbose))

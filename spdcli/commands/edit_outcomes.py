@@ -74,11 +74,11 @@ def suppress_script(console: Console, options: RunOptions, sections: tuple[Scrip
         return Outcome(report_plan(plan), subject, base, {})
     facts = None
     if options.exam.facts is not None and (options.exam.named or plan.script.asks_facts):
-        with console.progress() as report:
-            facts = facts_beside(subject, options.exam.facts, (), report)
+        with console.progress() as progress:
+            facts = facts_beside(subject, options.exam.facts, (), progress)
     edits = plan.edits(subject.target, loaded.decomposition)
-    measured = report_script(subject, loaded.decomposition, plan, edits, facts, seed)
-    return Outcome(measured, subject, base, next(iter(edits.values())))
+    report = report_script(subject, loaded.decomposition, plan, edits, facts, seed)
+    return Outcome(report, subject, base, next(iter(edits.values())))
 
 
 def use_patch(

@@ -74,7 +74,7 @@ def _probability(p: float) -> str:
     return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
 
 
-def listed(names: Sequence[str]) -> str:
+def in_title(names: Sequence[str]) -> str:
     """Names for a title; many are only counted."""
     return ", ".join(names) if len(names) <= SHOWN_NAMES else f"{len(names)} at once"
 

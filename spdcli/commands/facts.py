@@ -111,9 +111,9 @@ def check(
     from spdcli.edits.fact_check import check_facts
     from spdcli.runs.models import open_model
 
-    opened = open_model(model, device, begin_token)
-    name = name or model_name(opened.name)
-    checks = check_facts(opened.target, opened.tokenizer, file, opened.begin_token, name, known)
+    language_model = open_model(model, device, begin_token)
+    name = name or model_name(language_model.name)
+    checks = check_facts(language_model.target, language_model.tokenizer, file, language_model.begin_token, name, known)
     if write is not None:
         write_notes(write, facts or BUILTIN, file, checks, name, known)
     wrong = sum(one.agrees is False for one in checks)

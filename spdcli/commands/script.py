@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spdcli.commands.effects import effects_table, facts_tables, listed, prompts_only
+from spdcli.commands.effects import effects_table, facts_tables, in_title, prompts_only
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def script_tables(report: ScriptReport, verbose: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [table, *verdicts_table(report.expectations)]
     for edit in report.edits if verbose else ():
         if edit.effects:
-            title = f"{edit.name}: suppressed {listed(edit.slices)}"
+            title = f"{edit.name}: suppressed {in_title(edit.slices)}"
             parts.append(effects_table(title, prompts_only(edit.effects)))
             parts += facts_tables(edit.facts or None, edit.effects, verbose)
     return parts

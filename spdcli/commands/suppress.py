@@ -10,7 +10,7 @@ import typer
 
 from spdcli.commands.change import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
 from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_slices, use_patch, write
-from spdcli.commands.effects import alone_table, effects_table, facts_tables, listed, prompts_only, quiet_lines
+from spdcli.commands.effects import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.commands.script import check_script, script_tables, verdict_lines
 from spdcli.edits.choices import TOGETHER, USUAL_TOGETHER, in_words
@@ -107,8 +107,8 @@ def suppress(
         save = patch = None
     from spdcli.records import plain
 
-    written = {"saved": save, "patch": patch or apply or revert}
-    data = {"schema": "spd.suppress/1", "run": str(run), **plain(report), **plain(written)}
+    files = {"saved": save, "patch": patch or apply or revert}
+    data = {"schema": "spd.suppress/1", "run": str(run), **plain(report), **plain(files)}
     write(outcome, data, save, patch, force)
     console.show(data, *(script_tables if script is not None else tables)(report, console.verbose))
     for path in (patch, save):
@@ -167,7 +167,7 @@ def tables(report: SuppressionReport | PatchReport, verbose: bool) -> list[Rende
     verb = (
         {"apply": "Patched", "revert": "Reverted"}[report.action] if isinstance(report, PatchReport) else "Suppressed"
     )
-    title = f"{verb}: {listed(report.slices)}"
+    title = f"{verb}: {in_title(report.slices)}"
     parts = [effects_table(title, prompts_only(report.effects)), *alone_table(report.alone)]
     parts += facts_tables(report.facts, report.effects, verbose)
     return parts if isinstance(report, PatchReport) else [*parts, cuts_table(report.matrices, report.together or "")]

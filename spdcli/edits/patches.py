@@ -2,7 +2,7 @@
 
 A patch is one safetensors file. For every touched matrix m it holds
 
-    read.m, write.m   the rank-1 factors, float64: W' = W − read @ write, as `edits.subtract` computes it
+    read.m, write.m   the rank-1 factors, float64: W' = W − read @ write, as `suppression.subtract` computes it
     restore.m         what W' + read @ write, rounded, is short of W, in units of the last place (uint8, compressed)
 
 Floating point subtraction does not invert exactly, but it misses by little: nearly all of `restore` is 0 or ±1, which
@@ -191,18 +191,18 @@ def _checked_base(target: Target, patch: Patch, path: Path, needed: str, other: 
     if missing:
         raise SpdError(f"{path}: refused: this base has no matrix '{missing[0]}'")
     weights = touched_weights(target, patch.edit)
-    found = {name: weight_hash(weight) for name, weight in weights.items()}
-    if found == patch.hashes(other):
+    hashes = {name: weight_hash(weight) for name, weight in weights.items()}
+    if hashes == patch.hashes(other):
         done = "has this edit already" if other == "after" else "does not have this edit"
         raise SpdError(
             f"{path}: refused: this base {done}, in {', '.join(patch.edit)}",
             "the base is the run's own target unless --base DIR names another checkpoint",
         )
-    wrong = [name for name, digest in patch.hashes(needed).items() if found[name] != digest]
+    wrong = [name for name, digest in patch.hashes(needed).items() if hashes[name] != digest]
     if wrong:
         name = wrong[0]
         raise SpdError(
-            f"{path}: refused: made for another base: sha256 of {name} is {found[name][:12]}…, "
+            f"{path}: refused: made for another base: sha256 of {name} is {hashes[name][:12]}…, "
             f"not {patch.hashes(needed)[name][:12]}…",
             "--base DIR names another checkpoint",
         )
@@ -214,8 +214,8 @@ def _checked_base(target: Target, patch: Patch, path: Path, needed: str, other: 
     return weights
 
 
-def _checked_result(weights: Weights, wanted: Mapping[str, str], path: Path) -> Weights:
+def _checked_result(weights: Weights, hashes: Mapping[str, str], path: Path) -> Weights:
     for name, weight in weights.items():
-        if weight_hash(weight) != wanted[name]:
+        if weight_hash(weight) != hashes[name]:
             raise _damaged(path, f"it does not give the {name} that it promises")
     return weights

@@ -73,31 +73,31 @@ def own_activity(subject: Subject, decomposition: Decomposition, seed: int) -> t
     )
 
 
-def find_prompt(texts: Sequence[str], wanted: int | str) -> int:
+def find_prompt(texts: Sequence[str], prompt: int | str) -> int:
     """The row of a prompt by its number, from 1, or its text; UsageError for one that is not there."""
-    if isinstance(wanted, int):
-        if 1 <= wanted <= len(texts):
-            return wanted - 1
-        raise UsageError(f"prompt {wanted}: expected one of the run's prompts, 1 to {len(texts)}")
-    if wanted in texts:
-        return list(texts).index(wanted)
+    if isinstance(prompt, int):
+        if 1 <= prompt <= len(texts):
+            return prompt - 1
+        raise UsageError(f"prompt {prompt}: expected one of the run's prompts, 1 to {len(texts)}")
+    if prompt in texts:
+        return list(texts).index(prompt)
     numbered = ", ".join(f"{number} {text!r}" for number, text in enumerate(texts, start=1))
-    raise UsageError(f"{wanted!r} is none of the run's prompts", f"they are {numbered}")
+    raise UsageError(f"{prompt!r} is none of the run's prompts", f"they are {numbered}")
 
 
 def find_positions(texts: Texts, row: int, token: str) -> list[int]:
     """Where `token` stands in prompt `row`; UsageError where it does not."""
-    found = [position for prompt, position in texts.find(token) if prompt == row]
-    if not found:
+    positions = [position for prompt, position in texts.find(token) if prompt == row]
+    if not positions:
         raise UsageError(f"prompt {row + 1} has no token {token!r}", f"its tokens are {texts.pieces[row]}")
-    return found
+    return positions
 
 
 def active_at(
     activity: Activity, row: int, positions: Sequence[int], threshold: float, unique: bool, only_at: bool
 ) -> dict[str, Tensor]:
     """Which slices are active at one of `positions` of prompt `row` (and nowhere else), `[C]` bool a matrix."""
-    found = {}
+    which = {}
     for name, values in activity.g.items():
         active = values > threshold
         here = active[row, list(positions)].any(0)
@@ -109,20 +109,20 @@ def active_at(
             elsewhere = active[row].clone()
             elsewhere[list(positions)] = False
             here = here & ~elsewhere.any(0)
-        found[name] = here
-    return found
+        which[name] = here
+    return which
 
 
-def with_direction(slices: SliceSet, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`found` without slices that are all zeros, which have no direction to suppress."""
+def with_direction(slices: SliceSet, which: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`which`, `[C]` bool a matrix, without slices that are all zeros, which have no direction to suppress."""
     kept = {}
-    for name, mask in found.items():
+    for name, mask in which.items():
         own = slices.of(name)
         kept[name] = mask & (own.U.norm(dim=0) * own.V.norm(dim=1) > 0)
     return kept
 
 
-def written(slices: SliceSet, activity: Activity, row: int, positions: Sequence[int]) -> dict[str, Tensor]:
+def written_amounts(slices: SliceSet, activity: Activity, row: int, positions: Sequence[int]) -> dict[str, Tensor]:
     """|x u| ‖v‖ `[C]` a matrix, the largest over `positions` of prompt `row`."""
     return {
         name: inner[row, list(positions)].abs().amax(0) * slices.of(name).V.norm(dim=1)
@@ -130,7 +130,7 @@ def written(slices: SliceSet, activity: Activity, row: int, positions: Sequence[
     }
 
 
-def carried(target: Target, slices: SliceSet, names: Sequence[str]) -> dict[str, Tensor]:
+def weight_carried(target: Target, slices: SliceSet, names: Sequence[str]) -> dict[str, Tensor]:
     """|ûᵀ W v̂| `[C]` a matrix; 0 for a slice without direction."""
     sizes = {}
     for name in names:
@@ -141,9 +141,12 @@ def carried(target: Target, slices: SliceSet, names: Sequence[str]) -> dict[str,
     return sizes
 
 
-def in_order(found: Mapping[str, Tensor], scores: Sequence[Mapping[str, Tensor]]) -> list[Address]:
-    """The slices of `found`, highest score first; the later of `scores` `[C]` a matrix settle ties of the earlier."""
-    index = {name: mask.nonzero()[:, 0] for name, mask in found.items()}
+def in_order(which: Mapping[str, Tensor], scores: Sequence[Mapping[str, Tensor]]) -> list[Address]:
+    """The slices of `which`, `[C]` bool a matrix, highest score first.
+
+    `scores` have `[C]` a matrix each; a later one settles the ties of those before it.
+    """
+    index = {name: mask.nonzero()[:, 0] for name, mask in which.items()}
     addresses = [Address(name, number) for name, numbers in index.items() for number in numbers.tolist()]
     order = torch.arange(len(addresses))
     for score in reversed(scores):
@@ -164,27 +167,27 @@ def by_effect(
 def select(
     subject: Subject, decomposition: Decomposition, activity: Activity, questions: Questions, rule: Rule
 ) -> list[Address]:
-    """The slices that `rule` finds in a run's own `activity`, in its order; `questions` are the same prompts.
+    """The slices that `rule` chooses in a run's own `activity`, in its order; `questions` are the same prompts.
 
-    Raises UsageError where no matrix matches, the token is not there, or no slice is found.
+    Raises UsageError where no matrix matches, the token is not there, or no slice is there.
     """
     names = matrices_like(list(activity.g), rule.matrices)
     positions = find_positions(activity.texts, rule.row, rule.token)
-    found = active_at(activity, rule.row, positions, rule.threshold, rule.unique, rule.only_at)
-    found = with_direction(decomposition, {name: found[name] for name in names})
-    amounts = written(decomposition, activity, rule.row, positions)
+    active = active_at(activity, rule.row, positions, rule.threshold, rule.unique, rule.only_at)
+    which = with_direction(decomposition, {name: active[name] for name in names})
+    amounts = written_amounts(decomposition, activity, rule.row, positions)
     if rule.by == "importance":
         importance = {name: values[rule.row, positions].amax(0) for name, values in activity.g.items()}
-        ordered = in_order(found, [importance, amounts])
+        ordered = in_order(which, [importance, amounts])
     elif rule.by == "written":
-        ordered = in_order(found, [amounts])
+        ordered = in_order(which, [amounts])
     elif rule.by == "weight":
-        ordered = in_order(found, [carried(subject.target, decomposition, names)])
+        ordered = in_order(which, [weight_carried(subject.target, decomposition, names)])
     else:
         assert rule.by == "effect", rule.by
-        unordered = in_order(found, [amounts])
-        asked = pick(questions, [rule.row])
-        ordered = [address for address, _ in by_effect(subject.target, decomposition, asked, unordered)]
+        unordered = in_order(which, [amounts])
+        question = pick(questions, [rule.row])
+        ordered = [address for address, _ in by_effect(subject.target, decomposition, question, unordered)]
     if not ordered:
         kind = "active only there" if rule.unique or rule.only_at else "active"
         raise UsageError(
@@ -210,19 +213,19 @@ def most_lowering(
     with it, and attention sinks into them.
     """
     on = {name: activity.g[name] > 0 for name in names}
-    found = {name: where[row].any(0) & ~where[:, 0].any(0) for name, where in on.items()}
-    alone = in_order(with_direction(decomposition, found), [carried(target, decomposition, names)])
-    tried: dict[str, tuple[list[Address], float]] = {}
+    which = {name: where[row].any(0) & ~where[:, 0].any(0) for name, where in on.items()}
+    alone = in_order(with_direction(decomposition, which), [weight_carried(target, decomposition, names)])
+    sparing: dict[str, tuple[list[Address], float]] = {}
 
     def measure(candidates: Mapping[str, list[Address]], edits: Mapping[str, Edit]) -> None:
         for name, columns in measure_columns(target, questions, edits).items() if edits else ():
             ratio = columns.ratio
             others = torch.cat([ratio[:row], ratio[row + 1 :]])
             if bool(((others - 1).abs() < SPARED).all()):
-                tried[name] = (candidates[name], ratio[row].item())
+                sparing[name] = (candidates[name], ratio[row].item())
 
     measure({str(one): [one] for one in alone}, suppressions(target, decomposition, alone))
-    strongest = [slices[0] for slices, _ in sorted(tried.values(), key=lambda entry: entry[1])][:PAIRED]
+    strongest = [slices[0] for slices, _ in sorted(sparing.values(), key=lambda entry: entry[1])][:PAIRED]
     pairs = {f"{a} {b}": [a, b] for a, b in itertools.combinations(strongest, 2)}
     measure(pairs, {name: suppression(target, decomposition, pair) for name, pair in pairs.items()})
-    return min(tried.values(), key=lambda entry: entry[1])[0] if tried else []
+    return min(sparing.values(), key=lambda entry: entry[1])[0] if sparing else []

@@ -62,7 +62,7 @@ Edit = Mapping[str, Factors]  # by matrix
 
 def find_slices(slices: SliceSet, addresses: Iterable[str]) -> list[Address]:
     """The slices that `addresses` name, each once, in the order given. UsageError, one line, for one that is not."""
-    found = []
+    own = []
     for text in addresses:
         name, _, digits = text.rpartition(":")
         if not name or not digits.removeprefix("-").isdecimal():
@@ -71,8 +71,8 @@ def find_slices(slices: SliceSet, addresses: Iterable[str]) -> list[Address]:
         count = slices.of(name).U.shape[1]
         if not 0 <= int(digits) < count:
             raise UsageError(f"'{text}': {name} has the slices 0 to {count - 1}")
-        found.append(Address(name, int(digits)))
-    return list(dict.fromkeys(found))
+        own.append(Address(name, int(digits)))
+    return list(dict.fromkeys(own))
 
 
 def find_matrix(names: Sequence[str], name: str, who: str) -> str:

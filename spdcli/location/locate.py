@@ -30,7 +30,7 @@ from spdcli.edits.selection import (
     in_order,
     own_activity,
     with_direction,
-    written,
+    written_amounts,
 )
 from spdcli.edits.suppression import Address, suppression, suppressions
 from spdcli.engine.subcomponents import Decomposition
@@ -151,7 +151,7 @@ def candidates(decomposition: Decomposition, activity: Activity, row: int, searc
     names = matrices_like(list(activity.g), search.matrices)
     active = {name: (activity.g[name][row] > search.threshold).any(0) for name in names}
     positions = range(activity.texts.batch.tokens.shape[1])
-    amounts = written(decomposition, activity, row, positions)
+    amounts = written_amounts(decomposition, activity, row, positions)
     return in_order(with_direction(decomposition, active), [amounts])
 
 

@@ -16,13 +16,13 @@ from spdcli.edits.selection import (
     Rule,
     active_at,
     by_effect,
-    carried,
     find_prompt,
     in_order,
     own_activity,
     select,
+    weight_carried,
     with_direction,
-    written,
+    written_amounts,
 )
 from spdcli.edits.suppression import Address, suppression, suppressions
 from spdcli.engine.subcomponents import Slices, SliceSet
@@ -81,12 +81,12 @@ def test_scores_by_hand():
     activity = random_activity(0)
     inner = torch.tensor([[[1.0, 5, -2], [-3, 5, 1]]])
     activity = Activity(activity.texts, {"m": inner.abs()}, {"m": inner})
-    assert written(slices, activity, 0, [0, 1])["m"].tolist() == [9, 5, 8]
-    assert written(slices, activity, 0, [1])["m"].tolist() == [9, 5, 4]
+    assert written_amounts(slices, activity, 0, [0, 1])["m"].tolist() == [9, 5, 8]
+    assert written_amounts(slices, activity, 0, [1])["m"].tolist() == [9, 5, 4]
     matrix = type("Matrix", (), {"weight": torch.tensor([[1.0, 2], [3, 4]])})
     target = type("Target", (), {"matrices": {"m": matrix}})
     # (1, 0) W (0, 1) = 2; a slice without direction is 0; (1, 1)/√2 W (1, 0) = 4/√2
-    torch.testing.assert_close(carried(target, slices, ["m"])["m"], torch.tensor([2, 0, 4 / 2**0.5]))
+    torch.testing.assert_close(weight_carried(target, slices, ["m"])["m"], torch.tensor([2, 0, 4 / 2**0.5]))
     alive = with_direction(slices, {"m": torch.tensor([True, True, False])})
     assert alive["m"].tolist() == [True, False, False]
 
