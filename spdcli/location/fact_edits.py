@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spdcli.edits.selection import active_at, carried, in_order, most_lowering, with_direction
+from spdcli.edits.selection import active_at, in_order, most_lowering, weight_carried, with_direction
 from spdcli.edits.suppression import Address, Edit, suppression
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.subcomponents import distinct_rows
@@ -59,7 +59,7 @@ def slices_by_rule(context: FactContext, row: int, top: int = 1) -> dict[Address
     other prompt of the run (elsewhere in this prompt they may be); of several the `top` of which the original weights
     hold most, |ûᵀ W v̂|. A slice that is taken at two tokens is there once. Empty where no token has one.
     """
-    name, size = context.matrix, carried(context.target, context.decomposition, [context.matrix])
+    name, size = context.matrix, weight_carried(context.target, context.decomposition, [context.matrix])
     slices: dict[Address, tuple[int, ...]] = {}
     for token in context.naming[row]:
         active = active_at(context.activity, row, token, 0.0, unique=True, only_at=False)[name]
