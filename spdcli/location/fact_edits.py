@@ -58,6 +58,9 @@ def slices_by_rule(context: FactContext, row: int, top: int = 1) -> dict[Address
     At each token that names the prompt's subject: of the context's matrix the slices that are active there and in no
     other prompt of the run (elsewhere in this prompt they may be); of several the `top` of which the original weights
     hold most, |ûᵀ W v̂|. A slice that is taken at two tokens is there once. Empty where no token has one.
+
+    So a slice is not chosen for being active at one single token of all prompts: that token has to name the subject.
+    And one that is active at other tokens of this prompt, too, may be chosen; in the report, each name has its own.
     """
     name, size = context.matrix, weight_carried(context.target, context.decomposition, [context.matrix])
     slices: dict[Address, tuple[int, ...]] = {}

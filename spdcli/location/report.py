@@ -141,8 +141,8 @@ def report_facts(
     data: Data | None,
     ridge: float,
     facts: Facts,
-    subjects: Sequence[str],
-    settings: ReportSettings,
+    subjects: Sequence[str] = (),
+    settings: ReportSettings | None = None,
     report: Report = silent,
 ) -> RunReport:
     """The report on the facts of a run's prompts: `data` and `ridge` are its recipe's `[data]` and `slices.ridge`.
@@ -152,6 +152,7 @@ def report_facts(
     """
     if subject.prompts is None or data is None:
         raise UsageError("a report is about facts, and the induction toy knows none", "spd eval explains the toy")
+    settings = settings or ReportSettings()
     steps = iter(range(1, 1000))
     tell = lambda text: report(Progress(text, next(steps), 4 + 2 * len(data.prompts)))  # noqa: E731
     prompts = encode(subject.prompts.tokenizer, data.prompts, "held_out", data.begin_token)

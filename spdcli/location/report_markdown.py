@@ -19,7 +19,8 @@ KINDS = {
     "destruction again).",
     SLICES: "The run's slices, suppressed in the original weights. *By rule* looks at no effect: at each of the last "
     "two tokens of the subject (never the prompt's first), of the slices of {matrix} that are active there and in no "
-    "other prompt of the run the one of which W holds most, |ûᵀ W v̂|. It may be active elsewhere in the prompt, too. "
+    "other prompt of the run the one of which W holds most, |ûᵀ W v̂|. It may be active elsewhere in this prompt, too; "
+    "what is active only at tokens that do not name the subject is not chosen, however special it is to them. "
     "*By effect*: of all slices of that MLP that are active in the prompt and at no first token, the one or two that "
     "lower the answer most while other prompts of the run change by less than 10 %. (First tokens are left out because "
     "every prompt parks attention there.)",

@@ -12,8 +12,9 @@ from small_runs import MODEL, TOY, one_line, save_toy, spd_here, toy_recipe
 from spdcli.edits.answer_changes import AnswerChange
 from spdcli.edits.choices import STATISTICS
 from spdcli.edits.collateral import ChangeSizes
+from spdcli.edits.facts_file import load_facts
 from spdcli.files import save_tensors
-from spdcli.location.report import FactCounts, ReportSettings, RunReport
+from spdcli.location.report import FactCounts, ReportSettings, RunReport, report_facts
 from spdcli.location.report_edits import SLICES
 from spdcli.location.report_markdown import markdown, percent, size, table
 from spdcli.location.report_rows import ReportRow, summed_up, traced_rows
@@ -21,6 +22,7 @@ from spdcli.location.tracing import BestSite, Trace, TraceSettings
 from spdcli.location.zeroed_layers import most_needed
 from spdcli.records import plain
 from spdcli.runs.directory import DECOMPOSITION
+from spdcli.runs.loading import load
 
 KOBE, TIGER = "Kobe Bryant plays professional basketball", "Tiger Woods plays the sport of golf"
 FACTS = f"""\
@@ -134,6 +136,22 @@ def test_the_rows_are_what_the_other_commands_say(spd, run, facts):
     for row, best in zip(kobe["rows"], [traced["best"][0]], strict=False):
         assert row["own"] == pytest.approx(best["reverse"] / traced["clean"] - 1)
         assert (row["others"], row["facts"]) == (None, None)
+
+
+def test_the_report_needs_no_console(spd, run, facts):
+    loaded, steps = load(run), []
+    report = report_facts(
+        loaded.subject,
+        loaded.decomposition,
+        loaded.recipe.data,
+        loaded.recipe.slices.ridge,
+        load_facts(facts),
+        settings=ReportSettings(TraceSettings(samples=2, window=1), random=2),
+        report=steps.append,
+    )
+    data = answer(spd, "report", run, "--facts", facts, *FEW)
+    assert plain(report) == {key: data[key] for key in ("matrix", "facts", "mlp_zeroed", "prompts")}
+    assert [(step.done, step.total) for step in steps] == [(number, 8) for number in range(1, 8)]
 
 
 def test_what_leaks_is_measured_on_other_words(spd, run, facts):
