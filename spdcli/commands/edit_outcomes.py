@@ -11,6 +11,7 @@ from spdcli.commands.effects import prompts_only
 from spdcli.console import Console
 
 if TYPE_CHECKING:
+    from spdcli.edits.edit_reports import PatchReport, SuppressionReport
     from spdcli.edits.patches import Weights
     from spdcli.edits.script import Script
     from spdcli.edits.suppression import Edit
@@ -35,7 +36,7 @@ class Outcome:
     `base` is the directory that the target came from, which nothing may be written over.
     """
 
-    report: Any
+    report: SuppressionReport | PatchReport
     subject: Subject
     base: Path
     edit: Edit
@@ -107,6 +108,7 @@ def use_patch(
 def write(outcome: Outcome, data: dict[str, Any], save: Path | None, patch: Path | None, force: bool) -> None:
     """Write the edited model and the patch, where they are wanted; `data` is the record that goes with them."""
     from spdcli.edits.checkpoints import check_destination, save_checkpoint
+    from spdcli.edits.edit_reports import SuppressionReport
     from spdcli.edits.patches import edited_weights, make_patch, save_patch
 
     target = outcome.subject.target
@@ -116,6 +118,11 @@ def write(outcome: Outcome, data: dict[str, Any], save: Path | None, patch: Path
         save_checkpoint(save, outcome.subject, weights, data, force)
     if patch is not None:
         report = outcome.report
-        evidence = {"together": report.together, "matrices": report.matrices, "facts": report.facts}
-        evidence["effects"] = prompts_only(report.effects)
+        assert isinstance(report, SuppressionReport)
+        evidence = {
+            "together": report.together,
+            "matrices": report.matrices,
+            "facts": report.facts,
+            "effects": prompts_only(report.effects),
+        }
         save_patch(patch, make_patch(target, outcome.edit, report.slices, evidence))

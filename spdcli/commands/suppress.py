@@ -13,6 +13,7 @@ from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_
 from spdcli.commands.effects import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.commands.script import check_script, script_tables, verdict_lines
+from spdcli.console import Console
 from spdcli.edits.choices import TOGETHER, USUAL_TOGETHER, in_words
 from spdcli.errors import UsageError
 
@@ -101,26 +102,34 @@ def suppress(
         outcome = suppress_slices(console, options, slice, together or USUAL_TOGETHER)
     else:
         outcome = use_patch(console, options, apply, revert, base)
-    report = outcome.report
-    failures = [one for one in report.expectations if one.passed is False]
+    expectations = outcome.report.expectations
+    failures = sum(one.passed is False for one in expectations)
     if dry_run or failures:
         save = patch = None
     from spdcli.records import plain
 
     files = {"saved": save, "patch": patch or apply or revert}
-    data = {"schema": "spd.suppress/1", "run": str(run), **plain(report), **plain(files)}
+    data = {"schema": "spd.suppress/1", "run": str(run), **plain(outcome.report), **plain(files)}
     write(outcome, data, save, patch, force)
-    console.show(data, *(script_tables if script is not None else tables)(report, console.verbose))
-    for path in (patch, save):
-        if path is not None:
-            console.result(path)
-    if script is not None:
-        verdict_lines(console, report.expectations)
-    elif save is None and patch is None:
-        quiet_lines(console, report.effects)
+    show(console, outcome.report, data, [path for path in (patch, save) if path is not None])
     if failures:
-        console.note(f"{len(failures)} of {len(report.expectations)} expectations failed")
+        console.note(f"{failures} of {len(expectations)} expectations failed")
         raise typer.Exit(1)
+
+
+def show(
+    console: Console, report: SuppressionReport | PatchReport, data: Mapping[str, Any], paths: Sequence[Path]
+) -> None:
+    """The report, then what was written, or with `-q` the verdicts of a script, or the effects."""
+    from spdcli.edits.expectations import ScriptReport
+
+    console.show(data, *tables(report, console.verbose))
+    for path in paths:
+        console.result(path)
+    if isinstance(report, ScriptReport):
+        verdict_lines(console, report.expectations)
+    elif not paths:
+        quiet_lines(console, report.effects)
 
 
 def check_usage(
@@ -161,9 +170,12 @@ def check_outputs(patch: Path | None, save: Path | None, force: bool) -> None:
 
 
 def tables(report: SuppressionReport | PatchReport, verbose: bool) -> list[RenderableType]:
-    """The effects, each slice's own, what becomes of the facts, and what every matrix loses."""
+    """The effects, each slice's own, what becomes of the facts, and what every matrix loses; of a script its own."""
     from spdcli.edits.edit_reports import PatchReport
+    from spdcli.edits.expectations import ScriptReport
 
+    if isinstance(report, ScriptReport):
+        return script_tables(report, verbose)
     verb = (
         {"apply": "Patched", "revert": "Reverted"}[report.action] if isinstance(report, PatchReport) else "Suppressed"
     )

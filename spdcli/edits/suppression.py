@@ -41,7 +41,11 @@ SAME = 1e-12  # of G's largest eigenvalue: directions that differ by less than a
 
 @dataclass(frozen=True)
 class Address:
-    """One slice: `str()` is `matrix:index`."""
+    """One slice: `str()` is `matrix:index`.
+
+    >>> str(Address("h.0.mlp.c_fc", 412))
+    'h.0.mlp.c_fc:412'
+    """
 
     matrix: str
     index: int
