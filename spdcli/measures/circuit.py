@@ -33,7 +33,7 @@ from spdcli.targets.sequences import POSITION_CLASSES
 class CircuitAttention:
     """Mean attention probabilities of the circuit's two steps.
 
-    `m_to_s1` with everything; then without the position encodings in what Q0 reads at m
+    `m_to_s1` with everything; then without the position encodings in m's query
     (`m_to_s1_unplaced_query`, the paper's 1.0 to 0.0941), also without them on s1's key
     (`m_to_s1_unplaced_query_and_s1`), and without them on any key (`m_to_s1_content_only`). `s2_to_m` is the second
     step's.
@@ -113,23 +113,21 @@ def circuit_attention(data: CircuitData, masked: bool) -> CircuitAttention:
 
     Where encodings are left out, the masks stay those of the unchanged sequence.
     """
-    batch, at, rows = data.clean.batch, data.at, data.rows
-    full = data.clean.inputs["Q0"]  # content and encodings
-    content = data.block(0).norm(data.toy.embed(batch.tokens))
-    but_s1 = torch.where(batch.classes["s1"][..., None], content, full)
+    at, rows = data.at, data.rows
+    but_s1 = (~data.clean.batch.classes["s1"])[..., None].to(data.toy.positions)
 
-    def to_s1(query: Tensor, key: Tensor) -> float:
-        q, k = data.product("Q0", query, masked), data.product("K0", key, masked)
+    def to_s1(query: float, key: Tensor | float) -> float:
+        q, k = data.first_projection("Q0", query, masked), data.first_projection("K0", key, masked)
         pattern = data.block(0).scores(q, k).log_softmax(-1)
         return pattern[rows, 0, at["m"], at["s1"]].exp().mean().item()
 
     patterns = attention_patterns(data.toy, data.target, data.decomposition, data.clean, data.g)
     second = (patterns.masked if masked else patterns.target)[1]
     return CircuitAttention(
-        m_to_s1=to_s1(full, full),
-        m_to_s1_unplaced_query=to_s1(content, full),
-        m_to_s1_unplaced_query_and_s1=to_s1(content, but_s1),
-        m_to_s1_content_only=to_s1(content, content),
+        m_to_s1=to_s1(1.0, 1.0),
+        m_to_s1_unplaced_query=to_s1(0.0, 1.0),
+        m_to_s1_unplaced_query_and_s1=to_s1(0.0, but_s1),
+        m_to_s1_content_only=to_s1(0.0, 0.0),
         s2_to_m=second[rows, 0, at["s2"], at["m"]].exp().mean().item(),
     )
 

@@ -54,6 +54,20 @@ class CircuitData:
         own = self.decomposition.of(name)
         return masked_product(x, weight, own.U, own.V, self.g[name], None)
 
+    def first_projection(self, name: str, shares: Tensor | float, masked: bool) -> Tensor:
+        """Queries (Q0) or keys (K0) of the first layer `[B, T, D]`, with `shares` of the position encodings (1: as they
+        are; 0: content alone; or `[B, T, 1]`)."""
+        content = self.block(0).norm(self.toy.embed(self.clean.batch.tokens))
+        encodings = self.toy.positions[: content.shape[1]] * shares
+        if self.block(0).after:
+            return self.product(name, content, masked) + encodings
+        return self.product(name, content + encodings, masked)
+
+    def projection(self, name: str) -> Tensor:
+        """The target's queries or keys `[B, T, D]` in full; `name` is Q0, K0, Q1 or K1."""
+        x = self.clean.inputs[name]
+        return self.product(name, x, False) + (self.toy.positions[: x.shape[1]] if self.block(0).after else 0)
+
 
 def has_circuit(subject: Subject) -> bool:
     """Whether the subject is a toy of the paper's kind: two layers, one head, nothing but attention (Table 3)."""

@@ -65,7 +65,7 @@ class SliceOffsets:
 class Offsets:
     """Profiles over `offsets`: of Q0 and K0 as they are (`whole`), and of each of their active slices in their place.
 
-    `aligns` is the slice of K0 with the largest contrast; None where none is active.
+    `aligns` is the slice of K0 with the largest contrast; None where none is active, or none reads a position.
     """
 
     offsets: Sequence[int]
@@ -80,10 +80,15 @@ def offset_profiles(data: CircuitData) -> Offsets:
     For a slice c of K0 the key of position n is `(p_n U_c) V_c` and the query of n' is `p_n' W_Q0`; for a slice of Q0
     the other way round with `p_n W_K0`. A matrix that finds the previous token peaks at +1; a slice is one product of
     a function of n and one of n', and can do that only as far as they rise and fall together.
+
+    Where encodings are added after Q and K no slice reads a position: they match each other as they are, whatever is
+    learned, and `slices` is empty.
     """
     positions = data.toy.positions
     reach = min(REACH, positions.shape[0] - 1)
     offsets = list(range(-reach, reach + 1))
+    if data.block(0).after:
+        return Offsets(offsets, _profile(data, positions, positions, offsets), [], None)
     queries, keys = positions @ data.target.matrices["Q0"].weight, positions @ data.target.matrices["K0"].weight
     slices = []
     for name in ("Q0", "K0"):

@@ -129,14 +129,14 @@ def _score_effects(data: CircuitData, name: str) -> Tensor:
     """What slices of Q0, K0, V0, Q1 or K1 add to the scores of the query that matters, by key: `[n, B, T]`."""
     layer = 0 if name in ("Q0", "K0") else 1
     query_at = data.at["m" if layer == 0 else "s2"]
-    rows, inputs = data.rows, data.clean.inputs
+    rows = data.rows
     inner = _masked_inner(data, name)
     written = data.decomposition.of(name).V[data.active[name]]  # [n, D]
     if name.startswith("Q"):
-        keys = inputs[f"K{layer}"] @ data.target.matrices[f"K{layer}"].weight  # [B, T, D]
+        keys = data.projection(f"K{layer}")  # [B, T, D]
         scores = inner[:, rows, query_at, None] * torch.einsum("nd,btd->nbt", written, keys)
     else:
-        query = inputs[f"Q{layer}"][rows, query_at] @ data.target.matrices[f"Q{layer}"].weight  # [B, D]
+        query = data.projection(f"Q{layer}")[rows, query_at]  # [B, D]
         if name == "V0":
             pattern = _target_pattern(data, 0)
             inner = torch.einsum("bij,nbj->nbi", pattern, inner)
@@ -157,5 +157,5 @@ def _logit_effects(data: CircuitData) -> Tensor:
 
 def _target_pattern(data: CircuitData, layer: int) -> Tensor:
     """The target's attention probabilities `[B, T, T]` in a layer (one head)."""
-    q, k = (data.product(f"{letter}{layer}", data.clean.inputs[f"{letter}{layer}"], False) for letter in "QK")
+    q, k = (data.projection(f"{letter}{layer}") for letter in "QK")
     return data.block(layer).scores(q, k).softmax(-1)[:, 0]

@@ -14,7 +14,8 @@ DEVICES: dict[str, Choice] = {
 }
 
 POSITIONS: dict[str, Choice] = {
-    "shortformer": Choice("sinusoids added to what Q and K read, and to nothing else"),
+    "before": Choice("sinusoids added to what Q and K read, and to nothing else, as the paper's text says"),
+    "after": Choice("sinusoids added to what Q and K write, and to nothing else, as its authors' public code does"),
     "added": Choice("sinusoids added to the embedding, before the first block"),
 }
 

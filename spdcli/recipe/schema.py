@@ -48,7 +48,7 @@ class InductionTarget(Section):
     )
     length: Annotated[int, Field(ge=4)] = Field(64, description="Tokens of a sequence (Table 3: 64).")
     positions: Annotated[str, OneOf(POSITIONS)] = Field(
-        "shortformer", description="How a token's position enters (Table 3: Shortformer)."
+        "before", description="How a token's position enters (Table 3: Shortformer)."
     )
     layer_norm: bool = Field(
         False, description="A layer norm before every attention and MLP, and at the end (Table 3: no)."

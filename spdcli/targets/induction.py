@@ -30,7 +30,7 @@ class ToyShape:
     d_model: int = 16
     vocabulary: int = 128
     length: int = 64
-    positions: str = "shortformer"
+    positions: str = "before"
     layer_norm: bool = False
     feed_forward: bool = False
     output_projection: bool = False
@@ -49,14 +49,15 @@ def sinusoids(length: int, width: int) -> Tensor:
 class ToyBlock(nn.Module):
     """Causal attention, and a feed-forward part where the shape asks for one.
 
-    With shortformer positions the encodings are added to what Q and K read and to nothing else, so
-    the residual stream and V never carry a position.
+    Position encodings are added to what Q and K read (`before`) or to what they write (`after`), and to nothing else:
+    the residual stream and V never carry a position. `after` is the authors' public code; what Q and K read at a token
+    is then the same wherever it stands.
     """
 
     def __init__(self, shape: ToyShape) -> None:
         super().__init__()
         width = shape.d_model
-        self.heads = shape.heads
+        self.heads, self.after = shape.heads, shape.positions == "after"
         self.norm = nn.LayerNorm(width) if shape.layer_norm else nn.Identity()
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(width, width, bias=False)
@@ -75,9 +76,11 @@ class ToyBlock(nn.Module):
         With `last` only the last position is worked out, `[B, 1, D]`.
         """
         normed = self.norm(hidden)
-        with_positions = normed + positions
-        from_query, hidden = (with_positions[:, -1:], hidden[:, -1:]) if last else (with_positions, hidden)
-        query, key, value = self.q(from_query), self.k(with_positions), self.v(normed)
+        read = normed if self.after else normed + positions
+        asking = slice(-1, None) if last else slice(None)
+        query, key, value, hidden = self.q(read[:, asking]), self.k(read), self.v(normed), hidden[:, asking]
+        if self.after:
+            query, key = query + positions[:, asking], key + positions
         if self.recorded is not None:
             self.recorded.append(self.scores(query, key).log_softmax(-1))
         q, k, v = self.split(query), self.split(key), self.split(value)

@@ -45,12 +45,15 @@ def slow_first_attention(data, row, masked, placed_query, placed_key):
     m, s1 = int(data.at["m"][row]), int(data.at["s1"][row])
 
     def through(name, t, place):
-        x = toy.embed.weight[tokens[t]] + (toy.positions[t] if place else 0)
+        encoding = toy.positions[t] if place else torch.zeros(4)
+        after = toy.shape.positions == "after"
+        x = toy.embed.weight[tokens[t]] + (0 if after else encoding)
         weight = data.target.matrices[name].weight
-        if not masked or name not in data.g:
-            return x @ weight
-        own = data.decomposition.of(name)
-        return sum(data.g[name][row, t, c] * (x @ own.U[:, c]) * own.V[c] for c in range(3))
+        written = x @ weight
+        if masked and name in data.g:
+            own = data.decomposition.of(name)
+            written = sum(data.g[name][row, t, c] * (x @ own.U[:, c]) * own.V[c] for c in range(3))
+        return written + (encoding if after else 0)
 
     query = through("Q0", m, placed_query)
     scores = torch.stack([through("K0", t, placed_key(t, s1)) @ query / 2 for t in range(m + 1)])
@@ -59,8 +62,9 @@ def slow_first_attention(data, row, masked, placed_query, placed_key):
 
 @pytest.mark.parametrize("names", [ALL, ["K0", "V1"]], ids=["all", "some"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
-    data = small_circuit(tmp_path, names=names)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked, place):
+    data = small_circuit(tmp_path, f"target.positions='{place}'", names=names)
     attention = circuit_attention(data, masked)
     cases = {
         "m_to_s1": (True, lambda t, s1: True),
@@ -72,6 +76,15 @@ def test_attention_with_and_without_positions_by_hand(tmp_path, names, masked):
         slow = sum(slow_first_attention(data, row, masked, query, placed) for row in range(SEQUENCES)) / SEQUENCES
         assert getattr(attention, key) == pytest.approx(slow, **FLOAT32), key
     assert len({round(getattr(attention, key), 5) for key in cases}) == 4  # the cases differ on this toy
+
+
+def test_after_the_projections_the_encodings_match_as_they_are(tmp_path):
+    data = small_circuit(tmp_path, "target.positions='after'")
+    offsets, places = offset_profiles(data), data.toy.positions
+    assert (offsets.slices, offsets.aligns) == ([], None)
+    pairs = [(places[n + 1] @ places[n]).item() / 2 for n in range(len(places) - 1)]
+    assert offsets.whole.scores[offsets.offsets.index(1)] == pytest.approx(sum(pairs) / len(pairs))
+    assert offsets.whole.peak == 0  # sinusoids match themselves best
 
 
 def test_positions_added_to_the_embedding_are_taken_away_too(tmp_path):

@@ -36,16 +36,16 @@ def test_sinusoids_by_hand():
 
 
 @SHAPES
-def test_a_block_is_attention_head_by_head(options):
-    """A literal block: one query at a time, positions in Q and K alone."""
-    model = toy(**options)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_block_is_attention_head_by_head(options, place):
+    """A literal block: one query at a time, positions in what Q and K read, or in what they write."""
+    model = toy(**options, positions=place)
     block, heads = model.blocks[0], model.shape.heads
     stream = model.embed(some_tokens(1))[0]
     read = torch.nn.functional.layer_norm(stream, (8,)) if options else stream
-    q, k, v = (
-        x @ w.weight.t()
-        for x, w in [(read + model.positions, block.q), (read + model.positions, block.k), (read, block.v)]
-    )
+    read_by, written = (model.positions, 0) if place == "before" else (0, model.positions)
+    q, k = ((read + read_by) @ w.weight.t() + written for w in (block.q, block.k))
+    v = read @ block.v.weight.t()
     mixed = torch.zeros_like(stream)
     width = 8 // heads
     for h in range(heads):
@@ -57,7 +57,8 @@ def test_a_block_is_attention_head_by_head(options):
     if options:
         read = torch.nn.functional.layer_norm(expected, (8,))
         expected = expected + (read @ block.up.weight.t()).clamp(min=0) @ block.down.weight.t()
-    close(block(stream[None], model.positions)[0], expected)
+    close(block(stream[None], model.positions[None])[0], expected)
+    close(block(stream[None], model.positions[None], last=True)[0], expected[-1:])
 
 
 @SHAPES
@@ -80,13 +81,22 @@ def without_attention_scores(positions):
 def test_shortformer_streams_and_values_carry_no_position():
     tokens = some_tokens()
     shuffled = tokens[:, [2, 0, 4, 1, 3, 5]]
-    model = without_attention_scores("shortformer")
+    model = without_attention_scores("before")
     close(model.logits(tokens), model.logits(shuffled))
     added = without_attention_scores("added")
     assert (added(tokens)[:, 0] != model(tokens)[:, 0]).any()  # positions that are added do show
     assert not torch.allclose(
         added.blocks[0].v(added.embed(tokens) + added.positions), model.blocks[0].v(model.embed(tokens))
     )
+
+
+def test_encodings_after_the_projections_are_in_no_matrixs_input():
+    tokens = some_tokens()
+    model = toy(positions="after")
+    clean = clean_pass(target := toy_target(model), Batch(tokens, tokens >= 0, tokens >= 0), target.matrices)
+    for name in ("Q0", "K0", "V0"):
+        close(clean.inputs[name], model.embed(tokens))
+    assert not torch.allclose(model.logits(tokens), model.logits(tokens[:, [2, 0, 4, 1, 3, 5]]))
 
 
 def test_shortformer_queries_and_keys_do_carry_position():
