@@ -60,8 +60,9 @@ def metrics(data: Data) -> str:
         theirs = PAPER_ATTENTION[layer] if layer < len(PAPER_ATTENTION) else None
         rows.append([f"attention KL, layer {layer + 1}", number(value), "", paper(theirs)])
         split = data["attention_kl_split"][layer]
-        for kind, where in (("matters", "where the pattern matters"), ("rest", "everywhere else")):
-            if split[kind] is not None:
+        parts = {"matters": "where the pattern matters", "rest": "everywhere else", "last": "at the last query"}
+        for kind, where in parts.items():
+            if split.get(kind) is not None:
                 rows.append([f"the same, {where}", number(split[kind]), "", ""])
     rows += [[f"accuracy, {kind} model", f"{value:.2%}", "", ""] for kind, value in data["accuracy"].items()]
     shown = table(["metric", "ours", "standard error", "paper"], rows)

@@ -118,7 +118,8 @@ def metrics_table(evaluation: ToyEvaluation) -> Table:
     paper = dict(enumerate(PAPER_ATTENTION, 1))
     for value, split in zip(evaluation.attention_kl, evaluation.attention_kl_split, strict=True):
         metrics.add_row(f"attention KL, layer {split.layer}", f"{value:.3f}", "", _paper(paper.get(split.layer)))
-        for part, what in ((split.matters, "where the pattern matters"), (split.rest, "everywhere else")):
+        parts = {"where the pattern matters": split.matters, "everywhere else": split.rest, "at the last": split.last}
+        for what, part in parts.items():
             if part is not None:
                 metrics.add_row(f"  {what}", f"{part:.3f}", "", "")
     for kind, share in (("target", evaluation.accuracy.target), ("masked", evaluation.accuracy.masked)):

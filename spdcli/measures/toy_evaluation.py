@@ -25,11 +25,13 @@ from spdcli.targets.sequences import POSITION_CLASSES
 @dataclass(frozen=True)
 class AttentionSplit:
     """The attention KL of one layer, counted from 1: a mean over the queries that the circuit lives by (`matters`),
-    and over all others (`rest`), in nats; None where the layer has no such query."""
+    and over all others (`rest`), in nats, None where the layer has no such query; and at the `last` query, whose
+    prediction is all that a loss on the last token looks at."""
 
     layer: int
     matters: float | None
     rest: float | None
+    last: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class ToySums:
             divergence = attention_divergence(log_p, log_q).mean(1)  # [B, T]
             self.attention[layer].add(divergence.mean(1))
             own = clean.batch.classes[matter[layer]] if layer in matter else torch.zeros_like(clean.batch.valid)
+            self.attention_split[layer, "last"].add(divergence[:, -1])
             for name, queries in (("matters", own), ("rest", ~own)):
                 if bool(queries.any()):
                     self.attention_split[layer, name].add((divergence * queries).sum(1) / queries.sum(1))
@@ -117,7 +120,9 @@ def evaluate_toy(
         attention_kl_split=[
             AttentionSplit(
                 layer + 1,
-                *(split[layer, kind].value if (layer, kind) in split else None for kind in ("matters", "rest")),
+                matters=split[layer, "matters"].value if (layer, "matters") in split else None,
+                rest=split[layer, "rest"].value if (layer, "rest") in split else None,
+                last=split[layer, "last"].value,
             )
             for layer in sorted(toy_sums.attention)
         ],

@@ -54,7 +54,7 @@ def slow_evaluation(subject, decomposition, batches, threshold):
     active = {name: {kind: [] for kind in ("s1", "m", "s2", "random")} for name in names}
     seen = {name: set() for name in names}
     attention = {layer: [] for layer in range(len(toy.blocks))}
-    split = {(layer, kind): [] for layer in attention for kind in ("matters", "rest")}
+    split = {(layer, kind): [] for layer in attention for kind in ("matters", "rest", "last")}
     right = {"target": 0, "masked": 0}
     by_matrix = {name: [] for name in names}
     for batch in batches:
@@ -79,6 +79,9 @@ def slow_evaluation(subject, decomposition, batches, threshold):
                 s2 = len(tokens) - 1
                 m = int((tokens[:s2] == toy.shape.vocabulary).nonzero()) + 1
                 query = m if layer == 0 else s2
+                split[layer, "last"].append(
+                    statistics.mean(kl(rows[at], masked_rows[at]) for at in rows if at[0] == layer and at[2] == s2)
+                )
                 for kind in ("matters", "rest"):
                     chosen = [at for at in rows if at[0] == layer and (at[2] == query) == (kind == "matters")]
                     split[layer, kind].append(statistics.mean(kl(rows[at], masked_rows[at]) for at in chosen))
@@ -105,7 +108,7 @@ def slow_evaluation(subject, decomposition, batches, threshold):
         "recon_layerwise_by_matrix": {name: statistics.mean(values) for name, values in by_matrix.items()},
         "attention_kl": [statistics.mean(values) for values in attention.values()],
         "attention_kl_split": [
-            {"layer": layer + 1} | {kind: statistics.mean(split[layer, kind]) for kind in ("matters", "rest")}
+            {"layer": layer + 1} | {kind: statistics.mean(split[layer, kind]) for kind in ("matters", "rest", "last")}
             for layer in attention
         ],
         "accuracy": {model: number / count for model, number in right.items()},
