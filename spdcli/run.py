@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from spdcli.edits.ablation import AblationReport, Masking, ablate
+from spdcli.edits.checkpoints import edited_model
+from spdcli.edits.choices import OTHERS, TOGETHER, USUAL_OTHERS, USUAL_TOGETHER
+from spdcli.edits.edit_reports import SuppressionReport, report_suppression
+from spdcli.edits.exam import Exam, open_exam
+from spdcli.edits.facts_file import Facts, load_facts
+from spdcli.edits.suppression import find_slices, suppression
+from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
+from spdcli.files import save_tensors
+from spdcli.location.locate import PromptSearch, Search, locate
+from spdcli.location.report import ReportSettings, RunReport, report_facts
+from spdcli.location.tracing import Trace, TraceSettings, trace
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.measures.inspection import Inspection, Query, inspect_texts
@@ -16,8 +29,12 @@ from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.svd import RankCurves, svd_curves
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Report, silent
+from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
 from spdcli.targets.masking import importance_masks_of, masked_module
+
+BUILTIN_FACTS = "builtin"  # those that come with spd
+FactsSource = str | Path | None
 
 
 class Run(LoadedRun):
@@ -123,3 +140,133 @@ class Run(LoadedRun):
             seed=self.recipe.seed,
             report=progress,
         )
+
+    def suppress(self, slices: Sequence[str], *, together: str = USUAL_TOGETHER) -> nn.Module:
+        """A copy of the model whose original weights have lost the slices' directions, as `spd suppress --save`.
+
+        W ← W − Σ (ûᵀ W v̂) û v̂ᵀ over `slices`, addresses such as `layers.0.mlp.up_proj:2` (section 5.2); `together` is
+        literal, as written, orthonormal or sequence. Of a language model it is a plain transformers model. UsageError
+        for a slice that is not there.
+        """
+        addresses = find_slices(self.decomposition, slices)
+        edit = suppression(self.subject.target, self.decomposition, addresses, _one_of(TOGETHER, together))
+        return edited_model(self.subject, edit)
+
+    def suppression(
+        self,
+        slices: Sequence[str],
+        *,
+        together: str = USUAL_TOGETHER,
+        prompts: Sequence[str] = (),
+        facts: FactsSource = BUILTIN_FACTS,
+        progress: Report = silent,
+    ) -> SuppressionReport:
+        """What `suppress` does to the run's prompts (or `prompts`) and to other facts, as `spd suppress` reports it.
+
+        `facts` are those that come with spd, those of a file, or None.
+        """
+        addresses = find_slices(self.decomposition, slices)
+        exam = self._exam(prompts, facts, progress)
+        return report_suppression(self.subject, self.decomposition, addresses, _one_of(TOGETHER, together), exam)
+
+    def ablate(
+        self,
+        slices: Sequence[str] = (),
+        *,
+        matrices: Sequence[str] = (),
+        mlps: Sequence[str] = (),
+        others: str = USUAL_OTHERS,
+        samples: int = 16,
+        prompts: Sequence[str] = (),
+        facts: FactsSource = BUILTIN_FACTS,
+        progress: Report = silent,
+    ) -> AblationReport:
+        """What is lost with the mask of `slices` at 0 in the decomposed model, as `spd ablate`, the masks of the others
+        `others`: on, importance, or sampled (so many `samples`).
+
+        Or without slices, with whole `matrices` of the target, or `mlps` (layers such as "0", or "all"), at 0.
+        """
+        addresses = find_slices(self.decomposition, slices)
+        zeroed = zeroed_parts(self.subject.target, matrices, mlps)
+        if not (addresses or zeroed):
+            raise UsageError("nothing to ablate", "give slices, matrices or mlps")
+        masking = Masking(_one_of(OTHERS, others), samples, self.recipe.seed)
+        exam = self._exam(prompts, facts, progress)
+        return ablate(self.subject, self.decomposition, exam, addresses, zeroed, masking)
+
+    def locate(
+        self,
+        prompt: int | str | None = None,
+        token: str | None = None,
+        *,
+        search: Search | None = None,
+        facts: FactsSource = BUILTIN_FACTS,
+        progress: Report = silent,
+    ) -> list[PromptSearch]:
+        """The slices that carry an answer, as `spd locate`: each that is active in the prompt is suppressed.
+
+        `prompt` is one of the run's, by its number from 1 or its text, or another text; None is each of the run's.
+        `token` is the answer to look at, the prompt's last one if not given. One entry a prompt.
+        """
+        beside, seed = self._facts(facts), self.recipe.seed
+        which = None if prompt is None else str(prompt)
+        return locate(self.subject, self.decomposition, which, token, beside, search, seed, progress)
+
+    def trace(
+        self,
+        subjects: Sequence[str] = (),
+        *,
+        prompts: Sequence[str] = (),
+        settings: TraceSettings | None = None,
+        progress: Report = silent,
+    ) -> list[Trace]:
+        """Causal tracing (Figures 7 and 8), as `spd trace`, of the run's prompts or of `prompts`.
+
+        `subjects` are the words to corrupt; those that the shipped facts name need not be told.
+        """
+        if self.subject.prompts is None:
+            raise UsageError("causal tracing needs a language model", "spd eval explains the toy")
+        texts = prompts or self.subject.prompts.texts
+        settings = settings or TraceSettings(seed=self.recipe.seed)
+        return trace(self.subject.target, self.tokenizer, texts, subjects, settings, self.begin_token, progress)
+
+    def report(
+        self,
+        subjects: Sequence[str] = (),
+        *,
+        settings: ReportSettings | None = None,
+        facts: str | Path = BUILTIN_FACTS,
+        progress: Report = silent,
+    ) -> RunReport:
+        """Where the run's facts are, as `spd report`: every way to cut them, beside baselines and controls."""
+        beside = self._facts(facts) or load_facts()
+        recipe, seed = self.recipe, self.recipe.seed
+        settings = settings or ReportSettings(TraceSettings(samples=3, seed=seed), seed=seed)
+        ridge = recipe.slices.ridge
+        return report_facts(self.subject, self.decomposition, recipe.data, ridge, beside, subjects, settings, progress)
+
+    def save(self, path: str | Path, *, force: bool = False) -> RunDirectory:
+        """Write a run that was kept in memory to a directory, for `load` and for the commands; it cannot go on there.
+
+        UsageError for a directory that holds another run, unless `force` replaces it.
+        """
+        directory = RunDirectory.create(Path(path), self.recipe, force)
+        if self.subject.toy is not None:
+            save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.toy.state_dict())
+        directory.save_decomposition(self.decomposition)
+        return directory
+
+    def _exam(self, prompts: Sequence[str], facts: FactsSource, report: Report) -> Exam:
+        return open_exam(self.subject, prompts, self._facts(facts), seed=self.recipe.seed, report=report)
+
+    def _facts(self, facts: FactsSource) -> Facts | None:
+        """The facts that are meant; the toy knows none of those that come with spd."""
+        if facts is None or (facts == BUILTIN_FACTS and self.subject.prompts is None):
+            return None
+        return load_facts(None if facts == BUILTIN_FACTS else Path(facts))
+
+
+def _one_of(table: Mapping[str, object], name: str) -> str:
+    if name not in table:
+        raise UsageError(f"{name!r}: expected one of {', '.join(table)}")
+    return name
