@@ -60,7 +60,9 @@ def facts_beside(subject: Subject, facts: Facts, own: Sequence[str], report: Rep
     tokenizer, begin = subject.prompts.tokenizer, subject.prompts.begin_token
     others = facts.without(own)
     limit = tokenizer.model_max_length - begin
-    fitting = [fact for fact in others if len(tokenizer(fact.prompt, add_special_tokens=False)["input_ids"]) <= limit]
+    # `verbose=False`: the warning below is the one that is wanted, not transformers' own as well.
+    length = lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # noqa: E731
+    fitting = [fact for fact in others if length(fact.prompt) <= limit]
     if len(fitting) < len(others):
         text = f"{len(others) - len(fitting)} facts are longer than this model takes, and are left out"
         report(Progress(text, warning=True))

@@ -16,7 +16,7 @@ from spdcli.edits.answer_changes import present_answers
 from spdcli.edits.collateral import bootstrap, collateral, mark_known, relative_change
 from spdcli.edits.fact_check import check_facts
 from spdcli.edits.facts_file import BUILTIN, Known, dump_facts, first_comments, load_facts
-from spdcli.edits.known_facts import fact_questions
+from spdcli.edits.known_facts import OtherFacts, fact_questions
 from spdcli.edits.prompts_and_answers import GROUP_PADDING, given_questions, question_groups
 from spdcli.edits.suppression import find_slices
 from spdcli.engine.target import Batch
@@ -225,6 +225,18 @@ def test_known_is_both_thresholds():
     assert Known(probability=0.1, rank=2).holds(p, rank).tolist() == [True, True, True, False]
     effects = [answer_change(before=a, rank_before=b) for a, b in zip(p.tolist(), rank.tolist(), strict=True)]
     assert [effect.known for effect in mark_known(effects, Known(rank=2))] == [True, True, False, False]
+
+
+def test_facts_known_to_a_model_are_above_both_thresholds(tiny_gpt2_dir, few):
+    target, questions = open_tiny(tiny_gpt2_dir, few)
+    now = present_answers(target, questions)
+    rows = list(zip(questions.texts, now.p.tolist(), now.rank.tolist(), strict=True))
+    p, rank = (sorted(column)[len(rows) // 2] for column in (now.p.tolist(), now.rank.tolist()))
+    for known in (Known(probability=p, rank=10**6), Known(probability=1e-9, rank=rank), Known(probability=p, rank=1)):
+        expected = [text for text, own_p, own_rank in rows if own_p > known.probability and own_rank <= known.rank]
+        facts = OtherFacts(questions, known).known_to(target)
+        assert (facts.questions.texts if facts is not None else []) == expected
+        assert len(expected) < len(rows)
 
 
 # --- collateral ------------------------------------------------------------------------------------------
