@@ -192,10 +192,13 @@ def check_saved(gpt2: Path, run: Path, edited: Path, cut: list[str], effects: li
         index = [int(address.rsplit(":", 1)[1]) for address in cut if address.startswith(f"{name}:")]
         key = name.replace(".", "/")
         U, V = tensors[f"slices.{key}.U"].double(), tensors[f"slices.{key}.V"].double()
-        directions = torch.stack([torch.outer(U[:, k], V[k]).flatten() for k in index], 1)
-        basis, _ = torch.linalg.qr(directions)
         weight = model.transformer.get_submodule(name).weight
-        weight -= (basis @ (basis.t() @ weight.double().flatten())).view_as(weight).float()
+        original = weight.double()  # every projection is that of the original weights, as the paper writes the sum
+        remainder = original.clone()
+        for k in index:
+            direction = torch.outer(U[:, k] / U[:, k].norm(), V[k] / V[k].norm())
+            remainder -= (original * direction).sum() * direction
+        weight.copy_(remainder)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
         touched = any(name == f"transformer.{address.rsplit(':', 1)[0]}.weight" for address in cut)
         # A rounding of float32, in another order, of weights that are below 1.
