@@ -64,6 +64,10 @@ def load(
 
 def own_subject(recipe: Recipe, target: Target, data: ModuleData | None, tokenizer: Any) -> Subject:
     """The subject of a module of the caller's own."""
+    if not isinstance(target, Target):
+        raise UsageError(
+            f"target= is a {type(target).__name__}", "give what spdcli.module_target(module, ...) makes of it"
+        )
     if recipe.target.kind != "module":
         raise UsageError(f"target= is for a module of your own, and this recipe has kind = '{recipe.target.kind}'")
     if data is None:
@@ -96,9 +100,13 @@ def decompose(
 
     RecipeError with every mistake of the recipe; Interrupted after Ctrl-C, with everything saved.
     """
+    if target is None and data is not None:
+        raise UsageError(
+            "data= is for a target of your own, and there is no target=", "a recipe's [data] has its prompts"
+        )
     loaded = recipe_of(recipe, settings, seed, device, own_target=target is not None)
     subject = None if target is None else own_subject(loaded.recipe, target, data, tokenizer)
-    report = progress or silent
+    report = _report(progress)
     if out is None:
         if resume or force:
             raise UsageError("resume and force are about a run directory", "give out=")
@@ -133,10 +141,10 @@ def train_toy(
     loaded = recipe_of(recipe, settings, seed, device)
     require_toy(loaded)
     if out is None:
-        return train_toy_of(loaded.recipe, MemoryRun(), progress or silent)
+        return train_toy_of(loaded.recipe, MemoryRun(), _report(progress))
     directory = RunDirectory.create(Path(out), loaded.recipe, force)
     try:
-        trained = train_toy_of(loaded.recipe, directory, progress or silent)
+        trained = train_toy_of(loaded.recipe, directory, _report(progress))
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; {out} has the metrics so far and no toy", "--force starts it anew") from None
     save_training_curve(trained.records, directory / FIGURES)
@@ -159,6 +167,8 @@ def recipe_of(
     if isinstance(recipe, LoadedRecipe):
         assert not changes
         return recipe
+    if not isinstance(recipe, str | Path | Recipe | Mapping):
+        raise UsageError(f"a recipe is no {type(recipe).__name__}", "give a file, a shipped recipe's name, or sections")
     if isinstance(recipe, str | Path):
         if not own_target:
             return load_recipe(recipe, changes, seed=seed, device=device)
@@ -174,9 +184,15 @@ def recipe_of(
 def override(key: str, value: Any) -> Override:
     """The setting `key` (dotted) as `value`."""
     path = split_key(key)
-    if path is None:
+    if path is None or (len(path) == 1 and key not in Recipe.model_fields):
         raise UsageError(f"{key!r} is no setting", "a setting is dotted, as in **{'decompose.steps': 200}")
     return Override(f"{key}={value!r}", path, str(value) if isinstance(value, Path) else value)
+
+
+def _report(progress: Report | None) -> Report:
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress= is a {type(progress).__name__}", "give a function of one argument, such as print")
+    return progress or silent
 
 
 def _tables(sections: Mapping[str, Any]) -> dict[str, Any]:

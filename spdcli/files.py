@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from spdcli.records import plain
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it into place; a failure leaves `path` as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         beside.replace(path)
     except OSError as error:
@@ -31,7 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except SafetensorError as error:
         raise SpdError(f"{path}: cannot be written: {error}", "free some space, or use --out") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may not be one
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

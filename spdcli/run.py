@@ -15,7 +15,7 @@ from spdcli.edits.choices import OTHERS, TOGETHER, USUAL_OTHERS, USUAL_TOGETHER
 from spdcli.edits.edit_reports import SuppressionReport, report_suppression
 from spdcli.edits.exam import Exam, open_exam
 from spdcli.edits.facts_file import Facts, load_facts
-from spdcli.edits.suppression import find_slices, suppression
+from spdcli.edits.suppression import find_matrix, find_slices, suppression
 from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
 from spdcli.files import save_tensors
@@ -61,11 +61,12 @@ class Run(LoadedRun):
 
     def slices(self, matrix: str) -> tuple[Tensor, Tensor]:
         """`U` `[I, C]` and `V` `[C, O]` of one matrix: slice c reads `x @ U[:, c]` and writes along `V[c]`."""
-        own = self.decomposition.of(matrix)
+        own = self.decomposition.of(find_matrix(self.matrices, matrix, "the run decomposes"))
         return own.U.detach(), own.V.detach()
 
     def tokens(self, text: str) -> Tensor:
-        """The token ids `[T]` of a text, fed whole (of the toy a text is such as `3 s 17 4 s`).
+        """The token ids `[T]` of a text, fed whole (of the toy a text is such as `3 s 17 4 s`, of a module without a
+        tokenizer such as `3 17 4`).
 
         A language model's begin-of-sequence token comes first where the recipe says so.
         """
@@ -92,6 +93,10 @@ class Run(LoadedRun):
         """
         if active == (masks is not None):
             raise UsageError("a masked model needs masks, or active=True", "give one of the two")
+        if masks is not None and not (isinstance(masks, Mapping) and masks):
+            raise UsageError("masks= names no matrix", f"give a dict, as in {{{self.matrices[0]!r}: mask}}")
+        if not isinstance(delta, int | float):
+            raise UsageError(f"delta={delta!r} is no number", "0 leaves slices alone, 1 is the target with masks of 1")
         target, decomposition = self.subject.target, self.decomposition
         masks_of = importance_masks_of(target, decomposition) if masks is None else lambda batch: masks
         with masked_module(target, decomposition, masks_of, delta):
@@ -102,9 +107,11 @@ class Run(LoadedRun):
     ) -> ToyEvaluation | LanguageEvaluation:
         """What the decomposition is worth, as `spd eval`: active and unique slices, reconstruction, attention, circuit.
 
-        A toy is measured on `sequences` fresh sequences, a language model on its prompts; a slice is active where its
+        A toy is measured on `sequences` fresh sequences, a language model on its prompts, a module of your own on its
+        data (one draw, where they are drawn); a slice is active where its
         importance is above `threshold`.
         """
+        _at_least(2, sequences=sequences)
         return evaluate(self.subject, self.decomposition, sequences, threshold, self.seed_or(seed))
 
     def inspect(
@@ -123,6 +130,9 @@ class Run(LoadedRun):
         On the run's own prompts, or on `prompts`, fed whole. Of `matrices` (names or patterns) the `top` slices at each
         place, each with so many `labels`. UsageError for a token that is nowhere.
         """
+        if isinstance(prompts, str):
+            raise UsageError("prompts= is a text", "give a list of texts")
+        _at_least(1, top=top)
         query = Query(token, list(matrices), top, labels, threshold)
         seed = self.recipe.seed
         return inspect_texts(self.subject, self.decomposition, query, prompts, self.begin_token, seed, progress)
@@ -130,8 +140,11 @@ class Run(LoadedRun):
     def svd(self, tolerance: float = 1e-3, *, sequences: int = 512, progress: Report = silent) -> RankCurves:
         """How small a model says the same, as `spd svd`: KL (nats) against rank, beside greedy SVD (Figure 2).
 
-        `result` is what each method has left where its KL first exceeds `tolerance`.
+        `result` is what each method has left at the last point before its KL first exceeds `tolerance`.
         """
+        _at_least(1, sequences=sequences)
+        if not tolerance >= 0:
+            raise UsageError(f"tolerance={tolerance}: expected nats, 0 or more")
         return svd_curves(
             self.subject,
             self.decomposition,
@@ -264,6 +277,12 @@ class Run(LoadedRun):
         if facts is None or (facts == BUILTIN_FACTS and self.subject.prompts is None):
             return None
         return load_facts(None if facts == BUILTIN_FACTS else Path(facts))
+
+
+def _at_least(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise UsageError(f"{name}={number}: expected at least {least}")
 
 
 def _one_of(table: Mapping[str, object], name: str) -> str:

@@ -28,12 +28,29 @@ def importances(
     A text is fed whole, after a language model's begin-of-sequence token if `begin_token`; ids are fed as they are.
     UsageError for a text that is longer than the toy or the run's importance attention can take.
     """
-    ids = text_ids(subject, text_or_ids, begin_token) if isinstance(text_or_ids, str) else torch.as_tensor(text_or_ids)
-    if ids.dim() not in (1, 2) or not ids.numel():
-        raise UsageError(f"token ids of shape {tuple(ids.shape)}", "give a text, ids [T] or ids [B, T]")
+    ids = (
+        text_ids(subject, text_or_ids, begin_token)
+        if isinstance(text_or_ids, str)
+        else checked_ids(subject, text_or_ids)
+    )
     refuse_too_long(subject, ids.shape[-1])
     g, _ = importances_of(subject, decomposition, Batch.everywhere(ids if ids.dim() == 2 else ids[None]))
     return g if ids.dim() == 2 else {name: values[0] for name, values in g.items()}
+
+
+def checked_ids(subject: Subject, ids: Ids) -> Tensor:
+    """Token ids `[T]` or `[B, T]` as a tensor; UsageError for what are none."""
+    wanted = "give a text, ids [T] or ids [B, T] of one length"
+    try:
+        tokens = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"no token ids: {' '.join(str(error).split())}", wanted) from error
+    if tokens.dim() not in (1, 2) or not tokens.numel() or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise UsageError(f"token ids of shape {tuple(tokens.shape)} and type {tokens.dtype}", wanted)
+    size = len(subject.target.embedding)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise UsageError(f"token ids from {int(tokens.min())} to {int(tokens.max())}", f"the model has 0 to {size - 1}")
+    return tokens.long()
 
 
 def text_ids(subject: Subject, text: str, begin_token: bool) -> Tensor:

@@ -52,7 +52,9 @@ def module_subject(recipe: Recipe, target: Target, data: ModuleData, tokenizer: 
 
 
 def _checked(target: Target, tokens: Tensor) -> Tensor:
-    if tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
+    if not isinstance(tokens, Tensor):
+        raise UsageError(f"data is a {type(tokens).__name__}", "expected a tensor of token ids [B, T]")
+    if not tokens.numel() or tokens.dim() != 2 or tokens.is_floating_point() or tokens.shape[1] < 2:
         raise UsageError(f"data of shape {tuple(tokens.shape)}", "expected token ids [B, T], at least two a sequence")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(target.unembedding):
         raise UsageError(f"data has token {int(tokens.max())}, but the unembedding has {len(target.unembedding)}")

@@ -188,10 +188,12 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
                 store.save(decomposition, state)
     store.save(decomposition, state)
     if state.step < recipe.decompose.steps:
-        raise Interrupted(
-            f"stopped after step {state.step} of {recipe.decompose.steps}; everything is saved in {store}",
-            "the same command with --resume goes on there",
-        )
+        where = f"stopped after step {state.step} of {recipe.decompose.steps}"
+        if isinstance(store, MemoryRun):
+            raise Interrupted(
+                f"{where}; nothing is kept of a run in memory", "give it a directory, out=, to go on there"
+            )
+        raise Interrupted(f"{where}; everything is saved in {store}", "the same command with --resume goes on there")
     return decomposition.requires_grad_(False).eval()
 
 

@@ -102,7 +102,7 @@ class ToyBlock(nn.Module):
 
 
 class InductionToy(nn.Module):
-    """The whole toy. `forward` returns the last block's output `[B, T, D]`; `logits` unembeds it."""
+    """The whole toy: `forward` gives next-token logits, `stream` the residual stream that they are made from."""
 
     positions: Tensor
 
@@ -116,7 +116,12 @@ class InductionToy(nn.Module):
         self.unembed = nn.Linear(shape.d_model, tokens, bias=False)
         self.register_buffer("positions", sinusoids(shape.length, shape.d_model), persistent=False)
 
-    def forward(self, tokens: Tensor, last: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token logits at every position of `tokens` `[B, T]`, `[B, T, N]`."""
+        return self.unembed(self.norm(self.stream(tokens)))
+
+    def stream(self, tokens: Tensor, last: bool = False) -> Tensor:
+        """The last block's output `[B, T, D]`; with `last` at the last position alone, `[B, 1, D]`."""
         places = self.positions[None, : tokens.shape[1]]  # [T, D] would pass for sequences where B = T
         hidden = self.embed(tokens)
         if self.shape.positions == "added":
@@ -127,7 +132,7 @@ class InductionToy(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits at the last position, `[B, N]`."""
-        return self.unembed(self.norm(self(tokens, last=True)[:, 0]))
+        return self.unembed(self.norm(self.stream(tokens, last=True)[:, 0]))
 
 
 @contextmanager
@@ -161,7 +166,7 @@ def toy_target(toy: InductionToy) -> Target:
     return Target(
         model=toy,
         blocks=list(toy.blocks),
-        run=lambda tokens: toy(tokens),
+        run=lambda tokens: toy.stream(tokens),
         finish=toy.norm,
         unembedding=toy.unembed.weight,
         unembedding_bias=None,

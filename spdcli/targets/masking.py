@@ -100,7 +100,9 @@ def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta:
                 f"no decomposed matrix is called {name!r}", f"they are {', '.join(decomposition.names[:6])}"
             )
         U = decomposition.of(name).U
-        mask = torch.as_tensor(mask).to(U)
+        if not isinstance(mask, Tensor) or not mask.dim():
+            raise UsageError(f"the mask of {name} is no tensor [C], [T, C] or [B, T, C]")
+        mask = mask.to(U)
         whole = (sequences, positions, U.shape[1])
         try:
             mask = mask.expand(whole)

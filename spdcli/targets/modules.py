@@ -49,9 +49,14 @@ def module_target(
     not answer as its module does, or where the engine's next-token log-probabilities are not those of `module`, by more
     than rounding (only if `module` returns logits `[B, T, N]`, alone, first, or as `.logits`).
     """
+    _check_kinds(module, blocks, matrices)
     chosen = [_submodule(module, block) for block in blocks]
     head = _submodule(module, unembedding)
     start = head if embedding is None else _submodule(module, embedding)
+    weights = [getattr(part, "weight", None) for part in (head, start)]
+    shapes = [tuple(weight.shape) for weight in weights if isinstance(weight, Tensor)]
+    if len(shapes) < 2 or shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise UsageError(f"the unembedding and the embedding have weights of shape {shapes}", "expected [N, D] of both")
     target = Target(
         model=module.eval().requires_grad_(False),
         blocks=chosen,
@@ -65,6 +70,16 @@ def module_target(
     _try_blocks(target)
     _try_matrices(target)
     return target
+
+
+def _check_kinds(module: object, blocks: object, matrices: object) -> None:
+    """UsageError for arguments of another kind than `module_target` describes."""
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"the module is a {type(module).__name__}", "give a torch.nn.Module")
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence | nn.ModuleList) or not len(blocks):
+        raise UsageError("blocks= is no list of modules or of their paths", "as in ['layers.0', 'layers.1']")
+    if not isinstance(matrices, Mapping) or not matrices or len(set(matrices.values())) < len(matrices):
+        raise UsageError("matrices= does not name each matrix once", "give a dict, as in {'up0': 'layers.0.up'}")
 
 
 def _submodule(module: nn.Module, place: ModuleOrPath) -> nn.Module:
@@ -105,6 +120,11 @@ def _try_blocks(target: Target) -> None:
     handles = [block.register_forward_hook(note(number)) for number, block in enumerate(target.blocks)]
     try:
         output = target.run(_random_tokens(target))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"the module cannot be called with token ids {TRIED}: {reason}", "run= says how it is called"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -118,7 +138,10 @@ def _try_blocks(target: Target) -> None:
 
 def _logits_in(output: Any) -> Tensor | None:
     """The logits `[B, T, N]` in what a module returns; None where it returns something else."""
-    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    else:
+        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     return logits if isinstance(logits, Tensor) and logits.dim() == 3 else None
 
 
@@ -126,9 +149,12 @@ def _logits_in(output: Any) -> Tensor | None:
 def _try_matrices(target: Target) -> None:
     """UsageError unless every matrix, replaced by slices with the delta fully on, answers as its module does."""
     clean = clean_pass(target, Batch.everywhere(_random_tokens(target)), target.matrices)
+    if [name for name in clean.inputs if name in target.matrices] != list(target.matrices):
+        ran = ", ".join(clean.inputs)
+        raise UsageError("matrices= are not in the order of execution, each once", f"they run in the order {ran}")
     rows = torch.arange(TRIED[0], device=target.device)
     for name, matrix in target.matrices.items():
-        if name not in clean.inputs or clean.inputs[name].shape[-1] != matrix.d_in:
+        if clean.inputs[name].shape[-1] != matrix.d_in:
             raise UsageError(f"matrix {name}: its module is not called with [B, T, {matrix.d_in}]")
         nothing = Slices(matrix.weight.new_zeros(matrix.d_in, 1), matrix.weight.new_zeros(1, matrix.d_out))
         mask = matrix.weight.new_zeros(TRIED[0], 1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,11 @@ def test_a_recipe_may_be_its_sections(recipe, toy_run):
         ({"decompose.stepz": 3}, "stepz"),
         ({"decompose.steps": 0}, "decompose.steps=0"),
         ({"no key": 1}, "is no setting"),
+        ({"steps": 3}, "is no setting"),
     ],
 )
 def test_mistakes_are_the_commands_own(recipe, settings, said):
-    with pytest.raises(spdcli.UsageError if "no key" in settings else spdcli.RecipeError, match=said):
+    with pytest.raises(spdcli.UsageError if said == "is no setting" else spdcli.RecipeError, match=said):
         spdcli.decompose(recipe, **settings)
 
 
@@ -121,3 +123,23 @@ def test_the_door_is_light_and_typed():
     assert (Path(spdcli.__file__).parent / "py.typed").is_file()
     with pytest.raises(AttributeError, match="nothing"):
         spdcli.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("recipe", [None, 5, ["induction-quick"]])
+def test_what_is_no_recipe(recipe):
+    with pytest.raises(spdcli.UsageError, match="a recipe is no"):
+        spdcli.decompose(recipe)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(spdcli.SpdError, match="cannot be written"):
+        spdcli.decompose(recipe, tmp_path / "file" / "run")
+    with pytest.raises(spdcli.UsageError, match="progress= is a int"):
+        spdcli.decompose(recipe, progress=5)
+
+
+def test_a_stop_in_memory_says_that_nothing_is_kept(recipe, monkeypatch):
+    monkeypatch.setattr("spdcli.runs.training.stop_signals", contextmanager(lambda: iter([[1]])))
+    with pytest.raises(spdcli.Interrupted, match="after step 1 of 8; nothing is kept"):
+        spdcli.decompose(recipe)

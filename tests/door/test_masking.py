@@ -16,8 +16,8 @@ from spdcli.engine.target import Batch
 
 def logits_of(run, tokens):
     """Next-token logits `[B, T, N]` by the module's own forward pass."""
-    out = run.model(tokens)
-    return run.model.unembed(run.model.norm(out)) if run.subject.toy is not None else out.logits
+    answer = run.model(tokens)
+    return answer if run.subject.toy is not None else answer.logits
 
 
 @pytest.mark.parametrize("which", ["toy_run", "language_run"])
@@ -93,7 +93,17 @@ def test_what_a_masked_model_cannot_be_called_with(language_run):
         ):
             with language_run.masked(active=True), pytest.raises(spdcli.UsageError, match=said):
                 call()
-        for masks, said in (({"nowhere": torch.ones(6)}, "nowhere"), ({name: torch.ones(5)}, "shape")):
+        for masks in ({}, [name], torch.ones(6)):
+            with pytest.raises(spdcli.UsageError, match="names no matrix"), language_run.masked(masks):
+                pass
+        with pytest.raises(spdcli.UsageError, match="no number"), language_run.masked(active=True, delta="1"):
+            pass
+        for masks, said in (
+            ({"nowhere": torch.ones(6)}, "nowhere"),
+            ({name: torch.ones(5)}, "shape"),
+            ({name: 1.0}, "no tensor"),
+            ({name: torch.tensor(1.0)}, "no tensor"),
+        ):
             with language_run.masked(masks), pytest.raises(spdcli.UsageError, match=said):
                 language_run.model(tokens)
     assert torch.isfinite(language_run.model(tokens).logits).all()  # every one of them was closed again

@@ -107,6 +107,13 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Said(Gated):
+    """Its logits in a dict."""
+
+    def forward(self, tokens):
+        return {"logits": super().forward(tokens)}
+
+
 def doubled():
     module = Gated()
     module.layers[0].up = Doubled(8, 12)
@@ -124,7 +131,17 @@ def doubled():
         (lambda: {"blocks": ["layers.0", "layers.7"]}, "no part 'layers.7'"),
         (lambda: {"matrices": {"norm": "layers.0.norm"}}, "no weight of two dimensions"),
         (lambda: {"matrices": {"head": "head"}}, "none of the blocks"),
-        (lambda: {"blocks": ["layers.0.gate", "layers.1"], "matrices": {}}, "residual stream"),
+        (lambda: {"blocks": ["layers.0.gate", "layers.1"], "matrices": {"gate": "layers.0.gate"}}, "residual stream"),
+        (lambda: {"module": 5}, "the module is a int"),
+        (lambda: {"module": nn.Linear(8, 11), "blocks": [nn.Linear(8, 8)]}, "no part"),
+        (lambda: {"blocks": "layers"}, "blocks= is no list"),
+        (lambda: {"matrices": {}}, "does not name each matrix once"),
+        (lambda: {"matrices": ["layers.0.up"]}, "does not name each matrix once"),
+        (lambda: {"matrices": {"a": "layers.0.up", "b": "layers.0.up"}}, "does not name each matrix once"),
+        (lambda: {"matrices": dict(reversed(NAMES.items()))}, "order of execution"),
+        (lambda: {"unembedding": "norm"}, "weights of shape"),
+        (lambda: {"run": lambda tokens: Gated()(tokens.float())}, "cannot be called with token ids"),
+        (lambda: {"module": Said(), "final_norm": None}, "nats from"),
     ],
 )
 def test_a_module_that_is_described_wrongly_is_refused(changes, said):
@@ -136,6 +153,8 @@ def test_a_module_that_is_described_wrongly_is_refused(changes, said):
     ("data", "said"),
     [
         (None, "needs data"),
+        ([[1, 2]], "a list"),
+        (torch.zeros(0, 3).long(), "shape"),
         (torch.zeros(2, 3), "shape"),
         (torch.full((2, 3), 11), "token 11"),
         (torch.zeros(2, 1).long(), "two"),
@@ -149,3 +168,10 @@ def test_data_that_cannot_be_is_refused(data, said):
 
 def test_precision_decides_what_is_rounding():
     gated_target(Gated().double())
+
+
+def test_a_module_alone_is_no_target(data):
+    with pytest.raises(spdcli.UsageError, match="target= is a Gated"):
+        spdcli.decompose(OWN, target=Gated(), data=data)
+    with pytest.raises(spdcli.UsageError, match="no target="):
+        spdcli.decompose("induction-quick", data=data)

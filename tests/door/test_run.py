@@ -126,6 +126,17 @@ def test_a_run_in_memory_can_be_saved(toy_run, tmp_path, monkeypatch, capsys):
         (lambda run: run.locate("9"), "1 to 2"),
         (lambda run: run.trace(["Nobody"]), "no prompt has the subject"),
         (lambda run: run.inspect("nowhere"), "no prompt has the token"),
+        (lambda run: run.inspect(prompts=KOBE), "is a text"),
+        (lambda run: run.inspect(top=0), "at least 1"),
+        (lambda run: run.evaluate(1), "at least 2"),
+        (lambda run: run.svd(-1.0), "0 or more"),
+        (lambda run: run.svd(sequences=0), "at least 1"),
+        (lambda run: run.slices("h.1.mlp.c_fx"), "the nearest is 'h.1.mlp.c_fc'"),
+        (lambda run: run.importances(torch.tensor([10**6])), "token ids from"),
+        (lambda run: run.importances([-1]), "token ids from"),
+        (lambda run: run.importances(torch.zeros(3)), "float"),
+        (lambda run: run.importances(None), "no token ids"),
+        (lambda run: run.importances([[1], [1, 2]]), "no token ids"),
     ],
 )
 def test_what_a_run_cannot_do_is_one_line(language_run, work, said):

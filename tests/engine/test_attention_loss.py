@@ -47,9 +47,9 @@ def test_value_and_gradients_equal_the_masked_model_run_alone(setting):
     decomposition.zero_grad(set_to_none=True)
     g, _ = decomposition.importance(clean_pass(target, batch, decomposition.names).inputs)
     with recorded_patterns(toy) as original:
-        toy(batch.tokens)
+        toy.stream(batch.tokens)
     with replaced(target, decomposition, importance_masks(g, False)), recorded_patterns(toy) as masked:
-        toy(batch.tokens)
+        toy.stream(batch.tokens)
     pairs = [(p.exp(), p, q) for p, q in zip(original, masked, strict=True)]
     kls = [torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).mean() for p, log_p, log_q in pairs]
     expected = torch.stack(kls).mean()

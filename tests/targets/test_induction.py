@@ -66,7 +66,7 @@ def test_the_toy_is_causal(options):
     model, tokens = toy(**options), some_tokens()
     later = tokens.clone()
     later[:, 4:] = (later[:, 4:] + 1) % 11
-    before, after = model(tokens), model(later)
+    before, after = model.stream(tokens), model.stream(later)
     assert torch.equal(before[:, :4], after[:, :4])
     assert (before[:, 4:] != after[:, 4:]).any(-1).all()
 
@@ -84,7 +84,7 @@ def test_shortformer_streams_and_values_carry_no_position():
     model = without_attention_scores("before")
     close(model.logits(tokens), model.logits(shuffled))
     added = without_attention_scores("added")
-    assert (added(tokens)[:, 0] != model(tokens)[:, 0]).any()  # positions that are added do show
+    assert (added.stream(tokens)[:, 0] != model.stream(tokens)[:, 0]).any()  # positions that are added do show
     assert not torch.allclose(
         added.blocks[0].v(added.embed(tokens) + added.positions), model.blocks[0].v(model.embed(tokens))
     )
@@ -159,4 +159,5 @@ def test_training_that_diverges_says_where():
 def test_the_last_position_alone_is_the_same_as_the_last_of_all():
     model = toy(length=9, heads=2, layer_norm=True, feed_forward=True, output_projection=True)
     tokens = torch.randint(7, (3, 9))
-    close(model(tokens, last=True), model(tokens)[:, -1:])
+    close(model.stream(tokens, last=True), model.stream(tokens)[:, -1:])
+    close(model(tokens)[:, -1], model.logits(tokens))
