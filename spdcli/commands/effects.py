@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spdcli.edits.answer_changes import AnswerChange, AnswerChanges
     from spdcli.edits.collateral import Collateral
 
+ACTIVE_MARK = "* one of the slices is active in this prompt"
 SHOWN_ALONE = 6  # prompts that a table has a column for
 SHOWN_NAMES = 3  # in a title
 
@@ -48,10 +49,11 @@ def prompts_only(effects: AnswerChanges) -> list[AnswerChange]:
 
 
 def effects_table(title: str, effects: AnswerChanges) -> RenderableType:
-    """One row a prompt; * marks those in which one of the slices is active."""
+    """One row a prompt; * marks those in which one of the slices is active, and a line below says so."""
     from rich.table import Table
 
-    table = Table(title=title, expand=True)
+    caption = ACTIVE_MARK if any(effect.active for effect in effects) else None
+    table = Table(title=title, caption=caption, expand=True)
     table.add_column("prompt", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("*")
     for name in ("answer", "before", "after", "change", "rank", "KL"):

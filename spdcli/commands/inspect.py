@@ -27,6 +27,7 @@ MatrixPattern = Annotated[
 ]
 Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show at each place.")]
 Labels = Annotated[int, typer.Option("--labels", min=0, help="Tokens to label a slice with.")]
+UNIQUE_MARK = "* unique: active in this prompt and in no other"
 SHADES = "▁▂▃▄▅▆▇█"
 
 
@@ -94,7 +95,8 @@ def occurrence_table(occurrence: Occurrence) -> RenderableType:
     title = f"{occurrence.token!r} at position {occurrence.position} of prompt {occurrence.prompt + 1}"
     shown = len(occurrence.slices)
     counts = f"{occurrence.active} active slices" + (f", the first {shown} shown" if shown < occurrence.active else "")
-    table = Table(title=f"{title}: {counts}", expand=True)
+    caption = UNIQUE_MARK if any(entry.unique for entry in occurrence.slices) else None
+    table = Table(title=f"{title}: {counts}", caption=caption, expand=True)
     table.add_column("slice", no_wrap=True, min_width=24)
     table.add_column("*")
     table.add_column("importance", justify="right")

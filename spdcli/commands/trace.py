@@ -124,7 +124,8 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
     if (Path(model) / RECIPE).exists():
         recipe = RunDirectory.open(Path(model)).recipe
         if recipe.data is None:
-            raise UsageError(f"{model}: its target is the induction toy, and causal tracing needs a language model")
+            kind = "a module of your own" if recipe.target.kind == "module" else "the induction toy"
+            raise UsageError(f"{model}: its target is {kind}, and causal tracing needs a language model")
         subject = open_subject(recipe, choose_device(device or recipe.device))
         assert subject.prompts is not None
         tokenizer, begin = subject.prompts.tokenizer, begin_token or recipe.data.begin_token

@@ -50,10 +50,11 @@ class _ProcessorsAttention(TorchFunctionMode):
 
 
 class Dry(Tally):
-    """A Tally under which floating-point tensors need no storage, while whole numbers and truths keep theirs.
+    """A Tally that counts what code costs without running it: floating-point tensors have a shape and no numbers.
 
-    A tensor of whole numbers that is asked for on the meta device is made on the processor; an operation that mixes
-    both kinds sees the shapes of the whole numbers alone; one number taken out of a tensor without storage is 1.
+    They lie on torch's meta device. Integer and boolean tensors keep their numbers, for code indexes and branches on
+    them, and are made on the CPU even where code names the meta device. An operation on tensors of both kinds is done
+    on their shapes alone. `.item()` of a tensor without numbers is 1.
     """
 
     def __init__(self, heap: Heap | None = None) -> None:

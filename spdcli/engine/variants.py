@@ -27,8 +27,9 @@ class Variant:
     `source`: where its masks come from: a key of `tables.SOURCES`, or "fixed".
     `routed[m]`: `[B, T]` bool, the positions at which matrix m is replaced; None: everywhere.
     `fixed[m]`: `[C]`, the masks of matrix m at every position; of a fixed variant alone.
-    `delta`: the mask of the delta W - U V. With 1 the variant is the target minus what its masks take from the slices.
-    With 0 a fixed variant is slices alone, and another has the mask that its source gives.
+    `delta`: the mask of the delta W - U V, the part of a matrix that no slice holds. If not 0, it multiplies the delta
+    at every position; with 1 the variant is the target minus what its masks take from the slices. If 0, a variant of
+    fixed masks has no delta; in any other variant the source decides (importance: no delta; stochastic: from U(0, 1)).
     """
 
     loss: str

@@ -30,7 +30,7 @@ class NamedModel:
 def open_model(name: str, device: str | None = None, begin_token: bool = False) -> NamedModel:
     """The model `name`: a hub id, a directory, a .gguf file, package:NAME/FILE, or a run directory.
 
-    `device` is auto, cpu or cuda; a run's own when left out. UsageError for a run of the induction toy.
+    `device` is auto, cpu or cuda; a run's own when left out. UsageError for a run of another target.
     """
     from spdcli.targets.huggingface import build_target, load_model
 
@@ -38,7 +38,8 @@ def open_model(name: str, device: str | None = None, begin_token: bool = False) 
     if (Path(name) / RECIPE).exists():
         recipe = RunDirectory.open(Path(name)).recipe
         if not isinstance(recipe.target, HuggingFaceTarget):
-            raise UsageError(f"{name} is a run of the induction toy, which knows no facts", "give a language model")
+            kind = "a module of your own" if recipe.target.kind == "module" else "the induction toy"
+            raise UsageError(f"{name} is a run of {kind}, which knows no facts", "give a language model")
         device = device or recipe.device
         name, dtype = recipe.target.model, recipe.target.dtype
         begin_token = recipe.data is not None and recipe.data.begin_token

@@ -34,11 +34,13 @@ START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
 @dataclass(eq=False)
 class Subject:
-    """A target in its setting.
+    """A target with the data that it is decomposed on, and the names of its tokens.
 
-    `batches(generator)` draws a training minibatch (the same object every time for a fixed set of prompts);
-    `length` is the longest sequence. `prompts` is set for a language model, `toy` for the toy; `stream` draws the
-    broad text that a recipe names beside its prompts, the same one every time.
+    `batches(generator)` gives a training minibatch. Where every step takes all of a fixed set of prompts, it returns
+    the same object each time, so that what is worked out from it once can be kept. `length` is that of the longest
+    sequence. `token_text(token)` is a token as text; `routes[m]` says how matrix m is labelled with tokens. `toy` is
+    set for the induction toy, `prompts` for a language model and for a module of one's own, the other is None.
+    `stream()` gives the broad text (`data.stream`) if the recipe has any, the same one on every call.
     """
 
     target: Target
