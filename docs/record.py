@@ -42,7 +42,8 @@ def main() -> int:
 def record(result: Result, folder: Path) -> bool:
     """Runs one result's command in `folder` and writes its JSON; False, and a line, where it printed none."""
     for name in result.files:
-        shutil.copyfile(DOCS / name, folder / name)
+        (folder / DOCS.name).mkdir(exist_ok=True)
+        shutil.copyfile(DOCS / name, folder / DOCS.name / name)
     say(f"{result.name}: {result.command}")
     started = time.monotonic()
     finished = subprocess.run(

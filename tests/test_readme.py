@@ -84,7 +84,8 @@ def test_every_room_says_what_it_is() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where everything of README.md happens, in order."""
     place = tmp_path_factory.mktemp("reader")
-    (place / "edits.toml").write_text(shown("toml"))
+    (place / "docs").mkdir()
+    (place / "docs/edits.toml").write_text(shown("toml"))
     return place
 
 

@@ -24,9 +24,9 @@ LIST = DOCS / "results.toml"
 class Result:
     """One result that the documents show: the command that makes it, and on which page it stands.
 
-    `after` are results whose commands must have run in the same folder, `files` those of `docs/` that must lie there.
-    `figures` are files that the command writes and the page shows. `shows` is what a reader learns from it; fields in
-    braces are numbers of the result, as in `{metrics[recon]:.1e}`.
+    `after` are results whose commands must have run in the same folder, `files` those of `docs/` that must lie in
+    `docs/` there. `figures` are files that the command writes and the page shows. `shows` is what a reader learns from
+    it; fields in braces are numbers of the result, as in `{metrics[recon]:.1e}`.
     """
 
     name: str
