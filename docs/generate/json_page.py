@@ -1,4 +1,4 @@
-"""The JSON reference: the shape of what every command prints with `--json`, read off its recorded results."""
+"""The JSON reference: the shape of what every command prints with `--json`, recorded or as the sources declare it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from generate.declared_shapes import lines_of, listed, nested, outputs
 from generate.markdown import code, fenced, joined
 from generate.recorded import recording, results
 
-NOTE = "<!-- Generated from the recorded results by `make results`. -->"
+NOTE = "<!-- Generated from the recorded results and the sources by `make results`. -->"
 ABOUT = """\
 `--json` prints one object on standard output and nothing else. `schema` names what it is; keys are added and none goes
-away, or the number after the slash changes. A number that is not finite is null. The shapes below are those of the
-[recorded results](../results/index.md): `number` stands for a number, `[…]` for a list of such things, `<matrix>` and
-`<key>` for keys that depend on the run.
+away, or the number after the slash changes. A number that is not finite is null. The shapes below are those of
+[recorded results](../results/index.md), and where none is recorded those that the sources declare: `number` stands for
+a number, `[…]` for a list of such things, `<matrix>` and `<key>` for keys that depend on the run, and `key?` for a key
+that is left out where it does not apply.
 
 On the command line `jq` takes it from there; from Python the same numbers come as objects (see [Python](python.md)).
 """
@@ -23,36 +25,46 @@ WIDE = 8  # keys above this, all of one shape, are data rather than names
 
 def page() -> str:
     """The whole page."""
-    shapes: dict[tuple[str, str], tuple[str, Any]] = {}
+    parts = [NOTE, "# JSON", ABOUT]
+    for name, declared in outputs().items():
+        verb, _, kind = name.partition(", ")
+        origin, lines = "Not recorded: as declared in the sources.", lines_of(declared)
+        if name in recorded_outputs():
+            command, data = recorded_outputs()[name]
+            origin, lines = f"As of {code(command)}.", shape(data)
+        parts += [f"## {code(verb)}" + (f", {kind}" if kind else ""), origin, fenced("text", "\n".join(lines))]
+    return joined(parts) + "\n"
+
+
+def recorded_outputs() -> dict[str, tuple[str, Any]]:
+    """The first recorded command of each kind of output, and what it printed, by the names of `outputs`."""
+    firsts: dict[str, tuple[str, Any]] = {}
     for result in results().values():
         recorded = recording(result.name)
         if recorded is not None:
-            words = result.command.split()
-            verb = " ".join(words[:3] if words[1] in ("facts", "reproduce", "recipe") else words[:2])
-            kind = str(recorded.result.get("target", ""))
-            shapes.setdefault((verb, kind), (result.command, recorded.result))
-    parts = [NOTE, "# JSON", ABOUT]
-    for (verb, kind), (command, data) in shapes.items():
-        title = f"## {code(verb)}" + (f", {'toy' if kind == 'induction' else 'language model'}" if kind else "")
-        parts += [title, f"As of {code(command)}.", fenced("text", "\n".join(shape(data)))]
-    return joined(parts) + "\n"
+            firsts.setdefault(output_name(result.command, recorded.result), (result.command, recorded.result))
+    return firsts
+
+
+def output_name(command: str, data: Mapping[str, Any]) -> str:
+    """The name in `outputs` of what a command printed."""
+    words = command.split()
+    verb = " ".join(words[:3] if words[1] in ("facts", "reproduce", "recipe") else words[:2])
+    option = next((f" {word}" for word in words if word in ("--script", "--apply")), "")
+    kind = {"induction": ", toy", "huggingface": ", language model"}.get(str(data.get("target", "")), "")
+    return f"{verb}{option}{kind}"
 
 
 def shape(value: Any, indent: str = "") -> list[str]:
     """The lines that show what a value is made of."""
-    deeper = indent + "  "
     if isinstance(value, Mapping) and value:
-        entries = [(key, shape(item, deeper)) for key, item in value.items()]
+        entries = [(key, shape(item, f"{indent}  ")) for key, item in value.items()]
         if is_data(value, [lines for _, lines in entries]):
             name = "<matrix>" if all(re.search(r"\.|^[A-Z][a-z]*\d$", key) for key in value) else "<key>"
             entries = [(name, entries[0][1])]
-        lines = ["{"]
-        for key, inner in entries:
-            lines += [f"{deeper}{key}: {inner[0]}", *inner[1:]]
-        return [*lines, f"{indent}}}"]
+        return nested(dict(entries), indent)
     if isinstance(value, list) and value:
-        inner = shape(fullest(value), indent)
-        return [f"[{inner[0]}", *inner[1:-1], f"{inner[-1]}, …]"] if len(inner) > 1 else [f"[{inner[0]}, …]"]
+        return listed(shape(fullest(value), indent))
     return [word(value)]
 
 

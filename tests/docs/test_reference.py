@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
 import pytest
 import typer
 from generate import command_page, json_page, recipe_page
+from generate.declared_shapes import lines_of, outputs
 from generate.markdown import prose
-from printed import recipe_keys
+from printed import ROOT, recipe_keys
 
 from spdcli.cli import app
 from spdcli.recipe.schema import Recipe
+from spdcli.records import ABSENT, Absent, spread
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Pair(Generic[Value]):
+    """A generic record."""
+
+    one: Value
+    other: Value
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record with a key that may be absent, one that is spread, and one of every other kind."""
+
+    name: str
+    both: Pair[float]
+    size: dict[str, float] = field(metadata=spread("{}_size"))
+    note: str | Absent = ABSENT
+    bounds: tuple[float, float] | None = None
+    kind: Literal["a", "b"] = "a"
+    rows: list[list[float]] = field(default_factory=list)
 
 
 def rows(page: str) -> list[list[str]]:
@@ -86,3 +115,49 @@ def test_the_shape_of_an_object_by_hand() -> None:
         "  empty: []",
         "}",
     ]
+
+
+def test_the_shape_of_a_record_by_hand() -> None:
+    assert lines_of({"rows": [Row], "recipe?": "{…}", "saved": None}) == [
+        "{",
+        "  rows: [{",
+        "    name: text",
+        "    both: {",
+        "      one: number",
+        "      other: number",
+        "    }",
+        "    <key>_size: number",
+        "    note?: text",
+        "    bounds: [number, number] or null",
+        "    kind: text",
+        "    rows: [[number, …], …]",
+        "  }, …]",
+        "  recipe?: {…}",
+        "  saved: null",
+        "}",
+    ]
+
+
+def test_what_has_no_form_in_json_is_refused() -> None:
+    with pytest.raises(TypeError, match="no shape"):
+        lines_of({"x": complex})
+
+
+def test_every_output_has_its_shape_whether_it_was_recorded_or_not() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "spdcli").rglob("*.py"))
+    printed = set(re.findall(r'"spd\.[a-z.]+/1"', sources)) - {'"spd.facts.table/1"'}  # a file of a run, never printed
+    assert {keys["schema"] for keys in outputs().values()} == printed
+    page = json_page.page()
+    headings = [heading.replace("`", "") for heading in re.findall("^## (.*)$", page, re.MULTILINE)]
+    assert headings == list(outputs())
+    assert all(len(lines_of(keys)) > 3 for keys in outputs().values())
+    described = {command.name for command in command_page.commands()}
+    assert all(any(name.startswith(f"spd {verb}") for name in outputs()) for verb in described)
+
+
+@pytest.mark.parametrize("name", json_page.recorded_outputs())
+def test_what_was_recorded_has_the_keys_that_are_declared(name: str) -> None:
+    _, data = json_page.recorded_outputs()[name]
+    declared = outputs()[name]
+    assert data.keys() <= {key.rstrip("?") for key in declared}
+    assert {key for key in declared if not key.endswith("?")} <= data.keys()
