@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from generate import command_page, json_page, paper_page, parts, recipe_page, result_pages, tour_page
+from generate import command_page, json_page, names_page, paper_page, parts, recipe_page, result_pages, tour_page
 from generate.recorded import DOCS
 
 
@@ -19,5 +19,7 @@ def rendered() -> dict[Path, str]:
         DOCS / "reference/recipe.md": recipe_page.page(),
         DOCS / "reference/commands.md": command_page.page(),
         DOCS / "reference/json.md": json_page.page(),
+        DOCS / "reference/python.md": names_page.python_page(),
+        DOCS / "reference/engine.md": names_page.engine_page(),
     }
     return pages | {DOCS / path: text for path, text in result_pages.written().items()}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 import pytest
 import typer
-from generate import command_page, json_page, recipe_page
+from generate import command_page, json_page, names_page, recipe_page
 from generate.declared_shapes import lines_of, outputs
 from generate.markdown import prose
 from printed import ROOT, recipe_keys
 
+from spdcli import HOMES, Run
 from spdcli.cli import app
 from spdcli.recipe.schema import Recipe
 from spdcli.records import ABSENT, Absent, spread
@@ -161,3 +164,73 @@ def test_what_was_recorded_has_the_keys_that_are_declared(name: str) -> None:
     declared = outputs()[name]
     assert data.keys() <= {key.rstrip("?") for key in declared}
     assert {key for key in declared if not key.endswith("?")} <= data.keys()
+
+
+CODE = '''
+def plain(x: int, *, y: float | None = None) -> str:
+    """Two words: see Eq. 4 `x`. More.
+
+    And more."""
+
+class Base(Exception):
+    """A base."""
+
+class Record:
+    """A record."""
+    x: int
+    y: str = ""
+
+    @property
+    def size(self) -> int:
+        """Its size."""
+
+    @classmethod
+    def made(cls, x: int) -> Record:
+        """Makes one."""
+
+    def silent(self) -> None: ...
+
+def _private() -> None:
+    """Nobody's."""
+'''
+
+
+def test_names_of_a_module_by_hand() -> None:
+    names = [one for node in ast.parse(CODE).body for one in names_page.of_node(node)]
+    assert [(one.name, one.signature, one.about) for one in names] == [
+        ("plain", "(x: int, *, y: float | None = None) -> str", "Two words: see Eq. 4 `x`."),
+        ("Base(Exception)", "", "A base."),
+        ("Record", "(x: int, y: str)", "A record."),
+        ("Record.size", "int", "Its size."),
+        ("Record.made", "(x: int) -> Record", "Makes one."),
+    ]
+
+
+def shown_names() -> set[str]:
+    """The functions and classes in the tables of the Python reference."""
+    places = [place for part in names_page.PYTHON.values() for place in part]
+    return {one.name.partition("(")[0] for place in places for one in names_page.names(place)}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_a_name_of_the_door_is_in_the_python_reference(name: str) -> None:
+    assert name in shown_names()
+
+
+def test_what_a_run_returns_is_in_the_python_reference() -> None:
+    methods = [one for _, one in inspect.getmembers(Run, inspect.isfunction) if one.__module__ == "spdcli.run"]
+    public = [one for one in methods if not one.__name__.startswith("_")]
+    returned = " ".join(str(one.__annotations__["return"]) for one in public)
+    names = {name for name in re.findall(r"\w+", returned) if name not in ("nn", "Module", "Tensor", "Iterator")}
+    records = {name for name in names if name[0].isupper()}
+    assert len(records) >= 8
+    assert records <= shown_names()
+
+
+@pytest.mark.parametrize("page", [names_page.python_page(), names_page.engine_page()])
+def test_every_directive_has_its_table(page: str) -> None:
+    places = re.findall(r"^::: (\S+)$", page, re.MULTILINE)
+    assert len(places) >= 10
+    for place in places:
+        assert names_page.names(place), place
+        assert all(one.about for one in names_page.names(place)), place
