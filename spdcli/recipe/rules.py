@@ -88,12 +88,17 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
 
 
 def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
-    init = recipe["slices"]["init"]
+    init, kind = recipe["slices"]["init"], recipe["target"]["kind"]
     start = STARTS[init]
-    if start.fixed_data and recipe["target"]["kind"] == "induction":
+    if start.fixed_data and kind == "induction":
         yield Contradiction(
             ("slices.init", "target.kind"),
             f"[slices] init = '{init}' needs a fixed set of prompts; the induction toy draws new sequences",
+        )
+    elif start.needs_moment and kind == "module":
+        yield Contradiction(
+            ("slices.init", "target.kind"),
+            f"[slices] init = '{init}' needs broad text to whiten by, and a module has none; 'dual' needs none",
         )
     elif start.needs_moment and recipe["data"] is not None and recipe["data"]["stream"] is None:
         yield Contradiction(

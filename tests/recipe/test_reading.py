@@ -160,6 +160,21 @@ def test_duals_need_fixed_prompts_and_whitened_ones_broad_text(init: str, tmp_pa
     assert load_recipe("gpt2", [*settings, "data.stream=generated"]).recipe.slices.init == init
 
 
+def test_a_module_has_no_broad_text_to_whiten_by(tmp_path: Path) -> None:
+    text = """name = "mine"
+target = { kind = "module" }
+slices = { C = 4, init = "dual_whitened" }
+importance = { kind = "vector", gate_width = 4 }
+losses = { stochastic_recon = 1.0 }
+decompose = { batch = 2, steps = 2 }
+"""
+    assert complaints(tmp_path, text) == [
+        "3: [slices] init = 'dual_whitened' needs broad text to whiten by, and a module has none; 'dual' needs none"
+    ]
+    (tmp_path / "mine.toml").write_text(text.replace("dual_whitened", "dual"))
+    assert load_recipe(str(tmp_path / "mine.toml")).recipe.slices.init == "dual"
+
+
 def test_a_targeted_decomposition_needs_the_delta_and_broad_text() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("gpt2", ["losses.targeted=1.0"])
