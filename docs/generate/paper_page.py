@@ -15,8 +15,11 @@ from spdcli.figures.table import FIGURES
 MAP = DOCS / "paper_map.toml"
 NOTE = "<!-- Generated from docs/paper_map.toml by `make results`. -->"
 ABOUT = """\
-*Decomposition of Small Transformer Models* (Christensen and Smith), piece by piece: the code, the command that runs it,
-the recipe's keys that set it, and what was recorded. A test looks for every name below.
+*Decomposition of Small Transformer Models* by Casper L. Christensen and Logan Riggs Smith, piece by piece: the code,
+the command that runs it, the recipe's keys that set it, and what was recorded. A test looks for every name below.
+
+It extends *Stochastic Parameter Decomposition* by Lucius Bushnaq, Dan Braun and Lee Sharkey
+([arXiv 2506.20790](https://arxiv.org/abs/2506.20790), 2025).
 """
 
 
