@@ -66,8 +66,9 @@ def test_a_sentence_takes_its_numbers_from_the_result() -> None:
 def test_a_command_is_recorded_with_where_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     (tmp_path / "facts.toml").write_text("")
-    listing = Result("recipes", "facts", "Recipes", "spd recipe ls", figures=("facts.toml",))
+    listing = Result("recipes", "facts", "Recipes", "spd recipe ls", files=("edits.toml",), figures=("facts.toml",))
     assert record.record(listing, tmp_path)
+    assert (tmp_path / "docs/edits.toml").read_bytes() == (DOCS / "edits.toml").read_bytes()
     entry = json.loads((tmp_path / "results/recipes.json").read_text())
     assert entry["result"]["schema"] == "spd.recipe.ls/1"
     assert entry["result"]["recipes"][0]["path"].startswith("recipes/")
