@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spdcli.commands.change import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
-from spdcli.commands.effects import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
+from spdcli.commands.edit_options import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
+from spdcli.commands.effect_tables import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
 from spdcli.errors import UsageError

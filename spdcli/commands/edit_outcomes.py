@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spdcli.commands.change import ExamOptions
-from spdcli.commands.effects import prompts_only
+from spdcli.commands.edit_options import ExamOptions
+from spdcli.commands.effect_tables import prompts_only
 from spdcli.console import Console
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spdcli.commands.change import FactsOption, NoFacts, read_facts
+from spdcli.commands.edit_options import FactsOption, NoFacts, read_facts
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.edits.choices import STATISTICS, USUAL_STATISTIC
 

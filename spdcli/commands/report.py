@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spdcli.commands.change import FactsOption, read_facts
+from spdcli.commands.edit_options import FactsOption, read_facts
 from spdcli.commands.options import (
     Device,
     Json,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spdcli.commands.effects import effects_table, facts_tables, in_title, prompts_only
+from spdcli.commands.effect_tables import effects_table, facts_tables, in_title, prompts_only
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:

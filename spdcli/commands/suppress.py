@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from spdcli.commands.change import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
+from spdcli.commands.edit_options import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
 from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_slices, use_patch, write
-from spdcli.commands.effects import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
+from spdcli.commands.effect_tables import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.commands.script import check_script, script_tables, verdict_lines
 from spdcli.console import Console

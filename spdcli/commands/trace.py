@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spdcli.commands.change import Prompt, read_prompts
+from spdcli.commands.edit_options import Prompt, read_prompts
 from spdcli.commands.options import (
     Device,
     Json,

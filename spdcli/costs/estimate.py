@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spdcli.costs.dry import META, Dry, NoNoise
 from spdcli.costs.heap import Heap
 from spdcli.costs.random_targets import untrained_subject
+from spdcli.costs.step_without_numbers import META, Dry, NoNoise
 from spdcli.costs.timing import seconds_of_a_step, seconds_of_a_toy_step
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import Clean, clean_pass

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import rich.console
 
-from spdcli.commands.effects import ACTIVE_MARK, effects_table
+from spdcli.commands.effect_tables import ACTIVE_MARK, effects_table
 from spdcli.commands.inspect import UNIQUE_MARK, occurrence_table
 from spdcli.edits.answer_changes import AnswerChange
 from spdcli.measures.inspection import Occurrence, SliceActivity

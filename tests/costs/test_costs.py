@@ -12,10 +12,10 @@ import torch
 from small_runs import ROOT, model_recipe, one_line, spd_here, toy_recipe
 from torch import nn
 
-from spdcli.costs.dry import META, Dry, NoNoise
 from spdcli.costs.estimate import Estimate, Need, changes, estimate
 from spdcli.costs.heap import Heap
 from spdcli.costs.random_targets import random_subject, untrained_subject
+from spdcli.costs.step_without_numbers import META, Dry, NoNoise
 from spdcli.costs.tally import Tally
 from spdcli.costs.timing import ENOUGH_STEPS, seconds_of_a_step
 from spdcli.engine.fit import fit, start_fit
