@@ -116,7 +116,7 @@ def toy_subject(sequences: int = 3, length: int = 7, **shape) -> Subject:
     toy = InductionToy(ToyShape(d_model=8, vocabulary=10, length=length, **shape)).double()
     tokens = torch.randint(11, (sequences, length))
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    return Subject(toy_target(toy), lambda t: toy.unembed(toy.norm(toy(t)))[0], Batch(tokens, valid, valid))
+    return Subject(toy_target(toy), lambda t: toy(t)[0], Batch(tokens, valid, valid))
 
 
 def language_subject(folder: Path, split_attention: bool = False) -> Subject:
