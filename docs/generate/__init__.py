@@ -1,0 +1,1 @@
+"""Pages that are made from something else: recorded results, the recipe's schema, the commands, the paper's map."""

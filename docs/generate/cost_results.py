@@ -1,0 +1,83 @@
+"""Results about time and memory as Markdown: `spd bench`, `spd plan`, `spd compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from generate.markdown import code, duration, joined, memory, number, table
+
+Data = Mapping[str, Any]
+
+PAPER_TABLE_2 = {  # steps a second at each length, on a machine that the paper does not name
+    "scalar": {16: 12, 64: 12, 1024: 9, 10240: 11},
+    "vector": {16: 13, 64: 13, 1024: 10, 10240: 11},
+    "attention dense": {16: 10, 64: 10, 1024: 2, 10240: 1},
+    "attention blocked": {16: 10, 64: 10, 1024: 6, 10240: 6},  # the paper's with flex attention
+    "attention flex": {16: 10, 64: 10, 1024: 6, 10240: 6},
+}
+COMPARED = ("recon", "recon_layerwise", "stochastic_recon", "faithfulness")
+
+
+def benchmark(data: Data) -> str:
+    """`spd.bench/1`: a row a case, then the ratios of the same run; importance functions stand beside Table 2."""
+    batches = any("batch" in row for row in data["rows"])
+    beside = data["benchmark"] == "importance"
+    heads = ["case", *["batch"] * batches, "s a step", "steps a s", *["paper"] * beside, *FURTHER]
+    rows = []
+    for row in data["rows"]:
+        batch = [row["batch"]] if batches else []
+        speed = ["not measured", ""] if "skipped" in row else [f"{row['seconds']:.3g}", f"{1 / row['seconds']:.3g}"]
+        rows.append([row["name"], *batch, *speed, *[paper_speed(row["name"])] * beside, *further(row)])
+    machine = data["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    ratios = [[name, f"{ratio:.2f}"] for name, ratio in data["ratios"].items()]
+    shown = table(["ratio", ""], ratios) if ratios else ""
+    return joined([f"{where}, torch {machine['torch']}:", table(heads, rows), shown])
+
+
+FURTHER = ("peak GB", "GFLOP", "GFLOP/s", "of a product")
+
+
+def further(row: Data) -> list[str]:
+    """Memory, operations and rates of a measured case."""
+    if "skipped" in row:
+        return [""] * len(FURTHER)
+    rates = (row["flops"] / 1e9, row["flops_per_second"] / 1e9)
+    return [f"{row['peak_bytes'] / 1e9:.2f}", *(f"{rate:.1f}" for rate in rates), f"{row['product_share']:.0%}"]
+
+
+def paper_speed(name: str) -> str:
+    """The paper's steps a second for a case of Table 2."""
+    kind, _, length = name.partition(", length ")
+    return str(PAPER_TABLE_2.get(kind, {}).get(int(length or 0), ""))
+
+
+def cost(data: Data) -> str:
+    """`spd.plan/1`: parameters, memory, operations and time."""
+    rows = [[f"parameters of {name}", f"{count:,}"] for name, count in data["parameters"].items()]
+    rows += [[f"memory: {name}", memory(count)] for name, count in data["bytes"].items()]
+    rows.append(["operations of a step", f"{data['flops_per_step'] / 1e9:,.1f} GFLOP"])
+    if data["seconds"] is not None:
+        rows.append(["a step", f"{data['seconds_per_step']:.3g} s"])
+        rows.append([f"all {data['steps']} steps", duration(data["seconds"])])
+    verdict = "It fits" if data["fits"] else f"It does not fit; what would help: {', '.join(map(code, data['change']))}"
+    return joined([f"{data['matrices']} matrices, {data['tokens']} tokens a step. {verdict}.", table(["", ""], rows)])
+
+
+def comparison(data: Data) -> str:
+    """`spd.compare/1`: a row a run; L0 is active slices a position."""
+    rows = [
+        [
+            row["with"] if row is data["rows"][0] else code(row["with"]),
+            row["steps"],
+            f"{row['seconds']:.0f}",
+            f"{row['seconds'] / row['steps']:.3g}",
+            f"{row['active']:.2f}",
+            row["total_active"],
+            *(number(row["metrics"][name]) for name in COMPARED),
+        ]
+        for row in data["rows"]
+    ]
+    heads = ["", "steps", "seconds", "s a step", "L0", "active", *(name.replace("_", " ") for name in COMPARED)]
+    return joined(["At equal steps, then at equal time:", table(heads, rows)])

@@ -1,0 +1,292 @@
+"""Results about facts of a language model as Markdown: what is in a run, which slices carry a fact, what an edit does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from generate.markdown import code, joined, number, percent, size, table
+
+Data = Mapping[str, Any]
+
+METHODS = {  # of `spd reproduce facts`
+    "rule": "SPD, by rule",
+    "effect": "SPD, by effect",
+    "static": "static duals, whitened",
+    "static_plain": "static duals",
+    "direct": "direct, C⁻¹x",
+    "optimised": "optimised (no location)",
+    "random": "random, same norm",
+    "singular": "top singular",
+}
+PLACES = {"state": "hidden state", "mlp": "MLPs", "attention": "attention"}
+TOKENS_SHOWN = 3
+
+
+def evaluation(data: Data) -> str:
+    """`spd.eval/1` of a language model: what the model of active slices alone still predicts."""
+    answers = [
+        [entry["prompt"], code(entry["answer"]), number(entry["target"]), number(entry["masked"])]
+        for entry in data["answers"]
+    ]
+    measured = [[name, number(value)] for name, value in data["metrics"].items()]
+    entropy = data["cross_entropy"]
+    measured += [[f"cross-entropy of the text, {name}", number(value)] for name, value in entropy.items()]
+    return joined(
+        [
+            f"{data['total_active']} of {data['total_slices']} slices are active somewhere.",
+            table(["prompt", "answer", "target", "active slices alone"], answers, words=2),
+            table(["metric", "value"], measured),
+            grounding(data["grounding"]),
+        ]
+    )
+
+
+def grounding(data: Data) -> str:
+    """How far active slices lie along the target's weights, and in which blocks they are."""
+    if data["last_block"] is None:
+        return ""
+    blocks = ", ".join(f"{count} in block {block}" for block, count in data["blocks"].items())
+    return (
+        f"Of an active slice {data['in_weights']:.0%} is in the weights; of what active slices write "
+        f"{data['in_outputs']:.0%} lies along the target's own answer (means). Active slices: {blocks}."
+    )
+
+
+def inspection(data: Data) -> str:
+    """`spd.inspect/1`: the slices that are active at a token."""
+    parts = []
+    for place in data["occurrences"]:
+        rows = [
+            [
+                code(entry["slice"]),
+                "unique" if entry["unique"] else "",
+                words(entry["promotes"]),
+                words(entry["reads"]),
+                number(entry["importance"]),
+                number(entry["activation"]),
+            ]
+            for entry in place["slices"]
+        ]
+        heads = ["slice", "in this prompt alone", "promotes", "reads", "importance", "activation"]
+        where = f"{code(place['token'])} at position {place['position']} of prompt {place['prompt'] + 1}"
+        parts += [f"{where}: {place['active']} active slices.", table(heads, rows, words=4)]
+    return joined(parts)
+
+
+def words(tokens: list[str]) -> str:
+    """The first few tokens of a label."""
+    return " ".join(code(token) for token in tokens[:TOKENS_SHOWN])
+
+
+def known_facts(data: Data) -> str:
+    """`spd.facts/1`: how many facts of each category the model knows."""
+    categories = list(dict.fromkeys(entry["category"] for entry in data["facts"]))
+    rows = []
+    for category in categories:
+        entries = [entry for entry in data["facts"] if entry["category"] == category]
+        rows.append([category, sum(entry["known"] for entry in entries), len(entries)])
+    least = data["thresholds"]
+    sentence = (
+        f"{data['model']} knows {data['known']} of {data['asked']}: the answer has a probability of at least "
+        f"{least['probability']:g} and rank {least['rank']} or better. {data['disagree']} notes of the file are wrong."
+    )
+    return joined([sentence, table(["category", "known", "asked"], rows)])
+
+
+def location(data: Data) -> str:
+    """`spd.locate/1`: the slices, and the pairs, that take most of an answer."""
+    parts = []
+    for entry in data["located"]:
+        limit = f", {entry['statistic']} collateral at most {entry['limit']:g}" if entry["limit"] is not None else ""
+        parts.append(
+            f"{code(entry['token'])} of *{entry['prompt']}*: {entry['before']:.4f} before; "
+            f"{entry['candidates']} active slices{limit}."
+        )
+        parts.append(table(["slice", *LOCATED], [[code(one["slice"]), *located(one)] for one in entry["slices"]]))
+        if entry["pairs"]:
+            above = f"{entry['pairs_above_sum']} of {entry['pairs_measured']} pairs do more than their sum in log-probability."
+            pairs = [[" and ".join(map(code, one["slices"])), *located(one)] for one in entry["pairs"]]
+            parts += [above, table(["pair", *LOCATED], pairs)]
+    return joined(parts)
+
+
+LOCATED = ("after", "change", "KL", "other prompts", "facts: median, mean, max", "collateral")
+
+
+def located(entry: Data) -> list[str]:
+    """What becomes of the answer, of the other prompt that moves most, and of the known facts."""
+    most = size(max(entry["others"])) if entry["others"] else ""
+    facts = ", ".join(size(value) for value in (entry["facts"] or {}).values())
+    return [
+        f"{entry['after']:.4f}",
+        percent(entry["ratio"] - 1),
+        number(entry["kl"]),
+        most,
+        facts,
+        size(entry["collateral"]),
+    ]
+
+
+def suppression(data: Data) -> str:
+    """`spd.suppress/1`: of slices or a patch what it does, of a script whether it holds."""
+    if data.get("edits"):
+        return script(data)
+    parts = [effects(data), facts(data["facts"])]
+    if data["alone"]:
+        answers = [code(effect["token"]) for effect in next(iter(data["alone"].values()))]
+        rows = [[code(one), *(percent(e["ratio"] - 1) for e in every)] for one, every in data["alone"].items()]
+        parts.append(joined(["Each alone:", table(["slice", *answers], rows)]))
+    if data.get("matrices"):
+        rows = [[code(row["matrix"]), len(row["slices"]), f"{row['removed']:.2%}"] for row in data["matrices"]]
+        parts.append(table(["matrix", "slices", "taken from it, as a share of ‖W‖"], rows))
+    return joined(parts)
+
+
+def effects(data: Data) -> str:
+    """What every prompt's answer loses."""
+    rows = [
+        [
+            effect["prompt"],
+            code(effect["token"]),
+            f"{effect['before']:.4f}",
+            f"{effect['after']:.4f}",
+            percent(effect["ratio"] - 1),
+            f"{effect['rank_before']} → {effect['rank_after']}",
+            number(effect["kl"]),
+        ]
+        for effect in data["effects"]
+        if effect["group"] != "fact"
+    ]
+    heads = ["prompt", "answer", "before", "after", "change", "rank", "KL"]
+    return joined([f"Suppressed: {', '.join(map(code, data['slices']))}.", table(heads, rows, words=2)])
+
+
+def facts(summary: Data | None) -> str:
+    """How far the facts moved that the model knows."""
+    if summary is None or not summary["known"]:
+        return ""
+    rows = [
+        [name, size(summary[f"{name}_relative_change"], 2), f"{low:.2%} to {high:.2%}"]
+        for name, (low, high) in summary["interval"].items()
+    ]
+    moved = ", ".join(f"*{fact['prompt']}* {percent(fact['ratio'] - 1)}" for fact in summary["worst"])
+    heads = ["of them", "size of change", f"{summary['level']:.0%} interval"]
+    return joined(
+        [
+            f"The {summary['known']} of {summary['asked']} other facts that the model knows:",
+            table(heads, rows),
+            f"Most moved: {moved}.",
+        ]
+    )
+
+
+def script(data: Data) -> str:
+    """The edits of a script, and what is expected of them."""
+    edits = [[edit["name"], ", ".join(map(code, edit["slices"]))] for edit in data["edits"]]
+    verdicts = {None: "", True: "yes", False: "NO"}
+    expectations = [
+        [one["edit"], one["name"], number(one["value"]), one["bound"], verdicts[one["passed"]]]
+        for one in data["expectations"]
+    ]
+    heads = ["edit", "expectation", "value", "bound", "holds"]
+    return joined([table(["edit", "slices"], edits, words=2), table(heads, expectations, words=2)])
+
+
+def tracing(data: Data) -> str:
+    """`spd.trace/1`: the best places of every prompt (Figures 7 and 8)."""
+    parts = [
+        f"Noise of {data['noise']:g} standard deviations of the embeddings, {data['samples']} draws, windows of "
+        f"{data['window']} of {data['layers']} layers."
+    ]
+    heads = ["restored", "best at", "token", "layer", "P", "indirect effect", "in reverse, P"]
+    for entry in data["prompts"]:
+        rows = [
+            [
+                PLACES[best["kind"]],
+                {"subject": "the subject", "after": "after it"}[best["where"]],
+                code(entry["tokens"][best["position"]]),
+                best["layer"],
+                f"{entry['corrupted'] + best['effect']:.4f}",
+                f"{best['effect']:+.4f} ± {best['standard_error']:.4f}",
+                f"{best['reverse']:.4f}",
+            ]
+            for best in entry["best"]
+        ]
+        corrupted = f"{entry['corrupted']:.4f} ± {entry['corrupted_standard_error']:.4f}"
+        answer = f"P({code(entry['answer'])}) = {entry['clean']:.4f}, corrupted {corrupted}"
+        parts += [f"*{entry['prompt']}*: {answer}.", table(heads, rows, words=3)]
+    return joined(parts)
+
+
+def report(data: Data) -> str:
+    """`spd.report/1`: every way to cut a fact in one table, then what leaks."""
+    parts = []
+    known = f"{data['facts']['known']} known facts: median"
+    for entry in data["prompts"]:
+        rows = [[row["kind"], row["name"], *moved(row)] for row in entry["rows"]]
+        heads = ["", "edit, or intervention", "this fact", "other prompts", known, "mean", "max"]
+        parts += [
+            f"*{entry['prompt']}*: P({code(entry['answer'])}) = {entry['before']:.4f}.",
+            table(heads, rows, words=2),
+            related(entry),
+        ]
+    return joined(parts)
+
+
+def moved(row: Data) -> list[str]:
+    """How far a row's edit moves its fact, the other prompts and the known facts."""
+    show = size if row.get("sizes") else percent
+    changes = row["facts"] or {}
+    statistics = [size(changes.get(f"{name}_relative_change")) for name in ("median", "mean", "max")]
+    return [show(row["own"]), show(row["others"]), *statistics]
+
+
+def related(entry: Data) -> str:
+    """The fact in other words, and in reverse: what is left after each edit."""
+    if not entry["related"]:
+        return ""
+    edits = list(entry["related"][0]["edits"])
+    rows = [
+        [one["kind"], one["prompt"], f"{one['before']:.4f}", *(percent(e["ratio"] - 1) for e in one["edits"].values())]
+        for one in entry["related"]
+    ]
+    heads = ["what leaks", "prompt", "before", *(METHODS.get(edit, edit) for edit in edits)]
+    return table(heads, rows, words=2)
+
+
+def reproduction(data: Data) -> str:
+    """`spd.reproduce/1` of facts: every method on every prompt over the seeds, then the bounds."""
+    several = len(data["seeds"]) > 1
+    parts = [f"Means over {len(data['seeds'])} seeds, with the least and the largest; *other* and *max*: the largest."] * several
+    for prompt in dict.fromkeys(row["prompt"] for row in data["methods"]):
+        rows = []
+        for row in (row for row in data["methods"] if row["prompt"] == prompt):
+            own, statistics = row["own"], [row[f"{name}_relative_change"]["mean"] for name in ("median", "mean")]
+            extent = f" ({percent(own['min'], 0)} to {percent(own['max'], 0)})" if several else ""
+            rows.append(
+                [
+                    METHODS.get(row["method"], row["method"]),
+                    percent(own["mean"], 0) + extent,
+                    size(row["others"]["max"]),
+                    *map(size, statistics),
+                    size(row["max_relative_change"]["max"], 0),
+                ]
+            )
+        heads = ["edit", "own answer", "other prompt", "facts: median", "mean", "max"]
+        parts += [f"*{prompt}*: relative changes.", table(heads, rows)]
+    return joined([*parts, bounds(data["rows"])])
+
+
+def bounds(rows: list[Data]) -> str:
+    """What must hold, and on how many seeds it does."""
+    cells = [
+        [
+            row["name"],
+            "no slice" if row["ours"] is None else percent(row["ours"]),
+            row["bound"] or f"({row['agreement']})",
+            f"{row['share']:.0%}",
+        ]
+        for row in rows
+    ]
+    return joined(["Bounds (in brackets: not stated ones):", table(["", "ours", "bound", "holds on"], cells)])

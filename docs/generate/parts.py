@@ -1,0 +1,92 @@
+"""Generated parts of pages that people write: between `<!-- NAME -->` and `<!-- /NAME -->`, from results and sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+from generate import fact_results, recipe_page, toy_results
+from generate.markdown import code, duration, fenced, joined, table
+from generate.recorded import DOCS, ROOT, recording
+
+WRITTEN = (ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md")))
+
+
+def filled() -> dict[Path, str]:
+    """Every written page that has generated parts, with those parts written anew."""
+    texts = {path: path.read_text(encoding="utf-8") for path in WRITTEN}
+    return {path: with_parts(text) for path, text in texts.items() if PART.search(text)}
+
+
+PART = re.compile(r"<!-- (?P<name>\w+) -->\n.*?<!-- /(?P=name) -->", re.DOTALL)
+
+
+def with_parts(text: str) -> str:
+    """A page with every part of it written anew; KeyError for a part that is none."""
+    return PART.sub(lambda part: f"<!-- {part['name']} -->\n{PARTS[part['name']]()}\n<!-- /{part['name']} -->", text)
+
+
+def demo() -> str:
+    """What `make demo` prints in the end, in short: Table 1, and three numbers."""
+    trained, measured = recording("demo-decompose"), recording("demo-eval")
+    if trained is None or measured is None:
+        return "*Not recorded yet: `python docs/record.py demo-decompose demo-eval`.*"
+    took = duration(trained.seconds + measured.seconds)
+    accuracy = f"{measured.result['accuracy']['masked']:.2%}"
+    where = f"{trained.machine['processor']}, {trained.machine['threads']} threads"
+    sentence = f"It took {took} ({where}); the model of active slices alone is right on {accuracy} of fresh sequences."
+    return joined([sentence, toy_results.active_slices(measured.result)])
+
+
+def cut() -> str:
+    """What one slice taken out of the language model does."""
+    recorded = recording("athletes-suppress")
+    if recorded is None:
+        return "*Not recorded yet: `python docs/record.py athletes-decompose athletes-suppress`.*"
+    return joined([fact_results.effects(recorded.result), fact_results.facts(recorded.result["facts"])])
+
+
+def edits() -> str:
+    """The edit script of the chain, in full."""
+    return fenced("toml", (DOCS / "edits.toml").read_text(encoding="utf-8"))
+
+
+def recipes() -> str:
+    """The recipes that come with spd."""
+    return recipe_page.shipped_table()
+
+
+def models() -> str:
+    """The model families that can be decomposed, by the `model_type` of their `config.json`."""
+    from spdcli.targets.architectures import ARCHITECTURES
+
+    return ", ".join(map(code, ARCHITECTURES))
+
+
+def rooms() -> str:
+    """A line a room of the package, in the order in which they may import each other: the first of its docstring."""
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    rows = []
+    for layer in layers:
+        path = ROOT / "spdcli" / layer
+        module = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        rows.append([code(f"{layer}/" if path.is_dir() else module.name), about(module)])
+    return table(["", ""], rows, words=2)
+
+
+def about(module: Path) -> str:
+    """The first sentence that a module says about itself."""
+    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "cut": cut,
+    "edits": edits,
+    "models": models,
+    "recipes": recipes,
+    "rooms": rooms,
+}

@@ -1,0 +1,170 @@
+"""Results of the induction toy as Markdown: training, `spd eval` beside Table 1, `spd svd`, `spd reproduce induction`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from generate.markdown import duration, joined, number, size, table
+from spdcli.paper.table1 import (
+    CLASSES,
+    PAPER_ACTIVE,
+    PAPER_ATTENTION,
+    PAPER_M_TO_S1,
+    PAPER_M_TO_S1_UNPLACED,
+    PAPER_METRICS,
+)
+
+Data = Mapping[str, Any]
+
+STEPS = {  # of the circuit: what it is called here, and the paper's number
+    "m_to_s1": ("m attends to s1", PAPER_M_TO_S1),
+    "m_to_s1_unplaced_query": ("the same, without encodings in m's query", PAPER_M_TO_S1_UNPLACED),
+    "m_to_s1_unplaced_query_and_s1": ("nor in s1's key", None),
+    "m_to_s1_content_only": ("nor in any key", None),
+    "s2_to_m": ("s2 attends to m", None),
+}
+
+
+def training(data: Data) -> str:
+    """`spd.train/1`: what the toy learned."""
+    return (
+        f"Loss {number(data['loss'])} after {data['steps']} steps, "
+        f"right on {data['accuracy']:.2%} of fresh sequences."
+    )
+
+
+def decomposing(data: Data) -> str:
+    """`spd.decompose/1`: the last record of the training."""
+    active = sum(data["active"].values())
+    losses = table(["loss", "value"], [[name, number(value)] for name, value in data["losses"].items()])
+    words = f"Total loss {number(data['total'])} after {data['step']} steps and {duration(data['seconds'])} of training"
+    return joined([f"{words}; {active:.2f} active slices a position.", losses])
+
+
+def evaluation(data: Data) -> str:
+    """`spd.eval/1` of a toy: Table 1, the metrics, the circuit, and what is left when gates know less."""
+    parts = [active_slices(data), metrics(data)]
+    if "circuit" in data:
+        parts += [circuit(data["circuit"]), gate_knowledge(data["circuit"]["controls"])]
+    return joined(parts)
+
+
+def active_slices(data: Data) -> str:
+    """Tables 1a and 1b, the paper's numbers in brackets."""
+    rows = []
+    for name, classes in data["active"].items():
+        ours = [f"{classes[kind]:.3f}" for kind in CLASSES] + [str(data["unique"][name])]
+        paper = PAPER_ACTIVE.get(name)
+        beside = [""] * 5 if paper is None else [f" ({value:.3f})" for value in paper[:4]] + [f" ({paper[4]})"]
+        rows.append([name, *(mine + theirs for mine, theirs in zip(ours, beside, strict=True))])
+    heads = ["matrix", *CLASSES, "unique"]
+    return joined(["Average active slices a position, and unique slices (the paper's in brackets):", table(heads, rows)])
+
+
+def metrics(data: Data) -> str:
+    """Table 1c: reconstruction, attention, accuracy."""
+    errors = data["standard_error"]
+    rows = [
+        [name, number(value), number(errors[name]) if errors[name] else "exact", paper(PAPER_METRICS.get(name))]
+        for name, value in data["metrics"].items()
+    ]
+    for layer, value in enumerate(data["attention_kl"]):
+        theirs = PAPER_ATTENTION[layer] if layer < len(PAPER_ATTENTION) else None
+        rows.append([f"attention KL, layer {layer + 1}", number(value), "", paper(theirs)])
+        split = data["attention_kl_split"][layer]
+        for kind, where in (("matters", "where the pattern matters"), ("rest", "everywhere else")):
+            if split[kind] is not None:
+                rows.append([f"the same, {where}", number(split[kind]), "", ""])
+    rows += [[f"accuracy, {kind} model", f"{value:.2%}", "", ""] for kind, value in data["accuracy"].items()]
+    shown = table(["metric", "ours", "standard error", "paper"], rows)
+    return joined([f"Over {data['sequences']} fresh sequences:", shown])
+
+
+def circuit(data: Data) -> str:
+    """The mechanism of section 6.1: who attends to whom."""
+    attention = data["attention"]
+    rows = [
+        [label, number(attention["target"][key]), number(attention["masked"][key]), paper(theirs)]
+        for key, (label, theirs) in STEPS.items()
+    ]
+    shown = table(["attention", "target", "active slices alone", "paper"], rows)
+    return joined([f"The circuit, over {data['sequences']} sequences:", shown])
+
+
+def gate_knowledge(controls: Data) -> str:
+    """Accuracy of active slices alone when their gates know less."""
+    rows = []
+    for name, control in controls.items():
+        whole = control["all"]
+        layers = [f"{layer['accuracy']:.0%}" for layer in control["layers"]]
+        steps = [number(whole[step]) for step in ("m_to_s1", "s2_to_m")]
+        rows.append([name.replace("_", " "), f"{whole['accuracy']:.2%}", *steps, *(layers + ["", ""])[:2]])
+    heads = ["importances", "all gates", "m to s1", "s2 to m", "layer 1 alone", "layer 2 alone"]
+    words = (
+        "Accuracy of active slices alone when all gates, or those of one layer, know less. *No context*: gates see "
+        "their own position alone; *other sequences*, *other positions*: importances from there; *always on*: every "
+        "slice that is active anywhere is on everywhere."
+    )
+    return joined([words, table(heads, rows)])
+
+
+def ranks(data: Data) -> str:
+    """`spd.svd/1`: what each method has left at the tolerance (Figure 2)."""
+    outcomes = {name: outcome for name, outcome in data["result"].items() if outcome}
+    matrices = next(iter(outcomes.values()))["ranks"] if outcomes else {}
+    rows: list[list[Any]] = [[name, *(rank(outcomes[one]["ranks"][name]) for one in outcomes)] for name in matrices]
+    rows.append(["all", *(rank(outcome["total_rank"]) for outcome in outcomes.values())])
+    rows.append(["KL", *(number(outcome["kl"]) for outcome in outcomes.values())])
+    never = [name for name in data["result"] if name not in outcomes]
+    words = f"Left at a KL of at most {data['tolerance']:g} over {data['looked_at']} predictions:"
+    legend = "; ".join(f"`{name}`: {data['legend'][name].partition(': ')[2] or data['legend'][name]}" for name in outcomes)
+    missed = f"Never within the tolerance: {', '.join(f'`{name}`' for name in never)}." if never else ""
+    return joined([words, table(["matrix", *(f"`{name}`" for name in outcomes)], rows), legend, missed])
+
+
+def rank(value: float | None) -> str:
+    """A rank: a number of slices, or a mean of such numbers."""
+    return "" if value is None else f"{value:g}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def reproduction(data: Data) -> str:
+    """`spd.reproduce/1` of the toy: every number of Table 1 over the seeds, then seed by seed."""
+    several = len(data["seeds"]) > 1
+    rows = []
+    for row in data["rows"]:
+        spread = [number(row["spread"][key]) for key in ("std", "min", "max")] if several else []
+        theirs = paper(row["paper"])
+        bound = row["bound"] or f"({row['agreement']})"
+        agrees = f"{row['share']:.0%} of seeds" if several else ("yes" if row["agrees"] else "no")
+        rows.append([row["name"], number(row["ours"]), *spread, theirs, bound, agrees])
+    heads = ["", "ours", *(["std", "least", "most"] if several else []), "paper", "bound", "holds on" if several else "holds"]
+    words = f"Mean of {len(data['seeds'])} seeds. " if several else ""
+    words += "Bounds in brackets are not stated ones: they say what counts as agreeing."
+    return joined([words, table(heads, rows), seeds(data), stability(data["stability"])])
+
+
+def seeds(data: Data) -> str:
+    """A line a seed: how many bounds it breaks, and what every method of `spd svd` has left."""
+    methods = list(data["seeds"][0]["svd"]["rank"])
+    rows = []
+    for seed in data["seeds"]:
+        left = [rank(seed["svd"]["rank"][name]) or "never" for name in methods]
+        rows.append([seed["seed"], len(seed["broken"]), size(seed["toy_accuracy"], 2), *left])
+    heads = ["seed", "bounds broken", "toy right", *(f"rank, `{name}`" for name in methods)]
+    tolerance = data["seeds"][0]["svd"]["tolerance"]
+    return joined([f"Seed by seed; rank is what is left at a KL of {tolerance:g}:", table(heads, rows)])
+
+
+def stability(data: Data | None) -> str:
+    """How well each seed's slices are found again by the others."""
+    if data is None:
+        return ""
+    rows = [[name, entry["slices"], number(entry["mean"]), number(entry["min"])] for name, entry in data["matrices"].items()]
+    words = f"Similarity of a slice to its match in other seeds, by {data['definition']}:"
+    return joined([words, table(["matrix", "slices", "mean", "least"], rows)])
+
+
+def paper(value: float | None) -> str:
+    """The paper's number; nothing where it has none."""
+    return "" if value is None else number(value)
