@@ -23,9 +23,10 @@ def one_row_at_a_time(x, weight, bias, U, V, asked):
     answers = list((x @ weight).unbind(0))
     for number, row in enumerate(asked.rows.tolist()):
         mask = asked.mask[number if asked.origin is None else asked.origin[number]]
+        draw = number if asked.draw is None else asked.draw[number]
         if asked.noise is not None:
-            mask = mask + (1 - mask) * asked.noise[number]
-        delta = None if asked.delta is None else asked.delta[number]
+            mask = mask + (1 - mask) * asked.noise[draw]
+        delta = None if asked.delta is None else asked.delta[draw]
         answers[row] = masked_product(
             x[row], weight, U, V, mask[-x.shape[1] :], None if delta is None else delta[-x.shape[1] :]
         )
@@ -38,12 +39,20 @@ def asks(kind, rows=ROWS):
         "fixed" not in kind
     )
     origin = torch.arange(r) % B if "origin" in kind else None
-    noise = random(r, T, C, seed=2).sigmoid() if "noise" in kind else None
-    delta = random(r, 1 if "fixed" in kind else T, 1, seed=3) if "delta" in kind else None
-    return MaskedRows(torch.tensor(rows, dtype=torch.long), mask, delta, origin, noise)
+    n, length = 2 if "shared" in kind else r, 1 if "fixed" in kind or "still" in kind else T
+    noise = random(n, length, C, seed=2).sigmoid() if "noise" in kind else None
+    delta = random(n, length, 1, seed=3) if "delta" in kind else None
+    for numbers in (noise, delta):
+        if numbers is not None and "ascended" in kind:
+            numbers.requires_grad_()
+    draw = torch.arange(r).flip(0) % 2 if "shared" in kind else None
+    return MaskedRows(torch.tensor(rows, dtype=torch.long), mask, delta, origin, noise, draw)
 
 
 KINDS = ["plain", "noise", "origin noise", "origin noise delta", "delta", "fixed origin", "fixed delta"]
+KINDS += [f"ascended {how}" for how in ("noise", "delta", "origin noise delta", "fixed origin noise delta")]
+KINDS += [f"ascended shared {how}" for how in ("noise", "still noise delta", "origin still noise", "still delta")]
+KINDS += ["shared noise delta", "shared origin still noise delta"]  # shared, and no gradient
 
 
 @pytest.mark.parametrize("elements", [1, 2 * T * C, 1000])  # one row a chunk, two, all
@@ -57,7 +66,8 @@ def test_rows_are_answered_as_they_ask(kind, rows, positions, elements, monkeypa
     given = (x, weight, bias if "delta" in kind else None, U, V, asked)
     actual, expected = replaced_product(*given), one_row_at_a_time(*given)
     close(actual, expected)
-    leaves = [leaf for leaf in (x, U, V, asked.mask) if leaf.requires_grad and leaf.numel()]
+    tensors = (x, U, V, asked.mask, asked.noise, asked.delta)
+    leaves = [leaf for leaf in tensors if leaf is not None and leaf.requires_grad and leaf.numel()]
     weights = random(R, positions, O, seed=10)
     wanted = torch.autograd.grad(expected, leaves, weights, allow_unused=True)
     for got, other, leaf in zip(gradients(actual, weights, leaves), wanted, leaves, strict=True):
@@ -72,12 +82,16 @@ def test_full_masks_are_exactly_the_target():
     assert torch.equal(replaced_product(x, weight, None, U, V, drawn), x @ weight)  # noise 1 is a mask of 1
 
 
-def test_inner_activations_are_all_that_is_kept(monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_inner_activations_are_all_that_is_kept(shared, monkeypatch):
+    """Numbers that all rows share are not spread out over them, and nor is their gradient."""
     rows, positions, slices = 64, 16, 32
     monkeypatch.setattr(product, "CHUNK_ELEMENTS", positions * slices)
     x, U, V = (torch.randn(s).requires_grad_() for s in ((rows, positions, 4), (4, slices), (slices, 4)))
-    mask, noise = torch.rand(8, positions, slices).requires_grad_(), torch.rand(rows, positions, slices)
-    asked = MaskedRows(torch.arange(rows), mask, None, torch.arange(rows) % 8, noise)
+    mask = torch.rand(8, positions, slices).requires_grad_()
+    noise = torch.rand(*((1, 1) if shared else (rows, positions)), slices).requires_grad_(shared)
+    delta, draw = torch.rand(1, 1, 1).requires_grad_() if shared else None, torch.zeros(rows, dtype=torch.long)
+    asked = MaskedRows(torch.arange(rows), mask, delta, torch.arange(rows) % 8, noise, draw if shared else None)
     wide = rows * positions * slices * 4
     with Watch() as watch:
         replaced_product(x, torch.randn(4, 4), None, U, V, asked).sum().backward()
