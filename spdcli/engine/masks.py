@@ -17,7 +17,7 @@ from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.tables import SOURCES
 from spdcli.engine.target import sent
-from spdcli.engine.variants import Piece
+from spdcli.engine.variants import Numbers, Piece
 
 
 class Noise:
@@ -47,21 +47,39 @@ def uniform(out: Tensor, piece: Piece, name: str, kind: str, noise: Noise | None
     noise(out, piece, name, kind)
 
 
+def ascended(out: Tensor, piece: Piece, name: str, kind: str, noise: Noise | None) -> None:
+    """The source "adversarial": the numbers that the variant brings, which `adversary.ascend` moved."""
+    numbers = _brought(piece, name)
+    out.copy_((numbers.mask if kind == "mask" else numbers.delta).detach())
+
+
+def _brought(piece: Piece, name: str) -> Numbers:
+    """The numbers for matrix `name` that the variant of `piece` brings: of its sequences, or shared by all."""
+    assert piece.variant.numbers is not None, "masks of an ascended source are found by engine.adversary"
+    own = lambda tensor: tensor if len(tensor) == 1 else tensor[piece.start : piece.stop]  # noqa: E731
+    return Numbers(*map(own, piece.variant.numbers[name]))
+
+
 def chunk_masks(
     chunk: Sequence[Piece], slices: SliceSet, g: Mapping[str, Tensor], noise: Noise | None = None
 ) -> dict[str, MaskedRows]:
     """The masks of a chunk of a plan: for each matrix that one of its variants replaces, on which rows and by what.
 
     `g[m]` `[B, T, C]` are the importances that masks start from; variants with fixed masks need neither them nor
-    `noise`, and a chunk has fixed masks in all its variants or in none.
+    `noise`, and a chunk has fixed masks in all its variants or in none. Numbers that variants bring get gradients,
+    and are not spread out over the rows that share them, where all the chunk's variants bring some.
     """
     masks = {}
     for name in slices.names:
         pieces = [(first, piece) for first, piece in _numbered(chunk) if name in piece.variant.matrices]
         if not pieces:
             continue
-        fixed = pieces[0][1].variant.fixed is not None
-        masks[name] = _fixed_rows(pieces, name) if fixed else _drawn_rows(pieces, name, g[name], slices.delta, noise)
+        if pieces[0][1].variant.fixed is not None:
+            masks[name] = _fixed_rows(pieces, name)
+        elif all(piece.variant.numbers is not None for _, piece in pieces):
+            masks[name] = _brought_rows(pieces, name, g[name], slices.delta)
+        else:
+            masks[name] = _drawn_rows(pieces, name, g[name], slices.delta, noise)
     return masks
 
 
@@ -90,8 +108,8 @@ def _drawn_rows(
         own_numbers = None if numbers is None else numbers[part]
         own_deltas = None if deltas is None else deltas[part]
         _fill(own_numbers, own_deltas, piece, name, delta, noise)
-        if piece.variant.routed is not None and own_numbers is not None and own_deltas is not None:
-            left_alone = ~sent(piece.variant.routed[name][piece.start : piece.stop, :, None], g.device)
+        left_alone = _left_alone(piece, name, g.device)
+        if left_alone is not None and own_numbers is not None and own_deltas is not None:
             own_numbers.masked_fill_(left_alone, 1.0)  # a number of 1 is a mask of 1
             own_deltas.masked_fill_(left_alone, 1.0)
     return MaskedRows(rows, g, deltas, origin, numbers)
@@ -107,10 +125,43 @@ def _fill(
         fill(numbers, piece, name, "mask", noise)
     if deltas is None:
         return
-    if piece.variant.delta:
+    if piece.variant.delta is not None:
         deltas.fill_(piece.variant.delta)
     elif delta and source.code:  # else they are 0 already
         fill(deltas, piece, name, "delta", noise)
+
+
+def _left_alone(piece: Piece, name: str, device: torch.device) -> Tensor | None:
+    """Where the piece's variant leaves matrix `name` to the target, `[n, T, 1]` bool; None is nowhere."""
+    routed = piece.variant.routed
+    return None if routed is None else ~sent(routed[name][piece.start : piece.stop, :, None], device)
+
+
+def _brought_rows(pieces: Sequence[tuple[int, Piece]], name: str, g: Tensor, delta: bool) -> MaskedRows:
+    """As `_drawn_rows`, of variants that all bring their numbers: a row's are shared as the variant shares them."""
+    rows = _ranges([(first, first + len(piece)) for first, piece in pieces], g)
+    origin = _ranges([(piece.start, piece.stop) for _, piece in pieces], g)
+    routed = any(piece.variant.routed is not None for _, piece in pieces)
+    moves, offs, draws, count = [], [], [], 0
+    for _, piece in pieces:
+        own, off = _brought(piece, name)
+        if piece.variant.delta is not None or not delta:
+            off = own.new_full((1, 1, 1), piece.variant.delta or 0.0)
+        left_alone = _left_alone(piece, name, g.device)
+        if left_alone is not None:
+            own, off = (torch.where(left_alone, 1.0, tensor) for tensor in (own, off))
+        size = max(len(own), len(off))
+        moves.append(own.expand(size, -1, -1))
+        offs.append(off.expand(size, -1, -1))
+        draws.append(torch.arange(count, count + size, device=g.device).expand(len(piece) if size == 1 else size))
+        count += size
+    return MaskedRows(rows, g, _joined(offs) if delta or routed else None, origin, _joined(moves), torch.cat(draws))
+
+
+def _joined(numbers: Sequence[Tensor]) -> Tensor:
+    """Numbers `[n, t, ...]` of several variants, one after the other; t is the most that one of them has."""
+    length = max(tensor.shape[1] for tensor in numbers)
+    return torch.cat([tensor.expand(-1, length, -1) for tensor in numbers])
 
 
 def _fixed_rows(pieces: Sequence[tuple[int, Piece]], name: str) -> MaskedRows:
@@ -119,7 +170,7 @@ def _fixed_rows(pieces: Sequence[tuple[int, Piece]], name: str) -> MaskedRows:
     for _, piece in pieces:
         assert piece.variant.fixed is not None
         masks.append(piece.variant.fixed[name])
-        deltas += [piece.variant.delta] * len(piece)
+        deltas += [piece.variant.delta or 0.0] * len(piece)
     mask = torch.stack(masks)[:, None]
     numbers = torch.arange(len(masks), device=mask.device)
     counts = torch.tensor([len(piece) for _, piece in pieces], device=mask.device)

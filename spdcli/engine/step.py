@@ -39,7 +39,7 @@ class LossSettings:
     to g before it; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is KL(variant ‖ target). `layerwise_matrices` of
     the matrices, drawn every step, stand for all in the layerwise losses, and `faithfulness_probes` random vectors for
     the exact faithfulness; None is exact. With `half` the blocks of the plan pass multiply in bfloat16; importances and
-    losses stay as they are. `delta_mask` is that of every variant; 0 leaves it to the masks' source.
+    losses stay as they are. `delta_mask` is that of every variant; None leaves it to the masks' source.
     """
 
     coefficients: Mapping[str, float]
@@ -53,7 +53,7 @@ class LossSettings:
     layerwise_matrices: int | None = None
     faithfulness_probes: int | None = None
     half: bool = False
-    delta_mask: float = 0.0
+    delta_mask: float | None = None
 
     @property
     def reconstruction(self) -> list[str]:

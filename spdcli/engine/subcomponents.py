@@ -172,6 +172,13 @@ class SliceSet(nn.Module):
         return self.slices[name.replace(".", "/")]  # type: ignore[return-value]
 
 
+def detached(slices: SliceSet) -> SliceSet:
+    """The same slices, which get no gradient."""
+    own = {name: slices.of(name) for name in slices.names}
+    copies = {name: Slices(each.U.detach(), each.V.detach()) for name, each in own.items()}
+    return SliceSet(copies, slices.delta).requires_grad_(False)
+
+
 class Decomposition(SliceSet):
     """Slices and importance functions of the chosen matrices of one target."""
 

@@ -38,14 +38,21 @@ class Source(Choice):
 
     `code` is a function that says how far every mask is moved from the importance g towards 1, as `masks.uniform`
     does; without one masks are g itself and the delta is off. `sampled`: a recipe's `samples` draws it so many times.
+    `ascended`: the numbers are found by ascending the loss (`engine.adversary`), not drawn, and variants bring them.
     """
 
     sampled: bool = False
+    ascended: bool = False
 
 
 SOURCES: dict[str, Source] = {
     "importance": Source("every mask is the importance g itself, and the delta is off"),
     "stochastic": Source("masks from U(g, 1), the delta's from U(0, 1)", "spdcli.engine.masks:uniform", sampled=True),
+    "adversarial": Source(
+        "the masks between g and 1, and of the delta between 0 and 1, that sign ascent finds worst",
+        "spdcli.engine.masks:ascended",
+        ascended=True,
+    ),
 }
 
 # Which matrices are replaced together: functions from matrices to the selections that one sample of a loss runs.

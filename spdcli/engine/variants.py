@@ -18,6 +18,15 @@ from torch import Tensor
 from spdcli.engine.tables import LOSSES, SCOPES, SOURCES
 
 
+class Numbers(NamedTuple):
+    """How far the masks of a matrix are moved from the importance g towards 1, `mask` `[n, t, C]`, and the masks of its
+    delta, `delta` `[n, t, 1]`; all in [0, 1]. n is B, or 1 where all sequences share them; t is T, or 1 where all
+    positions do."""
+
+    mask: Tensor
+    delta: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Variant:
     """The target with the `matrices` replaced by their masked slices, as one term of a loss.
@@ -27,9 +36,10 @@ class Variant:
     `source`: where its masks come from: a key of `tables.SOURCES`, or "fixed".
     `routed[m]`: `[B, T]` bool, the positions at which matrix m is replaced; None: everywhere.
     `fixed[m]`: `[C]`, the masks of matrix m at every position; of a fixed variant alone.
-    `delta`: the mask of the delta W - U V, the part of a matrix that no slice holds. If not 0, it multiplies the delta
-    at every position; with 1 the variant is the target minus what its masks take from the slices. If 0, a variant of
-    fixed masks has no delta; in any other variant the source decides (importance: no delta; stochastic: from U(0, 1)).
+    `numbers[m]`: what moves the masks of matrix m, where they were found and not drawn: of an ascended source alone.
+    `delta`: the mask of the delta W - U V, the part of a matrix that no slice holds. It multiplies the delta of every
+    matrix at every position; with 1 the variant is the target minus what its masks take from the slices. If None, a
+    variant of fixed masks has no delta, and in any other the source decides (importance: none; stochastic: U(0, 1)).
     """
 
     loss: str
@@ -39,7 +49,8 @@ class Variant:
     weight: float
     routed: Mapping[str, Tensor] | None = None
     fixed: Mapping[str, Tensor] | None = None
-    delta: float = 0.0
+    delta: float | None = None
+    numbers: Mapping[str, Numbers] | None = None
 
 
 def fixed_variant(name: str, masks: Mapping[str, Tensor], blocks: Mapping[str, int], delta: float) -> Variant:
@@ -108,7 +119,7 @@ def draw_variants(
     shape: tuple[int, int],
     generator: torch.Generator,
     layerwise: int | None = None,
-    delta: float = 0.0,
+    delta: float | None = None,
 ) -> list[Variant]:
     """The variants whose mean KL is each of the reconstruction `losses` (names), ordered by the block they enter at.
 
