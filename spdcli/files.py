@@ -1,75 +1,58 @@
-"""Whole files or none: everything that spd writes is written beside its place and renamed into it."""
+"""Tensors in files: safetensors, whole or not at all, with a checksum of what is in them."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spdcli.disk import write_atomically
 from spdcli.errors import SpdError
-from spdcli.records import plain
 
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it into place; a failure leaves `path` as it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise SpdError(
-            f"{path}: cannot be written: {error.strerror or error}", "free some space, or use --out"
-        ) from error
-    except SafetensorError as error:
-        raise SpdError(f"{path}: cannot be written: {error}", "free some space, or use --out") from error
-    finally:
-        with suppress(OSError):  # its folder may not be one
-            beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    text = json.dumps(plain(data), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
+CHECKSUM = "checksum"  # the metadata's key of it
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda beside: save_file(kept, beside, dict(metadata or {})))
+    about = {**(metadata or {}), CHECKSUM: checksum(kept)}
+    write_atomically(path, lambda new: save_file(kept, new, about))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; SpdError when it is missing or damaged."""
+    """Tensors and metadata of a safetensors file; SpdError when it is missing or damaged.
+
+    Of a file without a checksum, as others write it, only a damage of its form is noticed.
+    """
     try:
+        path.open("rb").close()  # safetensors takes a file that may not be read for one that is not there
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except FileNotFoundError as error:
         raise SpdError(f"{path}: no such file", "is this a finished run?") from error
+    except PermissionError as error:
+        raise SpdError(f"{path}: cannot be read: {error.strerror}", "ask its owner") from error
     except (SafetensorError, OSError) as error:
         raise SpdError(f"{path}: damaged: {error}", "go on from the checkpoint with --resume, or run again") from error
+    if metadata.pop(CHECKSUM, None) not in (None, checksum(tensors)):
+        raise SpdError(
+            f"{path}: damaged: its numbers are not those that were written",
+            "go on from the checkpoint with --resume, or run again",
+        )
+    return tensors, metadata
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there; of a link, the link."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """32 hexadecimal digits that stand for the names, types, shapes and numbers of `tensors`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

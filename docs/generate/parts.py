@@ -76,7 +76,8 @@ def models() -> str:
 
 def rooms() -> str:
     """A line a room of the package, in the order in which they may import each other: the first of its docstring."""
-    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
     rows = []
     for layer in layers:
         path = ROOT / "spdcli" / layer

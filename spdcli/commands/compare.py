@@ -48,7 +48,7 @@ def compare(
     """
     console = make_console(json, quiet, verbose)
     from spdcli.comparison import compare_settings
-    from spdcli.files import write_json
+    from spdcli.disk import write_json
     from spdcli.records import plain
 
     settings = list(set_ or [])

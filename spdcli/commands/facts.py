@@ -135,12 +135,12 @@ def model_name(spelling: str) -> str:
 
 def write_notes(path: Path, source: Path, facts: Facts, checks: Sequence[FactCheck], name: str, known: Known) -> None:
     """Write the facts of `source` with renewed notes; the comments at its head stay."""
+    from spdcli.disk import write_text
     from spdcli.edits.fact_check import renewed
     from spdcli.edits.facts_file import dump_facts, first_comments
-    from spdcli.files import write_atomically
 
     text = dump_facts(renewed(facts, checks, name, known), first_comments(source.read_text(encoding="utf-8")))
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def listing(facts: Facts) -> list[RenderableType]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spdcli.commands.options import Force, Json, Quiet, Set, Verbose, make_console
+from spdcli.disk import write_text
 from spdcli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -74,10 +75,7 @@ def copy_recipe(
         target /= source.name
     if target.exists() and not force:
         raise UsageError(f"{target}: is already there", "give another destination, or --force to replace it")
-    try:
-        target.write_text(_text(source), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{target}: cannot be written: {error.strerror}") from None
+    write_text(target, _text(source), "free some space, or give another destination")
     console.show({"schema": "spd.recipe.cp/1", "source": source, "path": target})
     console.result(target)
 

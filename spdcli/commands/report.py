@@ -70,7 +70,7 @@ def report(
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, without=False)
     assert file is not None
-    from spdcli.files import write_atomically, write_json
+    from spdcli.disk import write_json, write_text
     from spdcli.location.report import ReportSettings, report_facts
     from spdcli.location.report_markdown import markdown
     from spdcli.location.tracing import TraceSettings
@@ -99,7 +99,7 @@ def report(
     data["figures"] = figures
     write_json(folder / DATA, data)
     text = markdown(str(run), facts_of_run, settings, layers, figures)
-    write_atomically(folder / TEXT, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text(folder / TEXT, text)
     console.show(data, *render(facts_of_run))
     console.result(folder / TEXT)
 

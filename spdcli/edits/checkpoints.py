@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from spdcli.disk import write_directory, write_json
 from spdcli.edits.patches import edited_weights, set_weights
 from spdcli.edits.suppression import Edit
 from spdcli.engine.target import Target
 from spdcli.errors import SpdError, UsageError
-from spdcli.files import remove, save_tensors, write_json
+from spdcli.files import save_tensors
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.directory import TOY, TOY_WEIGHTS
 from spdcli.runs.subject import Subject
 
+MORE_SPACE = "free some space, or name another with --save"
 RECORD = "spd_edit.json"  # what was done to the model; it also marks a directory that --force may replace
 
 
@@ -97,7 +97,7 @@ def save_checkpoint(
                 _save_language_model(subject, beside)
         write_json(beside / RECORD, record)
 
-    write_directory(path, write)
+    write_directory(path, write, MORE_SPACE)
 
 
 def _save_language_model(subject: Subject, folder: Path) -> None:
@@ -108,28 +108,3 @@ def _save_language_model(subject: Subject, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         subject.prompts.tokenizer.save_pretrained(folder)
-
-
-def write_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a directory beside `path`, then rename it into place; a failure leaves `path` as it was."""
-    path = path.absolute()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        beside.mkdir(parents=True)
-        write(beside)
-        if path.exists():
-            path.rename(aside)
-        try:
-            beside.rename(path)
-        except OSError:
-            if aside.exists():
-                aside.rename(path)
-            raise
-        remove(aside)
-    except OSError as error:
-        raise SpdError(
-            f"{path}: cannot be written: {error.strerror or error}", "free some space, or name another with --save"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from spdcli.files import write_atomically
+from spdcli.disk import write_atomically
 from spdcli.measures.svd import RankCurves
 
 

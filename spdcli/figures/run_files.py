@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from spdcli.disk import write_json
 from spdcli.figures.circuit import save_circuit
 from spdcli.figures.curves import save_rank_curves
-from spdcli.files import write_json
 from spdcli.measures.circuit import circuit_example
 from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.svd import RankCurves

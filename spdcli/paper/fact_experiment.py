@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import prepared
+from spdcli.disk import read_json, write_json
 from spdcli.edits.facts_file import Facts
-from spdcli.files import load_tensors, read_json, write_json
+from spdcli.files import load_tensors
 from spdcli.paper.fact_claims import MethodRow, Pair, Tables, fact_claims, method_rows
 from spdcli.paper.fact_table import fact_table, open_table
 from spdcli.paper.verdict import REPORT, SCHEMA, ClaimRow, Verdict, judge

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import finished
+from spdcli.disk import read_json, write_json
 from spdcli.figures.run_files import SVD, write_evaluation, write_rank_curves
-from spdcli.files import read_json, write_json
 from spdcli.measures.circuit_data import circuit_data
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.svd import svd_curves

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spdcli.disk import remove, write_text
 from spdcli.engine.fit import FitState
 from spdcli.errors import SpdError, UsageError
-from spdcli.files import load_tensors, remove, save_tensors, write_atomically
+from spdcli.files import load_tensors, save_tensors
 from spdcli.recipe.reading import dump_recipe, load_recipe
 from spdcli.recipe.schema import GENERATED, Recipe
 from spdcli.recipe.section import Section
@@ -101,7 +102,7 @@ class RunDirectory:
 
     def write_recipe(self, recipe: Recipe) -> None:
         text = dump_recipe(anchored(recipe), **versions())
-        write_atomically(self / RECIPE, lambda beside: beside.write_text(text))
+        write_text(self / RECIPE, text)
 
     @property
     def recipe(self) -> Recipe:
@@ -120,11 +121,11 @@ class RunDirectory:
     def start_metrics(self, after: int = 0) -> None:
         """Keep the metrics up to step `after` (all of an interrupted run's, up to its checkpoint) and drop the rest."""
         kept = [line for record, line in self._metric_lines() if record["step"] <= after]
-        write_atomically(self / METRICS, lambda beside: beside.write_text("".join(kept)))
+        write_text(self / METRICS, "".join(kept))
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         try:
-            with (self / METRICS).open("a") as file:
+            with (self / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(record), allow_nan=False) + "\n")
         except OSError as error:
             raise SpdError(f"{self / METRICS}: cannot be written: {error.strerror}", "free some space") from error
@@ -135,7 +136,7 @@ class RunDirectory:
 
     def _metric_lines(self) -> list[tuple[dict[str, Any], str]]:
         path = self / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         records = []
         for line in lines:
             try:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from spdcli.disk import write_atomically
 from spdcli.engine.fit import Record, fit, start_fit, warm_up_faithfulness
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import Interrupted, RecipeError, SpdError, UsageError
-from spdcli.files import save_tensors, write_atomically
+from spdcli.files import save_tensors
 from spdcli.machine import free_bytes, state_bytes, training_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices

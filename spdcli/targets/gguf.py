@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
+from spdcli.disk import beside, settle
 from spdcli.errors import SpdError
 
 
@@ -28,15 +27,13 @@ def converted(path: Path) -> Path:
         return place
     require_libraries(path)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=place.parent))
+        with beside(place) as folder:
+            folder.mkdir()
+            convert(path, folder)
+            settle(folder)
+            publish(folder, place)
     except OSError as error:
         raise SpdError(f"the cache cannot be written: {error}", "set XDG_CACHE_HOME to a directory you own") from error
-    try:
-        convert(path, beside)
-        publish(beside, place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return place
 
 

@@ -115,7 +115,7 @@ def load_untrained(model: str, dtype: str, device: torch.device) -> LanguageMode
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's `config.json` as it is, before transformers makes anything of it."""
     try:
-        return dict(json.loads((folder / "config.json").read_text()))
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except ValueError as error:
         raise SpdError(f"'{folder / 'config.json'}' is not a JSON object: {error}") from error
 

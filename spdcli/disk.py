@@ -1,0 +1,182 @@
+"""Files and directories that appear whole or not at all, and are still there after the power went.
+
+What is written grows in a folder of its own beside its place, is flushed to the disk, and is renamed into place. A
+writer that is killed leaves that folder; the next one in the same place removes it. Text is UTF-8 in every locale.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from spdcli.errors import SpdError
+from spdcli.records import plain
+
+UNFINISHED = ".part"  # ends the name of a folder whose content is not whole yet
+FORGOTTEN = 24 * 3600  # seconds after which such a folder is removed, whoever made it
+NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}  # of disks that cannot flush a directory
+MORE_SPACE = "free some space, or use --out"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], hint: str = MORE_SPACE) -> None:
+    """Let `write` fill a file of the name it is given, then rename that to `path`.
+
+    A failure leaves `path` as it was; SpdError with `hint` where the disk is the reason.
+    """
+    with written(path, hint), beside(path) as new:
+        write(new)
+        settle(new)
+        new.replace(path)
+        sync(path.parent)
+
+
+def write_directory(path: Path, write: Callable[[Path], object], hint: str = MORE_SPACE) -> None:
+    """As `write_atomically` with a directory, which takes the place of the one that is there."""
+    path = path.absolute()
+    with written(path, hint), beside(path) as new:
+        new.mkdir()
+        write(new)
+        settle(new)
+        before = new.with_name("before")
+        if path.exists():
+            path.rename(before)
+        try:
+            new.rename(path)
+        except OSError:
+            if before.exists():
+                before.rename(path)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str, hint: str = MORE_SPACE) -> None:
+    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8", newline="\n"), hint)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path, hint: str = MORE_SPACE) -> Iterator[None]:
+    """Within it, a disk that refuses (full, read-only, gone) is an SpdError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise SpdError(f"{path}: cannot be written: {error.strerror or error}", hint) from error
+    except Exception as error:
+        if "(os error " not in str(error):  # what libraries written in Rust raise says so in words alone
+            raise
+        raise SpdError(f"{path}: cannot be written: {' '.join(str(error).split())}", hint) from error
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A path on the same disk as `path`, whose parents are made, to write at and to rename; removed afterwards.
+
+    It has the name of `path`, in a folder that says which process made it. Such folders of dead processes go.
+    """
+    make_folder(path.parent)
+    sweep(path.parent)
+    folder = Path(tempfile.mkdtemp(UNFINISHED, f".spd-{os.getpid()}-{socket.gethostname()}-", path.parent))
+    try:
+        yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory with its parents, unless it is there, so that it survives the power's going."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What writers into `folder`, at work or killed, have not finished."""
+    return sorted(folder.glob(f".spd-*-*{UNFINISHED}"))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`: of dead processes of this machine, and what is older than a day."""
+    for left in unfinished(folder):
+        pid, _, rest = left.name.removeprefix(".spd-").partition("-")
+        ours = rest.startswith(f"{socket.gethostname()}-") and pid.isdigit()
+        with suppress(OSError):  # its writer may remove it at the same time
+            if (ours and not alive(int(pid))) or time.time() - left.stat().st_mtime > FORGOTTEN:
+                remove(left)
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return True
+
+
+def settle(path: Path) -> None:
+    """Flush a new file, or a directory with all that is in it, to the disk; its files get the mode of the umask.
+
+    Libraries write files that nobody else may read, by way of a temporary file of their own.
+    """
+    mode = _mode_of_a_new_file(path.parent)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        with suppress(PermissionError):  # of disks without modes
+            file.chmod(mode)
+        sync(file)
+    for folder in {file.parent for file in files} | {path.parent}:
+        sync(folder)
+
+
+def _mode_of_a_new_file(folder: Path) -> int:
+    """The mode that the umask, or the folder's own rules, give a file; nothing else tells without changing it."""
+    probe = folder / "mode"
+    os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_SYNC):
+            raise
