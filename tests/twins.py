@@ -97,7 +97,9 @@ class Watch(TorchDispatchMode):
 # A coefficient for every loss that is made of variants, whatever the table has, and for the two that are not.
 COEFFICIENTS = dict(zip(RECONSTRUCTION, cycle((0.5, 0.3, 2, 1, 0.7, 3)), strict=False)) | {
     "minimality": 0.02,
+    "frequency": 0.03,
     "faithfulness": 5,
+    "relative_faithfulness": 0.4,
 }
 
 
@@ -250,14 +252,18 @@ def one_by_one(
     sequence is one run of the whole model, without padding. A loss is the mean over its variants and positions."""
     target, batch = subject.target, subject.batch
     divergences: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
-    powers = []
+    costs = []
+    penalty = {
+        "power": lambda g, p: (g + settings.epsilon) ** p - settings.epsilon**p,
+        "smooth_l0": lambda g, gamma: 1 - gamma**2 / (g**2 + gamma**2),
+    }[settings.penalty]
     for b in range(len(batch.tokens)):
         real = batch.valid[b]
         tokens = batch.tokens[b, real][None]
         inputs, logits = matrix_inputs(subject, tokens, decomposition.names)
         log_p = logits.log_softmax(-1)
         lower, upper = decomposition.importance(inputs)
-        powers.append(sum(((g[0] + settings.epsilon) ** p - settings.epsilon**p).sum(-1) for g in upper.values()))
+        costs.append(torch.cat([penalty(g[0], p) for g in upper.values()], -1))
         for variant in variants:
             masks = {}
             for name in variant.matrices:
@@ -282,9 +288,13 @@ def one_by_one(
     for variant, pieces in divergences.items():
         by_loss[variant.loss].append(torch.cat(pieces).mean())
     losses = {loss: torch.stack(values).mean() for loss, values in by_loss.items()}
-    losses["minimality"] = torch.cat(powers).mean()
+    often = torch.cat(costs).mean(0)  # of every slice of every matrix
+    losses["minimality"] = often.sum()
+    losses["frequency"] = (often * torch.log1p(settings.frequency_tokens * often)).sum() / math.log(2)
     chosen = [(target.matrices[name].weight, decomposition.of(name)) for name in decomposition.names]
     errors = sum((weight - slices.U @ slices.V).square().sum() for weight, slices in chosen)
     losses["faithfulness"] = errors / sum(weight.numel() for weight, _ in chosen)
-    sum(settings.coefficients[name] * loss for name, loss in losses.items()).backward()
+    shares = [((weight - slices.U @ slices.V).norm() / weight.norm()) ** 2 for weight, slices in chosen]
+    losses["relative_faithfulness"] = sum(shares) / len(shares)
+    sum(settings.coefficients.get(name, 0) * loss for name, loss in losses.items()).backward()
     return {name: loss.detach() for name, loss in losses.items()}

@@ -35,9 +35,10 @@ def outputs() -> dict[str, Keys]:
 
 def _learning() -> dict[str, Keys]:
     step: Keys = {"step": int, "losses": Losses, "total": float, "active": Losses, "gradients": Losses}
+    rates: Keys = {"rate": float, "p": float | None, "gamma?": float | None, "seconds": float}
     return {
         "spd train": _said("train", RUN, {"loss": float, "accuracy": float, "steps": int}),
-        "spd decompose": _said("decompose", RUN, step, {"rate": float, "p": float, "seconds": float}),
+        "spd decompose": _said("decompose", RUN, step, rates),
     }
 
 

@@ -109,7 +109,10 @@ def check_recipes(
 def summary(recipe: Recipe) -> list[str]:
     """What a recipe comes to, one line a section."""
     terms = [f"{name} {size:g}" for name, size in recipe.losses.coefficients.items() if size]
-    annealed = f" to {recipe.losses.p_final:g}" if recipe.losses.anneal_p else ""
+    losses = recipe.losses
+    penalty = f"p {losses.p_start:g}" + (f" to {losses.p_final:g}" if losses.anneal_p else "")
+    if losses.penalty == "smooth_l0":
+        penalty = f"smooth L0, gamma {losses.gamma_start:g} to {losses.gamma_final:g}"
     rows = {
         "target": _target(recipe),
         "data": f"{len(recipe.data.prompts)} prompts" if recipe.data else "",
@@ -117,7 +120,7 @@ def summary(recipe: Recipe) -> list[str]:
         "slices": f"{recipe.slices.C} a matrix, of {', '.join(recipe.slices.matrices)}; start {recipe.slices.init}",
         "importance": f"{recipe.importance.kind}, gate width {recipe.importance.gate_width}, "
         f"basis {recipe.importance.basis}",
-        "losses": f"{', '.join(terms)}; p {recipe.losses.p_start:g}{annealed}",
+        "losses": f"{', '.join(terms)}; {penalty}",
         "decompose": _steps(recipe.decompose),
     }
     return [f"{name:<11} {text}" for name, text in rows.items() if text]

@@ -194,9 +194,8 @@ def _dry_step(
         return clean_pass(subject.target, batch, decomposition.names, patterns)
 
     def backward(clean: Clean, losses: LossSettings) -> None:
-        backward_step(
-            subject.target, decomposition, clean, losses, losses.p_start, generator, NoNoise(), settings.plan_bytes
-        )
+        annealed, budget = losses.annealed(0, 1), settings.plan_bytes
+        backward_step(subject.target, decomposition, clean, losses, annealed, generator, NoNoise(), budget)
 
     with Dry(heap):
         batch, broad = subject.batches(generator), stream_batches(recipe, subject)

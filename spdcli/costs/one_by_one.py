@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,9 @@ from torch.nn import functional as F
 from spdcli.engine import importance
 from spdcli.engine.fit import FitSettings, FitState
 from spdcli.engine.forward import Clean, clean_pass, replaced
-from spdcli.engine.losses import minimality
 from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
-from spdcli.engine.step import LossSettings, exact_faithfulness
+from spdcli.engine.step import LossSettings, direct_terms
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import ACTIVATIONS
 from spdcli.engine.target import Batch, Target
@@ -35,7 +35,7 @@ def one_by_one_step(
     decomposition: Decomposition,
     clean: Clean,
     settings: LossSettings,
-    p: float,
+    annealed: float,
     variants: Sequence[Variant],
     noise: Noise,
 ) -> dict[str, Tensor]:
@@ -50,10 +50,8 @@ def one_by_one_step(
         first, second = (log_q, clean.log_probs) if settings.reverse_kl else (clean.log_probs, log_q)
         divergence = (first.exp() * (first - second)).sum(-1).mean() * variant.weight
         losses[variant.loss] = losses.get(variant.loss, 0) + divergence
-    if settings.coefficients.get("faithfulness", 0) > 0:
-        losses["faithfulness"] = exact_faithfulness(target, decomposition)
-    if settings.coefficients.get("minimality", 0) > 0:
-        losses["minimality"] = minimality(upper, batch.valid, p, settings.epsilon)
+    exact = replace(settings, faithfulness_probes=None)
+    losses |= direct_terms(target, decomposition, upper, batch.valid, exact, annealed, torch.Generator())
     torch.stack([settings.coefficients[name] * loss for name, loss in losses.items()]).sum().backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -113,8 +111,8 @@ def fit_one_by_one(
         generator, shape = state.generators["plan"], (len(clean.batch.tokens), clean.batch.tokens.shape[1])
         variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, generator)
         state.optimiser.zero_grad(set_to_none=True)
-        p = losses.p(state.step, settings.steps)
-        values = one_by_one_step(target, decomposition, clean, losses, p, variants, noise)
+        annealed = losses.annealed(state.step, settings.steps)
+        values = one_by_one_step(target, decomposition, clean, losses, annealed, variants, noise)
         for group, limit in zip(state.optimiser.param_groups, (settings.clip_slices, settings.clip_gates), strict=True):
             torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf)
         set_rate(state.optimiser, state.schedule, state.step)

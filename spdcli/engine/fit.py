@@ -29,7 +29,8 @@ class Record:
 
     `losses` are before their coefficients, `total` is their weighted sum; `active[m]` is the mean number of active
     slices (L0) at a position of matrix m; `gradients` are the norms, before clipping, of slices and gates; `rate` is
-    the learning rate, `p` the power of minimality, `seconds` those since the start.
+    the learning rate, `p` the power of minimality or `gamma` that of its smooth penalty (None: the other is in use),
+    `seconds` those since the start.
     """
 
     step: int
@@ -38,8 +39,9 @@ class Record:
     active: dict[str, float]
     gradients: dict[str, float]
     rate: float
-    p: float
+    p: float | None
     seconds: float
+    gamma: float | None = None
 
 
 @dataclass
@@ -136,10 +138,14 @@ def fit(
         if clean is None or clean.batch is not batch:
             patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
             clean = clean_pass(target, batch, decomposition.names, patterns)
-        p = settings.losses.p(state.step, settings.steps)
+        annealed = settings.losses.annealed(state.step, settings.steps)
         state.optimiser.zero_grad(set_to_none=True)
         backward = partial(
-            backward_step, p=p, generator=state.generators["plan"], noise=noise, budget=settings.plan_bytes
+            backward_step,
+            annealed=annealed,
+            generator=state.generators["plan"],
+            noise=noise,
+            budget=settings.plan_bytes,
         )
         step = backward(target, decomposition, clean, settings.losses)
         if stream is not None and settings.targeted > 0:
@@ -159,7 +165,7 @@ def fit(
             frequent = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
             decomposition.importances.prune(frequent)
         state.seconds = time.monotonic() - begun
-        yield _record(state, step, norms, settings, rate, p) if due else None
+        yield _record(state, step, norms, settings, rate, annealed) if due else None
 
 
 def _clipped(optimiser: torch.optim.Optimizer, settings: FitSettings) -> dict[str, Tensor]:
@@ -235,7 +241,7 @@ class _Watch:
 
 
 def _record(
-    state: FitState, step: Step, norms: dict[str, Tensor], settings: FitSettings, rate: float, p: float
+    state: FitState, step: Step, norms: dict[str, Tensor], settings: FitSettings, rate: float, annealed: float
 ) -> Record:
     terms = {name: loss.item() for name, loss in step.losses.items()}
     broad = settings.losses.on_stream(settings.targeted).coefficients
@@ -247,6 +253,7 @@ def _record(
         active={name: value.item() for name, value in step.active.items()},
         gradients={name: norm.item() for name, norm in norms.items()},
         rate=rate,
-        p=p,
+        p=annealed if settings.losses.anneals == "p" else None,
+        gamma=annealed if settings.losses.anneals == "gamma" else None,
         seconds=state.seconds,
     )

@@ -6,13 +6,13 @@ scope: `variants.draw_variants` says which matrices its variants replace, `masks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import losses_where
+from spdcli.engine.tables import PENALTIES, losses_where
 
 CACHED_ELEMENTS = 1 << 17  # logits worked on at once on a processor: 512 KiB in float32
 CACHED_TOKENS = 512  # of the vocabulary that one product of a processor covers
@@ -20,7 +20,10 @@ CACHED_TOKENS = 512  # of the vocabulary that one product of a processor covers
 RECONSTRUCTION = losses_where(lambda loss: loss.in_grid)  # names, as in Eq. 2, 3, 5, 6
 
 
-def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+Pairs = Mapping[str, tuple[Tensor, Tensor, Tensor]]  # W `[I, O]`, U `[I, C]`, V `[C, O]` of every matrix
+
+
+def faithfulness(pairs: Pairs) -> Tensor:
     """Eq. 1, left: sum over matrices of ‖W - U V‖² over the number of their weights; one number, exact.
 
     `pairs[m]` is W `[I, O]`, U `[I, C]` and V `[C, O]` of matrix m.
@@ -29,12 +32,27 @@ def faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     >>> faithfulness({"m": (W, W[:, :1], W[:1])}).item()  # one slice that leaves a 1 of four weights
     0.25
     """
-    errors = [_Residual.apply(weight, U, V) for weight, U, V in pairs.values()]
-    return torch.stack(errors).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
+    return mean_over_weights(squared_errors(pairs), pairs)
 
 
-def probed_faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]], probes: Mapping[str, Tensor]) -> Tensor:
-    """An estimate of `faithfulness` that never forms `U V`: mean over probes z of ‖z (W - U V)‖².
+def relative_faithfulness(pairs: Pairs) -> Tensor:
+    """Mean over matrices of ‖W - U V‖² / ‖W‖²; one number, exact. Every matrix counts alike, whatever its size and
+    scale, where `faithfulness` counts every weight alike.
+
+    >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> relative_faithfulness({"m": (W, W[:, :1], torch.tensor([[1.0, 0.0]]))}).item()  # 1² of 3² + 1² is left
+    0.10000000149011612
+    """
+    return mean_over_matrices(squared_errors(pairs), pairs)
+
+
+def squared_errors(pairs: Pairs) -> list[Tensor]:
+    """‖W - U V‖² of every matrix, exact."""
+    return [_Residual.apply(weight, U, V) for weight, U, V in pairs.values()]
+
+
+def probed_errors(pairs: Pairs, probes: Mapping[str, Tensor]) -> list[Tensor]:
+    """An estimate of `squared_errors` that never forms `U V`: mean over probes z of ‖z (W - U V)‖².
 
     `probes[m]` `[k, I]` are random signs, which makes value and gradient unbiased: E zᵀz = 1. It costs k / I of the
     exact one.
@@ -43,7 +61,20 @@ def probed_faithfulness(pairs: Mapping[str, tuple[Tensor, Tensor, Tensor]], prob
     for name, (weight, U, V) in pairs.items():
         z = probes[name]
         errors.append((z @ weight - (z @ U) @ V).square().sum() / len(z))
-    return torch.stack(errors).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
+    return errors
+
+
+def mean_over_weights(errors: Sequence[Tensor], pairs: Pairs) -> Tensor:
+    """The matrices' squared `errors` as a mean over all their weights, one number: `faithfulness` where they are
+    exact."""
+    return torch.stack(list(errors)).sum() / sum(weight.numel() for weight, _, _ in pairs.values())
+
+
+def mean_over_matrices(errors: Sequence[Tensor], pairs: Pairs) -> Tensor:
+    """The matrices' squared `errors`, each over ‖W‖², as a mean over matrices: `relative_faithfulness`. A W of zeros
+    counts as one of norm 1."""
+    sizes = torch.stack([weight.square().sum() for weight, _, _ in pairs.values()])
+    return (torch.stack(list(errors)) / torch.where(sizes > 0, sizes, 1)).mean()
 
 
 class _Residual(torch.autograd.Function):
@@ -62,20 +93,59 @@ class _Residual(torch.autograd.Function):
         return None, -2 * grad * slope_U, -2 * grad * slope_V
 
 
-def minimality(importances: Mapping[str, Tensor], valid: Tensor, p: float, epsilon: float) -> Tensor:
-    """Eq. 1, right: mean over real positions of the sum over matrices and slices of `(g + eps)^p - eps^p`; one number.
+def power_penalty(g: Tensor, p: float, epsilon: float) -> Tensor:
+    """`(g + eps)^p - eps^p` of importances g, any shape (Eq. 1, right).
 
-    `importances[m]` is g_upper `[B, T, C]`; `valid` `[B, T]` is False at padding. The constant changes no gradient and
-    makes the loss 0 where every g is: at p = 0.1, 1e-12 to the power is 0.06.
+    The constant changes no gradient and makes it 0 where g is: at p = 0.1, 1e-12 to the power is 0.06.
     """
-    per_position = [((g + epsilon) ** p - epsilon**p).sum(-1) for g in importances.values()]
+    return (g + epsilon) ** p - epsilon**p
+
+
+def smooth_l0(g: Tensor, gamma: float, epsilon: float) -> Tensor:
+    """`g² / (g² + gamma²)` of importances g, any shape: about 1 where g is well above gamma, so that its sum counts
+    active slices.
+
+    Flat at 0 and of slope at most 0.65 / gamma, where a power below 1 has an infinite one: gates that hardly matter
+    are not pushed off by numbers that blow up. `epsilon` plays no part.
+    """
+    squares = g.square()
+    return squares / (squares + gamma**2)
+
+
+def penalties(importances: Mapping[str, Tensor], penalty: str, annealed: float, epsilon: float) -> dict[str, Tensor]:
+    """What each importance costs, `[B, T, C]` a matrix: `penalty`, a key of `tables.PENALTIES`, at its parameter
+    `annealed` (p or gamma). `importances[m]` is g_upper `[B, T, C]`."""
+    function = PENALTIES[penalty].load()
+    return {name: function(g, annealed, epsilon) for name, g in importances.items()}
+
+
+def minimality(costs: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+    """Eq. 1, right: mean over real positions of the sum over matrices and slices of their `costs[m]` `[B, T, C]`, which
+    `penalties` makes; one number. `valid` `[B, T]` is False at padding."""
+    per_position = [cost.sum(-1) for cost in costs.values()]
     return (torch.stack(per_position).sum(0) * valid).sum() / valid.sum()
 
 
-def annealed_p(step: int, steps: int, start: float, final: float) -> float:
-    """The power p of minimality at `step` (from 0) of `steps`, linear from `start` to `final`.
+def frequency(costs: Mapping[str, Tensor], valid: Tensor, tokens: float) -> Tensor:
+    """A cost of slices that are active often: sum over matrices and slices of `f log2(1 + n f)`; one number.
 
-    >>> [round(annealed_p(step, 3, 0.9, 0.1), 2) for step in range(3)]
+    f is the mean over real positions of a slice's cost, so that the sum of f is `minimality`; n is `tokens`. A slice
+    that is active in one of n positions pays 1 for it, one in twice as many 1.6, in all of them log2(1 + n): slices
+    that do several things at once are worth taking apart, and one that is always on has to be worth it. f is of this
+    batch, which overestimates the cost of what it holds by chance: small batches count for more. `costs[m]`
+    `[B, T, C]`, which `penalties` makes; `valid` `[B, T]` is False at padding.
+    """
+    terms = []
+    for cost in costs.values():
+        f = (cost * valid[..., None]).sum((0, 1)) / valid.sum()
+        terms.append((f * torch.log2(1 + tokens * f)).sum())
+    return torch.stack(terms).sum()
+
+
+def annealed_value(step: int, steps: int, start: float, final: float) -> float:
+    """What is annealed at `step` (from 0) of `steps`, linear from `start` to `final`.
+
+    >>> [round(annealed_value(step, 3, 0.9, 0.1), 2) for step in range(3)]
     [0.9, 0.5, 0.1]
     """
     return start + (final - start) * step / max(1, steps - 1)

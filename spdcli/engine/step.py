@@ -15,15 +15,22 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, plan_pass, recording, row_divergences
 from spdcli.engine.losses import (
     RECONSTRUCTION,
-    annealed_p,
+    Pairs,
+    annealed_value,
     attention_divergence,
     faithfulness,
+    frequency,
+    mean_over_matrices,
+    mean_over_weights,
     minimality,
-    probed_faithfulness,
+    penalties,
+    probed_errors,
+    relative_faithfulness,
+    squared_errors,
 )
 from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.subcomponents import Decomposition, SliceSet
-from spdcli.engine.tables import losses_where
+from spdcli.engine.tables import PENALTIES, losses_where
 from spdcli.engine.target import Target, sent
 from spdcli.engine.variants import Piece, Variant, chunks, draw_variants
 
@@ -34,12 +41,23 @@ ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the att
 class LossSettings:
     """Which losses a step has and how their masks are drawn: a recipe's [losses].
 
+<<<<<<< HEAD
     `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2;
     minimality's power p goes from `p_start` to `p_final`, or stays where it is without `anneal_p`; `epsilon` is added
     to g before it; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is KL(variant ‖ target). `layerwise_matrices` of
     the matrices, drawn every step, stand for all in the layerwise losses, and `faithfulness_probes` random vectors for
     the exact faithfulness; None is exact. With `half` the blocks of the plan pass multiply in bfloat16; importances and
     losses stay as they are. `delta_mask` is that of every variant; None leaves it to the masks' source.
+=======
+    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
+    a key of `tables.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to `p_final`,
+    or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from `gamma_start` to
+    `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is
+    KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
+    and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
+    plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; 0
+    leaves it to the masks' source.
+>>>>>>> 953df47 (Smooth L0, a frequency term and relative faithfulness, as switches)
     """
 
     coefficients: Mapping[str, float]
@@ -48,6 +66,10 @@ class LossSettings:
     p_final: float = 0.1
     anneal_p: bool = True
     epsilon: float = 1e-12
+    penalty: str = "power"
+    gamma_start: float = 1.0
+    gamma_final: float = 0.01
+    frequency_tokens: float = 32768
     subset: str = "forward"
     reverse_kl: bool = False
     layerwise_matrices: int | None = None
@@ -66,12 +88,19 @@ class LossSettings:
         The delta stays fully on, so that a variant is the target minus what its masks take away: a slice that is not
         important there must not matter there, and has no way to bring in what the target does not do.
         """
-        own = ("minimality", *RECONSTRUCTION)
+        own = ("minimality", "frequency", *RECONSTRUCTION)
         return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
 
-    def p(self, step: int, steps: int) -> float:
-        """The power of minimality at `step` (from 0)."""
-        return annealed_p(step, steps, self.p_start, self.p_final) if self.anneal_p else self.p_start
+    @property
+    def anneals(self) -> str:
+        """The name of the penalty's parameter that is annealed: p or gamma."""
+        return PENALTIES[self.penalty].parameter
+
+    def annealed(self, step: int, steps: int) -> float:
+        """The penalty's p or gamma at `step` (from 0)."""
+        if self.anneals == "gamma":
+            return annealed_value(step, steps, self.gamma_start, self.gamma_final)
+        return annealed_value(step, steps, self.p_start, self.p_final) if self.anneal_p else self.p_start
 
 
 def row_costs(target: Target, slices: SliceSet, positions: int) -> list[float]:
@@ -160,14 +189,19 @@ def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
     return faithfulness(_weights_and_slices(target, slices))
 
 
-def estimated_faithfulness(target: Target, slices: SliceSet, probes: int, generator: torch.Generator) -> Tensor:
-    """An unbiased estimate of it, by `probes` random sign vectors a matrix, drawn from `generator` on the CPU."""
-    pairs = _weights_and_slices(target, slices)
+def exact_relative_faithfulness(target: Target, slices: SliceSet) -> Tensor:
+    """Relative faithfulness, a mean over the decomposed matrices, one number."""
+    return relative_faithfulness(_weights_and_slices(target, slices))
+
+
+def estimated_errors(pairs: Pairs, probes: int, generator: torch.Generator) -> list[Tensor]:
+    """Unbiased estimates of every matrix's ‖W - U V‖², by `probes` random sign vectors a matrix, drawn from `generator`
+    on the CPU."""
     signs = {}
     for name, (weight, _, _) in pairs.items():
         bits = torch.randint(2, (probes, weight.shape[0]), generator=generator)
         signs[name] = sent((2 * bits - 1).to(weight.dtype), weight.device)
-    return probed_faithfulness(pairs, signs)
+    return probed_errors(pairs, signs)
 
 
 def _weights_and_slices(target: Target, slices: SliceSet) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -188,17 +222,18 @@ def backward_step(
     decomposition: Decomposition,
     clean: Clean,
     settings: LossSettings,
-    p: float,
+    annealed: float,
     generator: torch.Generator,
     noise: Noise,
     budget: float,
 ) -> Step:
     """One training step without its update (Algorithm 3, lines 3 to 9): all losses, and their gradients.
 
-    Goes in: the clean pass of a minibatch; `settings`, which losses and how much of each; the power `p` of minimality;
-    the `generator` that matrices and subsets are drawn from and the `noise` that masks are; the `budget` in bytes that
-    the activations of one chunk of variants may take. Comes out: a `Step`; the gradient of the objective, the sum of
-    coefficient times loss, is *added* to `.grad` of all U, V and importance functions.
+    Goes in: the clean pass of a minibatch; `settings`, which losses and how much of each; `annealed`, the power p of
+    minimality or its smooth penalty's gamma; the `generator` that matrices and subsets are drawn from and the `noise`
+    that masks are; the `budget` in bytes that the activations of one chunk of variants may take. Comes out: a `Step`;
+    the gradient of the objective, the sum of coefficient times loss, is *added* to `.grad` of all U, V and importance
+    functions.
 
     How: backward runs chunk by chunk against detached importances `[B, T, C]`, whose summed gradient then goes through
     the importance functions once, together with faithfulness and minimality. The result is that of one backward
@@ -207,16 +242,7 @@ def backward_step(
     lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
     terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
-    direct: dict[str, Tensor] = {}
-    if settings.coefficients.get("faithfulness", 0) > 0:
-        probes = settings.faithfulness_probes
-        direct["faithfulness"] = (
-            exact_faithfulness(target, decomposition)
-            if probes is None
-            else estimated_faithfulness(target, decomposition, probes, generator)
-        )
-    if settings.coefficients.get("minimality", 0) > 0:
-        direct["minimality"] = minimality(upper, clean.batch.valid, p, settings.epsilon)
+    direct = direct_terms(target, decomposition, upper, clean.batch.valid, settings, annealed, generator)
     carried = [name for name in leaves if leaves[name].grad is not None]
     roots = [*(settings.coefficients[name] * term for name, term in direct.items()), *(lower[name] for name in carried)]
     if roots:
@@ -225,6 +251,35 @@ def backward_step(
     valid = clean.batch.valid
     active = {name: ((g.detach() > 0).sum(-1) * valid).sum() / valid.sum() for name, g in lower.items()}
     return Step({name: term.detach() for name, term in (terms | direct).items()}, active)
+
+
+def direct_terms(
+    target: Target,
+    slices: SliceSet,
+    upper: Mapping[str, Tensor],
+    valid: Tensor,
+    settings: LossSettings,
+    annealed: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The losses of a step that run no variant, by name: those of the weights, and those of the importances g_upper
+    `[B, T, C]` a matrix; arguments as in `backward_step`."""
+    terms: dict[str, Tensor] = {}
+    wanted = {name for name, coefficient in settings.coefficients.items() if coefficient > 0}
+    if wanted & {"faithfulness", "relative_faithfulness"}:
+        pairs, probes = _weights_and_slices(target, slices), settings.faithfulness_probes
+        errors = squared_errors(pairs) if probes is None else estimated_errors(pairs, probes, generator)
+        if "faithfulness" in wanted:
+            terms["faithfulness"] = mean_over_weights(errors, pairs)
+        if "relative_faithfulness" in wanted:
+            terms["relative_faithfulness"] = mean_over_matrices(errors, pairs)
+    if wanted & {"minimality", "frequency"}:
+        costs = penalties(upper, settings.penalty, annealed, settings.epsilon)
+        if "minimality" in wanted:
+            terms["minimality"] = minimality(costs, valid)
+        if "frequency" in wanted:
+            terms["frequency"] = frequency(costs, valid, settings.frequency_tokens)
+    return terms
 
 
 def _plan_terms(

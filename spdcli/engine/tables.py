@@ -100,9 +100,23 @@ LOSSES: dict[str, Loss] = {
             compared=True,
         ),
         Loss(
+            "relative_faithfulness",
+            "after Eq. 1, left",
+            "mean over matrices of the squared norm of W less the sum of its slices, over that of W",
+            reported=True,
+        ),
+        Loss(
             "minimality",
             "Eq. 1, right",
-            "sum over matrices and slices of the importance to the power p, a mean over positions",
+            "sum over matrices and slices of the importance to the power p, or of another penalty of it, a mean over "
+            "positions",
+            holds=False,
+        ),
+        Loss(
+            "frequency",
+            "after Eq. 1, right",
+            "sum over matrices and slices of f log2(1 + frequency_tokens f), f a slice's share of minimality: an "
+            "activation of a slice costs the more the more often it is active",
             holds=False,
         ),
         Loss(
@@ -172,6 +186,22 @@ LOSSES: dict[str, Loss] = {
 def losses_where(condition: Callable[[Loss], bool]) -> tuple[str, ...]:
     """The names of the losses of which `condition` is True, in the order of LOSSES."""
     return tuple(name for name, loss in LOSSES.items() if condition(loss))
+
+
+@dataclass(frozen=True)
+class Penalty(Choice):
+    """What minimality adds up of an importance g. `code` is a function of g, `parameter` and epsilon; `parameter` is
+    the name of what is annealed: p or gamma."""
+
+    parameter: str = ""
+
+
+PENALTIES: dict[str, Penalty] = {
+    "power": Penalty("(g + epsilon)^p - epsilon^p (Eq. 1)", "spdcli.engine.losses:power_penalty", "p"),
+    "smooth_l0": Penalty(
+        "g² / (g² + gamma²): flat at 0, near 1 above gamma", "spdcli.engine.losses:smooth_l0", "gamma"
+    ),
+}
 
 
 @dataclass(frozen=True)

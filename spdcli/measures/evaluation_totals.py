@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spdcli.engine.forward import Clean
 from spdcli.engine.masks import Noise
-from spdcli.engine.step import exact_faithfulness, reconstruction
+from spdcli.engine.step import exact_faithfulness, exact_relative_faithfulness, reconstruction
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target
@@ -30,7 +30,8 @@ class Evaluation:
     Measured on `sequences` sequences of the stream `seed`. A slice is active where its importance is above
     `threshold`: `unique` counts by matrix the slices that are active anywhere (Table 1b), `total_active` is their sum
     (section 6.2: 96 of GPT-2 on two prompts), of `total_slices`. `active` counts active slices, by matrix and place.
-    `metrics` are losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight; the others
+    `metrics` are losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight, and
+    `relative_faithfulness` the exact share of W's squared norm that slices leave out, a mean over matrices; the others
     are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
     `recon_layerwise_by_matrix` is the KL in nats with that matrix alone replaced, their mean the loss of that name.
     """
@@ -130,13 +131,16 @@ class Sums:
         """The fields of `Evaluation` but for `seed`, `threshold` and `active`."""
         unique = {name: int(somewhere.sum()) for name, somewhere in self.active_anywhere.items()}
         means = {loss: self.reconstruction[loss] for loss in LOSSES}
-        faithfulness = exact_faithfulness(self.target, self.decomposition).item()
+        exact = {
+            "faithfulness": exact_faithfulness(self.target, self.decomposition).item(),
+            "relative_faithfulness": exact_relative_faithfulness(self.target, self.decomposition).item(),
+        }
         return {
             "sequences": means["recon"].count,
             "unique": unique,
             "total_active": sum(unique.values()),
             "total_slices": sum(somewhere.numel() for somewhere in self.active_anywhere.values()),
-            "metrics": {"faithfulness": faithfulness} | {loss: mean.value for loss, mean in means.items()},
-            "standard_error": {"faithfulness": 0.0} | {loss: mean.error for loss, mean in means.items()},
+            "metrics": exact | {loss: mean.value for loss, mean in means.items()},
+            "standard_error": dict.fromkeys(exact, 0.0) | {loss: mean.error for loss, mean in means.items()},
             "recon_layerwise_by_matrix": {name: mean.value for name, mean in self.by_matrix.items()},
         }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, create_model
 
-from spdcli.engine.tables import LOSSES, SUBSETS
+from spdcli.engine.tables import LOSSES, PENALTIES, SUBSETS
 from spdcli.recipe.choices import DIVERGENCES
 from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section
 
@@ -36,6 +36,18 @@ class Losses(Coefficients):
     p_final: Rate = Field(0.1, description="The power p at the last step (Table 4 and Figure 6: 0.1).")
     anneal_p: bool = Field(True, description="Whether p goes linearly from p_start to p_final, or stays p_start.")
     epsilon: Rate = Field(1e-12, description="Added to g before the power p, so that its gradient stays finite.")
+    penalty: Annotated[str, OneOf(PENALTIES)] = Field(
+        "power", description="What minimality and frequency add up of an importance g."
+    )
+    gamma_start: Rate = Field(1.0, description="penalty = 'smooth_l0': gamma at the first step. Not in the paper.")
+    gamma_final: Rate = Field(
+        0.01, description="penalty = 'smooth_l0': gamma at the last step, to which it goes linearly. Not in the paper."
+    )
+    frequency_tokens: Positive = Field(
+        32768,
+        description="frequency: a slice that is active in one of so many positions pays as much there as in "
+        "minimality, and log2(1 + m) times as much where it is active m times as often. Not in the paper.",
+    )
     last_token_only: bool = Field(
         False,
         description="Whether KLs are taken where a sequence's last token is predicted, or at every position (Table 4: "

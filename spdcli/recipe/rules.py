@@ -147,6 +147,16 @@ def _p_falls(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _gamma_falls(recipe: Sections) -> Iterator[Contradiction]:
+    losses = recipe["losses"]
+    start, final = losses["gamma_start"], losses["gamma_final"]
+    if losses["penalty"] == "smooth_l0" and final > start:
+        yield Contradiction(
+            ("losses.gamma_final", "losses.gamma_start"),
+            f"[losses] gamma_final = {final} is above gamma_start = {start}; gamma is annealed downwards",
+        )
+
+
 def _something_to_train(recipe: Sections) -> Iterator[Contradiction]:
     losses = recipe["losses"]
     if not any(losses[name] for name in HOLDING):
@@ -163,7 +173,7 @@ def _savings_fit(recipe: Sections) -> Iterator[Contradiction]:
             ("losses.layerwise_matrices",),
             f"[losses] layerwise_matrices is set, but {_all_of(LAYERWISE)} layerwise losses are 0",
         )
-    if losses["faithfulness_probes"] and not losses["faithfulness"]:
+    if losses["faithfulness_probes"] and not (losses["faithfulness"] or losses["relative_faithfulness"]):
         yield Contradiction(
             ("losses.faithfulness_probes",), "[losses] faithfulness_probes is set, but faithfulness is 0"
         )
@@ -195,6 +205,7 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _local_start_fits,
     _backend_fits_device,
     _p_falls,
+    _gamma_falls,
     _something_to_train,
     _savings_fit,
     _attention_fits,

@@ -145,6 +145,14 @@ def test_p_falls_over_the_run_and_is_recorded():
     assert [record.p for record in run.records()] == [0.4] * 5
 
 
+def test_gamma_falls_over_the_run_and_is_recorded_in_place_of_p():
+    run = Run(steps=5)
+    run.settings = replace(run.settings, losses=replace(run.settings.losses, penalty="smooth_l0", gamma_final=0.2))
+    records = list(run.records())
+    assert [record.gamma for record in records] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert [record.p for record in records] == [None] * 5
+
+
 def test_the_rate_follows_its_schedule():
     assert [record.rate for record in Run(schedule="linear").records()] == pytest.approx(
         [0.01, 0.008, 0.006, 0.004, 0.002]

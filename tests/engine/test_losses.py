@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -9,7 +10,19 @@ import torch
 from torch.nn import functional as F
 from twins import Watch, close, gradients
 
-from spdcli.engine.losses import annealed_p, faithfulness, minimality, probed_faithfulness, unembed_kl
+from spdcli.engine.losses import (
+    annealed_value,
+    faithfulness,
+    frequency,
+    mean_over_matrices,
+    mean_over_weights,
+    minimality,
+    penalties,
+    probed_errors,
+    relative_faithfulness,
+    smooth_l0,
+    unembed_kl,
+)
 
 
 def test_faithfulness_by_hand():
@@ -17,6 +30,16 @@ def test_faithfulness_by_hand():
     second = (torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0, 1.0, 1.0]]))
     # 3² + 4² of four weights and 1² of three.
     assert faithfulness({"a": first, "b": second}).item() == pytest.approx(26 / 7)
+    # 3² + 4² of 1² + 2² + 3² + 4², and all of the second.
+    assert relative_faithfulness({"a": first, "b": second}).item() == pytest.approx((25 / 30 + 1) / 2)
+
+
+def test_relative_faithfulness_knows_no_scale_and_a_matrix_of_zeros_is_no_division_by_zero():
+    weight, U, V = torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)
+    large = relative_faithfulness({"a": (100 * weight, 10 * U, 10 * V)})
+    close(large, relative_faithfulness({"a": (weight, U, V)}), 1e-5)  # float32
+    nothing = (torch.zeros(2, 2), torch.tensor([[1.0], [0.0]]), torch.tensor([[2.0, 0.0]]))
+    assert relative_faithfulness({"a": nothing}).item() == 4
 
 
 def random_pairs():
@@ -32,15 +55,20 @@ def random_pairs():
 def test_faithfulness_and_its_gradient_against_autograd():
     pairs = random_pairs()
     leaves = [leaf for _, U, V in pairs.values() for leaf in (U, V)]
-    errors = [(weight - U @ V).square().flatten() for weight, U, V in pairs.values()]
-    expected, actual = torch.cat(errors).mean(), faithfulness(pairs)
-    close(actual, expected)
-    weight = torch.tensor(1.7, dtype=torch.float64)
-    for a, b in zip(gradients(actual, weight, leaves), gradients(expected, weight, leaves), strict=True):
-        close(a, b)
+    every_error = torch.cat([(weight - U @ V).square().flatten() for weight, U, V in pairs.values()])
+    shares = [(weight - U @ V).square().sum() / weight.norm() ** 2 for weight, U, V in pairs.values()]
+    slow = every_error.mean(), sum(shares) / len(shares)
+    factor = torch.tensor(1.7, dtype=torch.float64)
+    for actual, expected in zip((faithfulness(pairs), relative_faithfulness(pairs)), slow, strict=True):
+        close(actual, expected)
+        for a, b in zip(gradients(actual, factor, leaves), gradients(expected, factor, leaves), strict=True):
+            close(a, b)
 
 
-def test_probes_are_unbiased():
+@pytest.mark.parametrize(
+    ("exact", "mean"), [(faithfulness, mean_over_weights), (relative_faithfulness, mean_over_matrices)]
+)
+def test_probes_are_unbiased(exact, mean):
     """The mean over every sign vector there is, which is what random ones expect, is the exact value and gradient."""
     pairs = random_pairs()
     leaves = [leaf for _, U, V in pairs.values() for leaf in (U, V)]
@@ -48,13 +76,13 @@ def test_probes_are_unbiased():
         name: torch.tensor(list(product((-1.0, 1.0), repeat=len(weight))), dtype=torch.float64)
         for name, (weight, _, _) in pairs.items()
     }
-    exact, mean = faithfulness(pairs), probed_faithfulness(pairs, everyone)
-    close(mean, exact)
+    value, estimate = exact(pairs), mean(probed_errors(pairs, everyone), pairs)
+    close(estimate, value)
     one = torch.ones((), dtype=torch.float64)
-    for a, b in zip(gradients(mean, one, leaves), gradients(exact, one, leaves), strict=True):
+    for a, b in zip(gradients(estimate, one, leaves), gradients(value, one, leaves), strict=True):
         close(a, b)
-    few = probed_faithfulness(pairs, {name: signs[:2] for name, signs in everyone.items()})
-    assert abs(few - exact) > 0.01 * exact  # some alone are not
+    few = mean(probed_errors(pairs, {name: signs[:2] for name, signs in everyone.items()}), pairs)
+    assert abs(few - value) > 0.01 * value  # some alone are not
 
 
 def test_minimality_by_hand():
@@ -64,20 +92,60 @@ def test_minimality_by_hand():
     }
     valid = torch.tensor([[True, True, False]])
     # Square roots: 0.5 + 1 + 0 at the first position, 2 + 0 + 0.3 at the second; the third is padding.
-    assert minimality(g, valid, 0.5, 0.0).item() == pytest.approx((1.5 + 2.3) / 2)
+    assert minimality(powers(g, 0.5, 0.0), valid).item() == pytest.approx((1.5 + 2.3) / 2)
     # epsilon counts inside the power, and not by itself: (0.21 + 0.04) ** 0.5 - 0.04 ** 0.5 = 0.3.
     everywhere = torch.ones(1, 1, dtype=torch.bool)
-    assert minimality({"a": torch.tensor([[[0.21]]])}, everywhere, 0.5, 0.04) == pytest.approx(0.3)
-    assert minimality({"a": torch.zeros(1, 1, 3)}, everywhere, 0.1, 1e-12) == 0
+    assert minimality(powers({"a": torch.tensor([[[0.21]]])}, 0.5, 0.04), everywhere) == pytest.approx(0.3)
+    assert minimality(powers({"a": torch.zeros(1, 1, 3)}, 0.1, 1e-12), everywhere) == 0
+
+
+def powers(g, p, epsilon):
+    return penalties(g, "power", p, epsilon)
+
+
+def test_smooth_l0_by_hand():
+    g = torch.tensor([0.0, 0.1, 0.3, 1.0], dtype=torch.float64, requires_grad=True)
+    cost = smooth_l0(g, 0.1, 1e-12)
+    assert cost.tolist() == pytest.approx([0, 1 / 2, 9 / 10, 100 / 101])
+    (slope,) = torch.autograd.grad(cost.sum(), g)
+    # 2 g gamma² / (g² + gamma²)²: flat at 0, where a power has an infinite slope.
+    assert slope.tolist() == pytest.approx([0, 0.002 / 0.0004, 0.006 / 0.01, 0.02 / 1.01**2])
+    costs = penalties({"a": g.detach()[None, None]}, "smooth_l0", 0.1, 1e-12)
+    assert minimality(costs, torch.ones(1, 1, dtype=torch.bool)).item() == pytest.approx(1.4 + 100 / 101)
+
+
+def test_frequency_by_hand():
+    costs = {
+        "a": torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.5], [9.0, 9.0]]]),
+        "b": torch.tensor([[[1.0], [1.0]], [[1.0], [9.0]]]),
+    }
+    valid = torch.tensor([[True, True], [True, False]])
+    # Means over the three real positions: 2/3 and 1/6, and 1. With n = 6: log2(5), log2(2) and log2(7).
+    expected = 2 / 3 * math.log2(5) + 1 / 6 + math.log2(7)
+    assert frequency(costs, valid, 6).item() == pytest.approx(expected)
+    # Two slices that share the work of one are cheaper: f log2(1 + n f) is convex.
+    one = {"a": torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])}
+    two = {"a": torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])}
+    everywhere = torch.ones(1, 2, dtype=torch.bool)
+    assert minimality(one, everywhere) == minimality(two, everywhere)
+    assert frequency(one, everywhere, 3).item() == 2  # f = 1: log2(4)
+    assert frequency(two, everywhere, 3).item() == pytest.approx(math.log2(2.5))  # f = 1/2, twice
+
+
+def test_frequency_does_not_depend_on_how_many_sequences_a_batch_has():
+    costs = {"a": torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    again = {"a": costs["a"].repeat(5, 1, 1)}
+    close(frequency(again, valid.repeat(5, 1), 100), frequency(costs, valid, 100))
 
 
 @pytest.mark.parametrize(("step", "p"), [(0, 0.9), (50, 0.5), (100, 0.1)])
 def test_p_falls_in_a_line_from_the_first_step_to_the_last(step, p):
-    assert annealed_p(step, 101, 0.9, 0.1) == pytest.approx(p)
+    assert annealed_value(step, 101, 0.9, 0.1) == pytest.approx(p)
 
 
 def test_p_of_a_single_step_is_where_it_starts():
-    assert annealed_p(0, 1, 0.9, 0.1) == 0.9
+    assert annealed_value(0, 1, 0.9, 0.1) == 0.9
 
 
 def ends(rows=7, width=4, vocabulary=11, dtype=torch.float64, scale=1.0):

@@ -90,6 +90,7 @@ SETTINGS = {
     "routed last": {"looked": "last", "delta": True, "subset": "position"},
     "routed without delta": {"looked": "all", "delta": False, "subset": "position", "samples": 2},
     "some": {"looked": "some", "delta": False, "reverse_kl": True},
+    "smooth": {"looked": "some", "delta": True, "penalty": "smooth_l0", "frequency_tokens": 20},
     "delta on": {"looked": "some", "delta": True, "delta_mask": 1.0},
     "delta on, routed": {"looked": "all", "delta": True, "delta_mask": 1.0, "subset": "position"},
 }
@@ -113,6 +114,7 @@ CASES = [
     ("llama", "attention", "some"),
     ("toy with everything", "scalar", "delta on"),
     ("gpt2 split", "vector", "delta on, routed"),
+    ("llama", "scalar", "smooth"),
     ("llama", "vector", "delta on"),
 ]
 
@@ -222,7 +224,10 @@ def test_as_many_sequences_as_positions_or_one(subject, count):
     tokens = torch.randint(11, (count, 7), generator=torch.Generator().manual_seed(8))
     subject.batch = Batch(tokens, tokens >= 0, tokens >= 0)
     decomposition = decompose(subject.target, list(subject.target.matrices)[:4])
-    settings = LossSettings({"recon": 1.0, "stochastic_recon_layerwise": 1.0, "minimality": 0.1, "faithfulness": 1.0})
+    settings = LossSettings(
+        {name: COEFFICIENTS[name] for name in set(COEFFICIENTS) - set(RECONSTRUCTION)}
+        | {"recon": 1.0, "stochastic_recon_layerwise": 1.0}
+    )
     losses, expected = slow_step(subject, decomposition, settings)
     for budget in (1, PLENTY):
         done, actual = engine_step(subject, decomposition, settings, budget)

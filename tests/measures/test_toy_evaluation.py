@@ -101,9 +101,14 @@ def slow_evaluation(subject, decomposition, batches, threshold):
         "unique": {name: len(slices) for name, slices in seen.items()},
         "total_active": sum(len(slices) for slices in seen.values()),
         "total_slices": 3 * len(names),
-        "metrics": {"faithfulness": sum(errors) / sum(weights[name].numel() for name in names)}
+        "metrics": {
+            "faithfulness": sum(errors) / sum(weights[name].numel() for name in names),
+            "relative_faithfulness": statistics.mean(
+                error / weights[name].square().sum().item() for error, name in zip(errors, names, strict=True)
+            ),
+        }
         | {loss: statistics.mean(values) for loss, values in losses.items()},
-        "standard_error": {"faithfulness": 0.0}
+        "standard_error": {"faithfulness": 0.0, "relative_faithfulness": 0.0}
         | {loss: statistics.stdev(values) / math.sqrt(count) for loss, values in losses.items()},
         "recon_layerwise_by_matrix": {name: statistics.mean(values) for name, values in by_matrix.items()},
         "attention_kl": [statistics.mean(values) for values in attention.values()],

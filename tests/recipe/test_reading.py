@@ -104,6 +104,16 @@ MISTAKES = [
         "faithfulness = 1\np_final = 2.5",
         "19: [losses] p_final = 2.5 is above p_start = 0.9; p is annealed downwards",
     ),
+    (
+        "faithfulness = 1",
+        'faithfulness = 1\npenalty = "smooth_l0"\ngamma_final = 2',
+        "20: [losses] gamma_final = 2 is above gamma_start = 1.0; gamma is annealed downwards",
+    ),
+    (
+        "faithfulness = 1",
+        'faithfulness = 1\npenalty = "l0"',
+        "19: [losses] penalty = 'l0': expected one of 'power', 'smooth_l0'",
+    ),
     ("d_model = 16", "d_model = 16\nheads = 3", "5: [target] heads = 3 does not divide d_model = 16"),
     (
         "gate_width = 16",

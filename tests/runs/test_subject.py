@@ -268,6 +268,10 @@ def test_every_setting_reaches_the_engine(tmp_path):
         "losses.p_final": 0.3,
         "losses.anneal_p": "false",
         "losses.epsilon": 0.125,
+        "losses.penalty": "smooth_l0",
+        "losses.gamma_start": 0.7,
+        "losses.gamma_final": 0.2,
+        "losses.frequency_tokens": 99,
         "losses.subset": "position",
         "losses.kl": "variant_to_target",
         "losses.layerwise_matrices": 5,
@@ -286,6 +290,8 @@ def test_every_setting_reaches_the_engine(tmp_path):
     losses, fit, optimiser = loss_settings(recipe), fit_settings(recipe), optimiser_settings(recipe.decompose)
     assert (losses.samples, losses.p_start, losses.p_final, losses.anneal_p) == (3, 0.8, 0.3, False)
     assert (losses.epsilon, losses.subset, losses.reverse_kl) == (0.125, "position", True)
+    assert (losses.penalty, losses.gamma_start, losses.gamma_final) == ("smooth_l0", 0.7, 0.2)
+    assert losses.frequency_tokens == 99
     assert (losses.layerwise_matrices, losses.faithfulness_probes) == (5, 6)
     assert (fit.steps, fit.clip_slices, fit.clip_gates, fit.log_every) == (40, 2.0, 3.0, 7)
     assert (fit.plan_bytes, fit.losses) == (2**29, losses)
