@@ -41,23 +41,14 @@ ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the att
 class LossSettings:
     """Which losses a step has and how their masks are drawn: a recipe's [losses].
 
-    <<<<<<< HEAD
-        `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2;
-        minimality's power p goes from `p_start` to `p_final`, or stays where it is without `anneal_p`; `epsilon` is added
-        to g before it; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is KL(variant ‖ target). `layerwise_matrices` of
-        the matrices, drawn every step, stand for all in the layerwise losses, and `faithfulness_probes` random vectors for
-        the exact faithfulness; None is exact. With `half` the blocks of the plan pass multiply in bfloat16; importances and
-        losses stay as they are. `delta_mask` is that of every variant; None leaves it to the masks' source.
-    =======
-        `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
-        a key of `tables.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to `p_final`,
-        or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from `gamma_start` to
-        `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is
-        KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
-        and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
-        plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; 0
-        leaves it to the masks' source.
-    >>>>>>> 953df47 (Smooth L0, a frequency term and relative faithfulness, as switches)
+    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
+    a key of `tables.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to `p_final`,
+    or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from `gamma_start` to
+    `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is
+    KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
+    and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
+    plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; None
+    leaves it to the masks' source.
     """
 
     coefficients: Mapping[str, float]
