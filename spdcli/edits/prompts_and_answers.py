@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.runs.subject import Subject
-from spdcli.targets.sequences import induction_batch, toy_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,9 +43,8 @@ def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
     """The run's own prompts; for the toy `sequences` fresh sequences, whose answer is m."""
     if subject.prompts is not None:
         return _language_questions(subject, subject.prompts)
-    shape = _toy(subject).shape
     generator = torch.Generator().manual_seed(seed)
-    return _toy_questions(subject, induction_batch(sequences, shape.length, shape.vocabulary, generator))
+    return _toy_questions(subject, _toy(subject).shape.sequences.draw(sequences, generator))
 
 
 def given_questions(subject: Subject, prompts: Sequence[str]) -> Questions:
@@ -60,7 +58,7 @@ def given_questions(subject: Subject, prompts: Sequence[str]) -> Questions:
 
         own = subject.prompts
         return _language_questions(subject, encode(own.tokenizer, list(prompts), "held_out", own.begin_token))
-    rows = [toy_tokens(text, _toy(subject).shape.vocabulary) for text in prompts]
+    rows = [_toy(subject).shape.sequences.prompt(text) for text in prompts]
     if len({len(row) for row in rows}) > 1:
         raise UsageError("the toy's prompts must be of one length")
     if len(rows[0]) > subject.length:
@@ -171,7 +169,7 @@ def token_id(subject: Subject, query: str) -> int:
         return int(query[1:])
     if subject.prompts is None:
         assert subject.toy is not None
-        numbers = toy_tokens(query, subject.toy.shape.vocabulary)
+        numbers = subject.toy.shape.sequences.read(query)
         if len(numbers) != 1:
             raise UsageError(f"{query!r} is no single token")
         return numbers[0]

@@ -13,7 +13,6 @@ from spdcli.engine.target import Target
 from spdcli.measures.evaluation_data import EVALUATION_SEED
 from spdcli.runs.subject import Subject
 from spdcli.targets.induction import InductionToy, ToyBlock
-from spdcli.targets.sequences import induction_batch
 
 SEQUENCES = 1024  # that `spd eval` measures the circuit on
 REACH = 8  # positions either way that offsets and distances are followed
@@ -63,6 +62,17 @@ class CircuitData:
             return self.product(name, content, masked) + encodings
         return self.product(name, content + encodings, masked)
 
+    def carried(self) -> Tensor:
+        """What the masked V1 writes at m, `[B, D]`, as s2 gets it: through the masked O1 of s2 where there is one."""
+        written = self.product("V1", self.clean.inputs["V1"], masked=True)[self.rows, self.at["m"]]
+        if "O1" not in self.target.matrices:
+            return written
+        weight = self.target.matrices["O1"].weight
+        if "O1" not in self.g:
+            return written @ weight
+        own = self.decomposition.of("O1")
+        return masked_product(written, weight, own.U, own.V, self.g["O1"][self.rows, self.at["s2"]], None)
+
     def projection(self, name: str) -> Tensor:
         """The target's queries or keys `[B, T, D]` in full; `name` is Q0, K0, Q1 or K1."""
         x = self.clean.inputs[name]
@@ -70,13 +80,12 @@ class CircuitData:
 
 
 def has_circuit(subject: Subject) -> bool:
-    """Whether the subject is a toy of the paper's kind: two layers, one head, nothing but attention (Table 3)."""
+    """Whether the subject is a toy of the paper's kind: two layers, one head, nothing but attention (Table 3), with an
+    output projection or without."""
     if subject.toy is None:
         return False
     shape = subject.toy.shape
-    return (shape.layers, shape.heads) == (2, 1) and not (
-        shape.layer_norm or shape.feed_forward or shape.output_projection
-    )
+    return (shape.layers, shape.heads) == (2, 1) and not (shape.layer_norm or shape.feed_forward)
 
 
 @torch.no_grad()
@@ -87,7 +96,7 @@ def circuit_data(
     toy, target = subject.toy, subject.target
     assert toy is not None
     generator = torch.Generator().manual_seed(EVALUATION_SEED + 1 + seed)
-    batch = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator).to(target.device)
+    batch = toy.shape.sequences.draw(sequences, generator).to(target.device)
     clean = clean_pass(target, batch, target.matrices)
     g, _ = decomposition.importance({name: clean.inputs[name] for name in decomposition.names})
     at = {kind: batch.classes[kind].int().argmax(1) for kind in ("s1", "m", "s2")}

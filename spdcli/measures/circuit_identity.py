@@ -21,7 +21,8 @@ class Identity:
     `singular_values` of the active part of `U V`, the largest first, and those of W; of the former the
     `participation` ratio `(sum s^2)^2 / sum s^4`, and how many exceed 1 % of the largest. `decoding[k - 1]` is the
     share of sequences whose m is the token nearest by the toy's own unembedding when s2 gets from m the first k
-    principal directions of what the masked V1 writes there, and nothing else.
+    principal directions of what the masked V1 writes there (through the output projection of a toy that has one), and
+    nothing else.
     """
 
     singular_values: Sequence[float]
@@ -36,13 +37,12 @@ def identity(data: CircuitData) -> Identity:
     own, active = data.decomposition.of("V1"), data.active["V1"]
     values = torch.linalg.svdvals(own.U[:, active] @ own.V[active])
     squares = values.square()
-    written = data.product("V1", data.clean.inputs["V1"], masked=True)[data.rows, data.at["m"]]
     return Identity(
         singular_values=values.tolist(),
         singular_values_target=torch.linalg.svdvals(data.target.matrices["V1"].weight).tolist(),
         participation=(squares.sum().square() / squares.square().sum().clamp(min=1e-30)).item(),
         above_one_percent=int((values > 0.01 * values.max()).sum()),
-        decoding=_decoding(data, written),
+        decoding=_decoding(data, data.carried()),
     )
 
 

@@ -124,8 +124,9 @@ def by_offset(scores: Tensor, offsets: Sequence[int]) -> list[float]:
 
 def reading(data: CircuitData, u: Tensor) -> Reading:
     """What a slice with read direction u `[D]` gets from the s token, from ordinary tokens and from the encodings."""
+    s = data.toy.shape.vocabulary
     tokens, places = data.toy.embed.weight @ u, data.toy.positions @ u
-    return Reading(tokens[-1].item(), _spread(tokens[:-1]), _spread(places))
+    return Reading(tokens[s].item(), _spread(tokens[:s]), _spread(places))
 
 
 def _spread(values: Tensor) -> Spread:

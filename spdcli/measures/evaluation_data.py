@@ -11,7 +11,6 @@ from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
 from spdcli.runs.subject import Subject
-from spdcli.targets.sequences import induction_batch
 
 EVALUATION_SEED = 20_000_003  # its own stream: never the sequences of training
 SEQUENCES_AT_ONCE = 512
@@ -27,7 +26,7 @@ def evaluation_batches(subject: Subject, sequences: int, seed: int) -> Iterator[
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     for start in range(0, sequences, SEQUENCES_AT_ONCE):
         count = min(SEQUENCES_AT_ONCE, sequences - start)
-        yield induction_batch(count, shape.length, shape.vocabulary, generator).to(subject.target.device)
+        yield shape.sequences.draw(count, generator).to(subject.target.device)
 
 
 def with_importances(

@@ -14,7 +14,6 @@ from spdcli.errors import UsageError
 from spdcli.measures.texts import refuse_too_long
 from spdcli.progress import Progress, Report
 from spdcli.runs.subject import Subject
-from spdcli.targets.sequences import toy_tokens
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -56,7 +55,7 @@ def checked_ids(subject: Subject, ids: Ids) -> Tensor:
 def text_ids(subject: Subject, text: str, begin_token: bool) -> Tensor:
     """The token ids `[T]` of a text; for the toy a text is such as `3 s 17 4 s`."""
     if subject.toy is not None:
-        return torch.tensor(toy_tokens(text, subject.toy.shape.vocabulary))
+        return torch.tensor(subject.toy.shape.sequences.prompt(text))
     from spdcli.targets.prompts import token_ids
 
     assert subject.prompts is not None

@@ -11,7 +11,6 @@ import torch
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.runs.subject import Subject
-from spdcli.targets.sequences import find_toy_token, induction_batch, toy_tokens
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
@@ -34,9 +33,8 @@ def own_texts(subject: Subject, seed: int) -> Texts:
     if subject.prompts is not None:
         return _language_texts(subject.prompts)
     assert subject.toy is not None
-    shape = subject.toy.shape
     generator = torch.Generator().manual_seed(seed)
-    return _toy_texts(subject, induction_batch(TOY_SEQUENCES, shape.length, shape.vocabulary, generator))
+    return _toy_texts(subject, subject.toy.shape.sequences.draw(TOY_SEQUENCES, generator))
 
 
 def user_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Texts:
@@ -49,7 +47,7 @@ def user_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> T
 
         return _language_texts(encode(subject.prompts.tokenizer, list(prompts), "fed", begin_token))
     assert subject.toy is not None
-    rows = [toy_tokens(text, subject.toy.shape.vocabulary) for text in prompts]
+    rows = [subject.toy.shape.sequences.prompt(text) for text in prompts]
     if len({len(row) for row in rows}) > 1:
         raise UsageError("the toy's prompts must be of one length")
     refuse_too_long(subject, len(rows[0]))
@@ -70,7 +68,5 @@ def _language_texts(prompts: Prompts) -> Texts:
 
 def _toy_texts(subject: Subject, batch: Batch) -> Texts:
     pieces = [[subject.token_text(token) for token in row] for row in batch.tokens.tolist()]
-    vocabulary = subject.toy.shape.vocabulary  # type: ignore[union-attr]
-    return Texts(
-        batch, [" ".join(row) for row in pieces], pieces, lambda query: find_toy_token(pieces, query, vocabulary)
-    )
+    sequences = subject.toy.shape.sequences  # type: ignore[union-attr]
+    return Texts(batch, [" ".join(row) for row in pieces], pieces, lambda query: sequences.find(pieces, query))

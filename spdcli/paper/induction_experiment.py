@@ -143,12 +143,12 @@ def seed_recipes(
     target = first.recipe.target
     if target.kind != "induction":
         raise first.error("target.kind", "[target] kind = 'huggingface': only the induction toy can be reproduced")
-    papers = {"layers": 2, "heads": 1, "layer_norm": False, "feed_forward": False, "output_projection": False}
+    papers = {"layers": 2, "heads": 1, "layer_norm": False, "feed_forward": False}
     for key, value in papers.items():
         if getattr(target, key) != value:
             raise first.error(f"target.{key}", f"[target] {key}: the paper's toy, and its Table 1, have {value}")
     if first.recipe.slices.matrices != ["*"]:
-        raise first.error("slices.matrices", "[slices] matrices: Table 1 is about all six matrices; leave it out")
+        raise first.error("slices.matrices", "[slices] matrices: Table 1 is about all matrices; leave it out")
     start = first.recipe.seed
     later = list(settings)
     if shared is not None and target.path is None:

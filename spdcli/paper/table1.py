@@ -51,7 +51,7 @@ def _active_claims() -> list[Claim]:
 
 
 def _unique_claims() -> list[Claim]:
-    bounds = {matrix: Bound(1, 1, stated=True) for matrix in PAPER_ACTIVE} | {"V1": Bound(None, 11, stated=True)}
+    bounds = {matrix: Bound(1, 1, stated=True) for matrix in PAPER_ACTIVE} | {"V1": Bound(None, 12, stated=True)}
     return [
         Claim(f"unique {matrix}", _at("unique", matrix), values[-1], bounds[matrix])
         for matrix, values in PAPER_ACTIVE.items()
@@ -78,19 +78,33 @@ def _attention_claims() -> list[Claim]:
         PAPER_ATTENTION_MEAN,
         no_worse(PAPER_ATTENTION_MEAN),
     )
-    seen = ("circuit", "attention", "target")
-    return [
-        *layers,
-        mean,
-        Claim("accuracy, masked model", _at("accuracy", "masked"), None, Bound(0.999, None, stated=True)),
-        Claim("attention m to s1", _at(*seen, "m_to_s1"), PAPER_M_TO_S1, near(PAPER_M_TO_S1, 0.1)),
+    last = [
         Claim(
-            "attention m to s1, query unplaced",
-            _at(*seen, "m_to_s1_unplaced_query"),
-            PAPER_M_TO_S1_UNPLACED,
-            near(PAPER_M_TO_S1_UNPLACED, 0.1),
-        ),
+            f"attention KL at the last query, layer {layer + 1}",
+            _at("attention_kl_split", layer, "last"),
+            paper,
+            no_worse(paper),
+        )
+        for layer, paper in enumerate(PAPER_ATTENTION)
     ]
+    accuracy = Claim("accuracy, masked model", _at("accuracy", "masked"), None, Bound(0.999, None, stated=True))
+    return [*layers, mean, *last, accuracy, *_step_claims()]
+
+
+def _step_claims() -> list[Claim]:
+    """The paper's 1.0 and 0.0941 read three ways: of the target, of the masked model, and as what is left of 1."""
+    rows = []
+    for name, model in (("", "target"), (" (masked)", "masked")):
+        seen = ("circuit", "attention", model)
+        placed, unplaced = _at(*seen, "m_to_s1"), _at(*seen, "m_to_s1_unplaced_query")
+        left = lambda evaluation, a=unplaced, b=placed: a(evaluation) / b(evaluation)  # noqa: E731
+        for words, read, paper in (
+            ("", placed, PAPER_M_TO_S1),
+            (", query unplaced", unplaced, PAPER_M_TO_S1_UNPLACED),
+            (", query unplaced, share left", left, PAPER_M_TO_S1_UNPLACED / PAPER_M_TO_S1),
+        ):
+            rows.append(Claim(f"attention m to s1{name}{words}", read, paper, near(paper, 0.1)))
+    return rows
 
 
 def _at(*path: str | int) -> Callable[[Evidence], float]:

@@ -15,6 +15,7 @@ from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
 HOLDING = losses_where(lambda loss: loss.holds)  # the losses that hold slices to the target
 LAYERWISE = losses_where(lambda loss: loss.scope == "each")
 ATTENDED = losses_where(lambda loss: loss.attended)
+BEGUN_LENGTH = 5  # a begin token, an ordinary one, s, m and s
 
 
 class Contradiction(NamedTuple):
@@ -67,6 +68,15 @@ def _heads_divide_width(recipe: Sections) -> Iterator[Contradiction]:
     if width % heads:
         yield Contradiction(
             ("target.heads", "target.d_model"), f"[target] heads = {heads} does not divide d_model = {width}"
+        )
+
+
+def _s_fits_between(recipe: Sections) -> Iterator[Contradiction]:
+    length, begun = recipe["target"]["length"], recipe["target"]["begin_token"]
+    if begun and length < BEGUN_LENGTH:
+        yield Contradiction(
+            ("target.length", "target.begin_token"),
+            f"[target] length = {length}: with a begin token a sequence has {BEGUN_LENGTH} tokens at least",
         )
 
 
@@ -199,6 +209,7 @@ def _all_of(names: Collection[str]) -> str:
 RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
     _heads_divide_width,
+    _s_fits_between,
     _span_fits,
     _start_fits,
     _targeted_fits,

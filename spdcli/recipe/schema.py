@@ -57,6 +57,11 @@ class InductionTarget(Section):
     output_projection: bool = Field(
         False, description="A matrix O after attention. Open in the paper, whose Table 1 lists Q, K and V alone."
     )
+    begin_token: bool = Field(
+        False,
+        description="Begin every sequence with a token of its own, bos, as the authors' public code does. Not in the "
+        "paper.",
+    )
 
     @property
     def matrix_names(self) -> list[str]:

@@ -15,7 +15,6 @@ from spdcli.errors import SpdError
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import ridged, second_moments
-from spdcli.targets.sequences import induction_batch
 
 START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
@@ -27,8 +26,7 @@ def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[st
     else:
         assert subject.toy is not None
         generator = torch.Generator().manual_seed(recipe.seed)
-        shape = subject.toy.shape
-        batch = induction_batch(START_SEQUENCES, shape.length, shape.vocabulary, generator).to(subject.target.device)
+        batch = subject.toy.shape.sequences.draw(START_SEQUENCES, generator).to(subject.target.device)
     clean = clean_pass(subject.target, batch, names)
     return {name: clean.inputs[name][batch.valid] for name in names}
 

@@ -24,7 +24,6 @@ from spdcli.runs.settings import optimiser_settings
 from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
 from spdcli.targets.routes import Route
-from spdcli.targets.sequences import induction_batch, token_name
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
@@ -103,7 +102,7 @@ def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
     shape = toy.shape
 
     def batches(generator: torch.Generator) -> Batch:
-        drawn = induction_batch(recipe.decompose.batch, shape.length, shape.vocabulary, generator)
+        drawn = shape.sequences.draw(recipe.decompose.batch, generator)
         if not recipe.losses.last_token_only:
             drawn = replace(drawn, looked=drawn.valid)
         return drawn.to(next(toy.parameters()).device)
@@ -112,7 +111,7 @@ def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
         target=toy_target(toy),
         batches=batches,
         length=shape.length,
-        token_text=lambda token: token_name(token, shape.vocabulary),
+        token_text=shape.sequences.name,
         routes=toy_routes(toy),
         toy=toy,
     )

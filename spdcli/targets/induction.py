@@ -15,7 +15,7 @@ from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError
 from spdcli.targets.routes import Route, back_through, final_scale, through, unchanged
-from spdcli.targets.sequences import induction_batch
+from spdcli.targets.sequences import InductionSequences
 
 CPU = torch.device("cpu")
 ACCURACY_BATCH = 1024  # sequences that an accuracy is measured on at once: more would need more memory than training
@@ -23,7 +23,8 @@ ACCURACY_BATCH = 1024  # sequences that an accuracy is measured on at once: more
 
 @dataclass(frozen=True)
 class ToyShape:
-    """The hyperparameters of Table 3 that shape the toy. The s token comes on top of `vocabulary`."""
+    """The hyperparameters of Table 3 that shape the toy. The s token comes on top of `vocabulary`, as does the begin
+    token that every sequence has with `begin_token`."""
 
     layers: int = 2
     heads: int = 1
@@ -34,6 +35,12 @@ class ToyShape:
     layer_norm: bool = False
     feed_forward: bool = False
     output_projection: bool = False
+    begin_token: bool = False
+
+    @property
+    def sequences(self) -> InductionSequences:
+        """What the toy reads."""
+        return InductionSequences(self.length, self.vocabulary, self.begin_token)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -109,7 +116,7 @@ class InductionToy(nn.Module):
     def __init__(self, shape: ToyShape) -> None:
         super().__init__()
         self.shape = shape
-        tokens = shape.vocabulary + 1
+        tokens = shape.sequences.tokens
         self.embed = nn.Embedding(tokens, shape.d_model)
         self.blocks = nn.ModuleList(ToyBlock(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.d_model) if shape.layer_norm else nn.Identity()
@@ -219,7 +226,7 @@ def train_toy(
     generator = torch.Generator().manual_seed(seed)
     optimiser = make_optimiser([{"params": list(toy.parameters())}], settings)
     for step in range(1, steps + 1):
-        data = induction_batch(batch, shape.length, shape.vocabulary, generator).to(device)
+        data = shape.sequences.draw(batch, generator).to(device)
         logits = toy.logits(data.tokens)
         answers = data.answers
         assert answers is not None
@@ -241,7 +248,7 @@ def train_toy(
 @torch.no_grad()
 def toy_accuracy(toy: InductionToy, sequences: int, generator: torch.Generator) -> float:
     """Share of `sequences` fresh sequences on which the toy's best guess is m."""
-    data = induction_batch(sequences, toy.shape.length, toy.shape.vocabulary, generator)
+    data = toy.shape.sequences.draw(sequences, generator)
     device = next(toy.parameters()).device
     assert data.answers is not None
     guesses = [toy.logits(part.to(device)).argmax(-1).cpu() for part in data.tokens.split(ACCURACY_BATCH)]

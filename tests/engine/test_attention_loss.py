@@ -13,7 +13,7 @@ from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.errors import RecipeError
 from spdcli.recipe.reading import load_recipe
 from spdcli.targets.induction import InductionToy, ToyShape, recorded_patterns, toy_target
-from spdcli.targets.sequences import induction_batch
+from spdcli.targets.sequences import InductionSequences
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def setting():
     counts = dict.fromkeys(target.matrices, 5)
     importances = Importances(dict.fromkeys(counts, 8), counts, ImportanceSettings("vector", 4))
     decomposition = Decomposition(slices, importances, delta=False).double()
-    return toy, target, decomposition, induction_batch(4, 9, 6, torch.Generator().manual_seed(1))
+    return toy, target, decomposition, InductionSequences(9, 6).draw(4, torch.Generator().manual_seed(1))
 
 
 def gradients(setting, coefficients):

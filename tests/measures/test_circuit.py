@@ -169,6 +169,36 @@ def test_identity_by_hand(tmp_path):
     assert len(v1.decoding) == 4
 
 
+@pytest.mark.parametrize("names", [[*ALL, "O1"], ALL], ids=["decomposed", "whole"])
+def test_s2_gets_what_v1_writes_through_the_output_projection(tmp_path, names):
+    data = small_circuit(tmp_path, "target.output_projection=true", names=names)
+    O, own_V = data.target.matrices["O1"].weight, data.decomposition.of("V1")
+    for row, carried in enumerate(data.carried()):
+        m = data.at["m"][row]
+        x, g = data.clean.inputs["V1"][row, m], data.g["V1"][row, m]
+        written = sum(g[c] * (x @ own_V.U[:, c]) * own_V.V[c] for c in range(3))
+        if "O1" in names:
+            own, at_s2 = data.decomposition.of("O1"), data.g["O1"][row, -1]
+            expected = sum(at_s2[c] * (written @ own.U[:, c]) * own.V[c] for c in range(3))
+        else:
+            expected = written @ O
+        torch.testing.assert_close(carried, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["before", "after", "added"])
+def test_a_begin_token_is_of_no_class_and_the_whole_circuit_is_measured(tmp_path, place):
+    settings = (f"target.positions='{place}'", "target.begin_token=true", "target.output_projection=true")
+    data = small_circuit(tmp_path, *settings, names=[*ALL, "O0", "O1"])
+    assert data.clean.batch.tokens[:, 0].eq(6).all()
+    circuit = measure_circuit(data, 0)
+    assert 0 <= circuit.attention.masked.m_to_s1 <= 1
+    assert set(circuit.importance.classes) == {*ALL, "O0", "O1"}
+    if circuit.offsets is not None and circuit.offsets.slices:
+        tokens = data.toy.embed.weight @ data.decomposition.of("K0").U[:, 1]
+        entry = next(one for one in circuit.offsets.slices if one.slice == "K0:1")
+        assert entry.reads.s == pytest.approx(tokens[5].item())
+
+
 def test_importance_by_class_and_by_distance_by_hand(tmp_path):
     data = small_circuit(tmp_path, sequences=40)
     profile = importance_profile(data)
@@ -194,8 +224,9 @@ def test_only_the_papers_kind_of_toy_has_the_circuit(tmp_path):
         return has_circuit(toy_subject(recipe, loud_toy(recipe)))
 
     assert of()
-    assert of("target.positions='added'")
-    for setting in ("layers=3", "heads=2", "layer_norm=true", "feed_forward=true", "output_projection=true"):
+    for setting in ("positions='added'", "output_projection=true", "begin_token=true"):
+        assert of(f"target.{setting}")
+    for setting in ("layers=3", "heads=2", "layer_norm=true", "feed_forward=true"):
         assert not of(f"target.{setting}")
 
 

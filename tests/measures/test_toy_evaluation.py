@@ -18,7 +18,7 @@ from spdcli.measures.evaluation_data import EVALUATION_SEED
 from spdcli.records import ABSENT, plain
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import toy_subject
-from spdcli.targets.sequences import induction_batch
+from spdcli.targets.sequences import InductionSequences
 
 
 def slow_toy(toy, tokens, weight_at):
@@ -152,7 +152,7 @@ def test_the_toys_numbers_are_those_of_a_slow_evaluation(tmp_path, monkeypatch, 
     subject = toy_subject(recipe, loud_toy(recipe, seed=1))
     decomposition = unsettle(start_decomposition(recipe, subject, names))
     generator = torch.Generator().manual_seed(EVALUATION_SEED + 9)
-    batches = [induction_batch(count, 6, 4, generator) for count in (3, 3, 1)]
+    batches = [InductionSequences(6, 4).draw(count, generator) for count in (3, 3, 1)]
     slow = slow_evaluation(subject, decomposition, batches, threshold)
     compare(plain(evaluate(subject, decomposition, 7, threshold, seed=9)), slow)
     assert 0 < slow["total_active"] < slow["total_slices"]  # the comparison has something to compare

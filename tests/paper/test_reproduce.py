@@ -94,7 +94,10 @@ def papers_evaluation(**changes):
         "metrics": dict(PAPER_METRICS),
         "attention_kl": list(PAPER_ATTENTION),
         "accuracy": {"target": 1.0, "masked": 1.0},
-        "circuit": {"attention": {"target": {"m_to_s1": 1.0, "m_to_s1_unplaced_query": 0.0941}}},
+        "attention_kl_split": [{"last": kl} for kl in PAPER_ATTENTION],
+        "circuit": {
+            "attention": {key: {"m_to_s1": 1.0, "m_to_s1_unplaced_query": 0.0941} for key in ("target", "masked")}
+        },
     }
     return data | changes
 
@@ -108,7 +111,7 @@ def judged(evaluations):
 def test_every_number_of_the_table_has_a_row():
     verdict, rows = judged([papers_evaluation()])
     names = [row["name"] for row in rows]
-    assert len(names) == len(set(names)) == 24 + 6 + 3 + 3 + 1 + 2
+    assert len(names) == len(set(names)) == 24 + 6 + 3 + 3 + 2 + 1 + 6
     assert all(row["agrees"] for row in rows)
     assert verdict.broken == [[]]
     by_name = {row["name"]: row for row in rows}
@@ -122,6 +125,7 @@ def test_every_number_of_the_table_has_a_row():
         "share": 1.0,
     }
     assert by_name["attention KL, mean"]["ours"] == pytest.approx(0.1935)
+    assert by_name["attention m to s1 (masked), query unplaced, share left"]["ours"] == pytest.approx(0.0941)
     assert by_name["active K0 at m"]["bound"] is None
     assert by_name["active K0 at m"]["agreement"] == "within 0.1"
     assert by_name["unique Q0"]["bound"] == "1"
@@ -140,7 +144,7 @@ STATED = {  # a value at the edge that holds, and one just beyond
     "active V0 at random": (0.0499, 0.05),
     "active V1 at m": (8.0, 8.001),
     "unique K1": (1, 2),
-    "unique V1": (11, 12),
+    "unique V1": (12, 13),
     "faithfulness": (1e-7, 1.01e-7),
     "recon": (1e-3, 1.01e-3),
     "recon_layerwise": (1e-3, math.nan),
@@ -414,7 +418,7 @@ def test_seeds_count_from_the_recipes_own(recipe, tmp_path):
         (["--recipe", "gpt2"], "only the induction toy"),
         (["--set", "target.layers=3"], "the paper's toy, and its Table 1, have 2"),
         (["--set", "target.heads=2"], "have 1"),
-        (["--set", "slices.matrices=['Q0']"], "all six matrices"),
+        (["--set", "slices.matrices=['Q0']"], "all matrices"),
     ],
 )
 def test_recipes_that_have_no_table_1_are_refused(arguments, said, monkeypatch, capsys, tmp_path):

@@ -116,6 +116,11 @@ MISTAKES = [
     ),
     ("d_model = 16", "d_model = 16\nheads = 3", "5: [target] heads = 3 does not divide d_model = 16"),
     (
+        "d_model = 16",
+        "d_model = 16\nlength = 4\nbegin_token = true",
+        "5: [target] length = 4: with a begin token a sequence has 5 tokens at least",
+    ),
+    (
         "gate_width = 16",
         'gate_width = 16\nrelative_start = "local"',
         "17: [importance] relative_start = 'local' needs relative = 'scalar', not 'query'",

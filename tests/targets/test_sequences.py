@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdcli.errors import UsageError
-from spdcli.targets.sequences import POSITION_CLASSES, find_toy_token, induction_batch, token_name, toy_tokens
+from spdcli.targets.sequences import POSITION_CLASSES, InductionSequences
+
+PLAIN, BEGUN = InductionSequences(9, 6), InductionSequences(9, 6, begin_token=True)
 
 
 def batch(count=50, length=9, vocabulary=6, seed=0):
-    return induction_batch(count, length, vocabulary, torch.Generator().manual_seed(seed))
+    return InductionSequences(length, vocabulary).draw(count, torch.Generator().manual_seed(seed))
 
 
 @given(st.integers(1, 20), st.integers(4, 30), st.integers(2, 40), st.integers(0, 2**31))
@@ -67,17 +69,38 @@ def test_a_batch_of_chosen_sequences():
 
 
 def test_tokens_are_written_and_read():
-    assert toy_tokens("3 s 5", 6) == [3, 6, 5]
-    assert [token_name(token, 6) for token in (3, 6, 5)] == ["3", "s", "5"]
-    for wrong in ("3 6", "t", "-1", ""):
+    assert PLAIN.read("3 s 5") == PLAIN.prompt("3 s 5") == [3, 6, 5]
+    assert [PLAIN.name(token) for token in (3, 6, 5)] == ["3", "s", "5"]
+    for wrong in ("3 6", "t", "-1", "bos", ""):
         with pytest.raises(UsageError):
-            toy_tokens(wrong, 6)
+            PLAIN.read(wrong)
 
 
 def test_tokens_are_found_wherever_they_stand():
     sequences = [["3", "s", "5", "s"], ["5", "s", "1", "s"]]
-    assert find_toy_token(sequences, "5", 6) == [(0, 2), (1, 0)]
-    assert find_toy_token(sequences, "s", 6) == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert PLAIN.find(sequences, "5") == [(0, 2), (1, 0)]
+    assert PLAIN.find(sequences, "s") == [(0, 1), (0, 3), (1, 1), (1, 3)]
     with pytest.raises(UsageError, match="'4'") as error:
-        find_toy_token(sequences, "4", 6)
+        PLAIN.find(sequences, "4")
     assert error.value.hint == "the tokens are s, 1, 3, 5"
+
+
+def test_a_begin_token_comes_first_and_an_ordinary_one_after_it():
+    drawn = BEGUN.draw(7000, torch.Generator().manual_seed(0))
+    assert drawn.tokens[:, 0].eq(7).all()
+    assert not drawn.tokens[:, 1:].eq(7).any()
+    places = drawn.classes["s1"].sum(0)
+    assert places[:2].tolist() == places[7:].tolist() == [0, 0]
+    assert ((places[2:7] - 1400).abs() < 5 * 34).all()  # sqrt(7000 / 5 * 4 / 5) = 33
+    assert torch.stack(list(drawn.classes.values())).sum(0).eq(torch.arange(9) > 0).all()
+    assert drawn.tokens.gather(1, drawn.classes["m"].int().argmax(1)[:, None])[:, 0].equal(drawn.answers)
+
+
+def test_a_begin_token_is_written_read_and_put_in_front():
+    assert BEGUN.tokens == 8
+    assert BEGUN.name(7) == "bos"
+    assert BEGUN.read("s 5") == [6, 5]
+    assert BEGUN.prompt("s 5") == BEGUN.prompt("bos s 5") == [7, 6, 5]
+    with pytest.raises(UsageError) as error:
+        BEGUN.read("6")
+    assert error.value.hint == "its tokens are 0 to 5 and s and bos"
