@@ -85,6 +85,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.eval/1": evaluation,
     "spd.svd/1": toy_results.ranks,
     "spd.reproduce/1": reproduction,
+    "spd.variants/1": toy_results.variants,
     "spd.inspect/1": fact_results.inspection,
     "spd.facts/1": fact_results.known_facts,
     "spd.locate/1": fact_results.location,

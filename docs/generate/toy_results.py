@@ -139,6 +139,25 @@ def reproduction(data: Data) -> str:
     return joined([words, table(heads, rows), seeds(data), stability(data["stability"])])
 
 
+def variants(data: Data) -> str:
+    """`spd reproduce variants`."""
+    names = ["positions", "bos", "O"]
+    target_heads = [*names, "accuracy", "m to s1", "query unplaced", "s2 to m", "W_Q0", "W_K0"]
+    own_heads = [*names, *data["variants"][0]["active"], "recon", "layerwise", "minutes"]
+    target_rows, own_rows = [], []
+    for one in data["variants"]:
+        switches = [one["positions"], *("yes" if one[key] else "" for key in ("begin_token", "output_projection"))]
+        attention = [number(one[key]) for key in ("m_to_s1", "m_to_s1_unplaced_query", "s2_to_m")]
+        values = [" ".join(f"{value:.2g}" for value in one["singular_values"][matrix]) for matrix in ("Q0", "K0")]
+        target_rows.append([*switches, f"{one['accuracy']:.2%}", *attention, *values])
+        counts = [f"{one['unique'][matrix]} ({number(value)})" for matrix, value in one["active"].items()]
+        metrics_ = [number(one["metrics"][key]) for key in ("recon", "recon_layerwise")]
+        own_rows.append([*switches, *counts, *metrics_, f"{one['minutes']:.1f}"])
+    words = "The targets: attention of the circuit's two steps, and the largest singular values of two matrices."
+    about = "Their decompositions: unique slices, and in brackets those active where the paper has them."
+    return joined([words, table(target_heads, target_rows), about, table(own_heads, own_rows)])
+
+
 def seeds(data: Data) -> str:
     """A line a seed: how many bounds it breaks, and what every method of `spd svd` has left."""
     methods = list(data["seeds"][0]["svd"]["rank"])

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from spdcli.errors import SpdError
 
 Experiment = Annotated[
-    Literal["induction", "facts"], typer.Argument(help="What to reproduce.", metavar="induction|facts")
+    Literal["induction", "variants", "facts"],
+    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts"),
 ]
 RecipeOption = Annotated[
     str | None,
@@ -55,6 +56,9 @@ def reproduce(
     induction: for every seed toy, decomposition, evaluation, SVD baseline and mechanism, into
     OUT/seed-N, compared with Table 1.
 
+    variants: the induction toy with its position encodings before or after Q and K, with and
+    without a begin token and an output projection, side by side, into OUT/VARIANT; no bounds.
+
     facts: for pairs of facts that a language model knows, decomposition, then suppression of at
     most two slices of the first MLP, into OUT/PAIR/seed-N, beside every baseline.
 
@@ -69,6 +73,11 @@ def reproduce(
         if same_toy:
             raise UsageError("--same-toy is for the induction experiment")
         failure = facts(console, recipe or "smollm2-facts", out, seeds, pair, *common)
+    elif experiment == "variants":
+        if pair or same_toy or seeds != 1:
+            raise UsageError("variants has no --pair, --same-toy or --seeds", "--set seed=1 is another seed")
+        failure = None
+        variants(console, recipe or "induction-quick", out, sequences, *common)
     else:
         if pair:
             raise UsageError("--pair is for the facts experiment")
@@ -105,6 +114,25 @@ def facts(
         experiment, verdict = reproduce_facts(recipe, out, pairs, load_facts(), seeds, settings, device, force, report)
     console.show({"schema": SCHEMA, **plain(experiment)}, *fact_tables(experiment))
     return verdict.failure()
+
+
+def variants(
+    console: Console,
+    recipe: str,
+    out: Path,
+    sequences: int,
+    settings: list[str],
+    device: str | None,
+    force: bool,
+) -> None:
+    """The toy's variants, side by side."""
+    from spdcli.commands.reproduce_tables import variant_tables
+    from spdcli.paper.toy_variants import SCHEMA, toy_variants
+    from spdcli.records import plain
+
+    with console.progress() as report:
+        experiment = toy_variants(recipe, out, sequences, settings, device, force, report)
+    console.show({"schema": SCHEMA, **plain(experiment)}, *variant_tables(experiment))
 
 
 def induction(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from spdcli.paper.fact_claims import MethodRow, Range
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.toy_variants import ToyVariants
     from spdcli.paper.verdict import ClaimRow
 
 LEGEND = "own, median and mean: means over seeds (own: least and largest too); other prompt and max: the largest."
@@ -80,6 +81,28 @@ def fact_tables(experiment: FactExperiment) -> list[Table | str]:
         ours = "no slice" if math.isnan(claim.ours) else f"{claim.ours:+.1%}"
         bounds.add_row(claim.name, ours, bound_text(claim), f"{claim.share:.0%} of seeds")
     return [*parts, LEGEND, bounds]
+
+
+def variant_tables(experiment: ToyVariants) -> list[Table]:
+    """What every variant's target does, then Table 1 of its decomposition."""
+    from rich.table import Table
+
+    target = Table(title="The toy's variants: attention, and the largest singular values of W")
+    ours = Table(title="Their decompositions: unique slices, and in brackets active ones where the paper has them")
+    for table, headings in (
+        (target, ("accuracy", "m to s1", "query unplaced", "s2 to m", "Q0", "K0")),
+        (ours, (*experiment.variants[0].active, "recon", "layerwise")),
+    ):
+        for heading in ("variant", *headings):
+            table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for one in experiment.variants:
+        name = one.positions + ", begin" * one.begin_token + ", output" * one.output_projection
+        attention = [number(value) for value in (one.m_to_s1, one.m_to_s1_unplaced_query, one.s2_to_m)]
+        values = [" ".join(f"{value:.2g}" for value in one.singular_values[matrix]) for matrix in ("Q0", "K0")]
+        target.add_row(name, f"{one.accuracy:.2%}", *attention, *values)
+        counts = [f"{one.unique[matrix]} ({value:.2g})" for matrix, value in one.active.items()]
+        ours.add_row(name, *counts, number(one.metrics["recon"]), number(one.metrics["recon_layerwise"]))
+    return [target, ours]
 
 
 def method_table(prompt: str, rows: list[MethodRow], several: bool) -> Table:

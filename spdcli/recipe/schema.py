@@ -37,8 +37,9 @@ class InductionTarget(Section):
     kind: Literal["induction"] = Field(description="This kind of target: the toy.")
     path: Text | None = Field(
         None,
-        description="A run directory that holds a trained toy: of `spd train`, or of `spd decompose`. Without it the "
-        "toy is trained first, by [train].",
+        description="A run directory that holds a trained toy: of `spd train`, or of `spd decompose`; or "
+        "package:NAME/FOLDER, one of an installed package: package:spdcli/targets/paper_toy is the toy of Table 3, "
+        "trained in full. Without it the toy is trained first, by [train].",
     )
     layers: Positive = Field(2, description="How many blocks (section 5.1: 2).")
     heads: Positive = Field(1, description="Attention heads of a block (section 5.1: 1); they divide d_model.")

@@ -147,10 +147,13 @@ def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent
 
 
 def toy_folder(loaded: LoadedRecipe) -> Path:
-    """Where the toy is that `target.path` names: a run of `spd train`, or a run that holds one."""
+    """Where the toy is that `target.path` names: a run of `spd train`, a run that holds one, or a package's folder."""
     assert isinstance(loaded.recipe.target, InductionTarget)
     assert loaded.recipe.target.path is not None
-    named = Path(loaded.recipe.target.path)
+    from spdcli.targets.sources import PACKAGE, file_in_package
+
+    path = loaded.recipe.target.path
+    named = file_in_package(path) if path.startswith(PACKAGE) else Path(path)
     folder = named if (named / TOY_WEIGHTS).exists() else named / TOY
     if not (folder / TOY_WEIGHTS).exists():
         raise loaded.error("target.path", f"[target] path: {named} holds no toy", "spd train RECIPE makes one")

@@ -22,6 +22,7 @@ from spdcli.targets.gguf import converted
 
 HUB_SECONDS = 6.0  # for the hub's first answer, name resolution included
 OFFLINE_WAYS = "without the hub, set target.model to a local directory of safetensors, or to a .gguf file"
+PACKAGE = "package:"  # what the name of a file inside an installed package starts with
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -31,7 +32,7 @@ def resolve(model: str) -> Path:
     Downloads from the hub only what is not in its cache; converts a `.gguf` file once. Raises
     SpdError, one line, where that cannot be done.
     """
-    if model.startswith("package:"):
+    if model.startswith(PACKAGE):
         return checkpoint(file_in_package(model))
     if model.startswith(("/", ".", "~")) or model.endswith(".gguf") or Path(model).exists():
         return checkpoint(Path(model).expanduser())
@@ -40,7 +41,7 @@ def resolve(model: str) -> Path:
 
 def file_in_package(model: str) -> Path:
     """The file that `package:NAME/FILE` names, found without importing the package."""
-    name, _, inside = model.removeprefix("package:").partition("/")
+    name, _, inside = model.removeprefix(PACKAGE).partition("/")
     if not name.isidentifier() or not inside:
         raise UsageError(f"'{model}' is not of the form package:NAME/FILE")
     spec = importlib.util.find_spec(name)
