@@ -84,6 +84,7 @@ def _costs() -> dict[str, Keys]:
     from spdcli.machine import Machine
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.toy_variants import ToyVariants
 
     measured = {f"{key.rstrip('?')}?": value for key, value in keys_of(Measurement).items()}
     case = {"way": str, "recipe": str, "settings": [str], "keep_freed": bool, "<label>?": int, "skipped?": str}
@@ -91,6 +92,7 @@ def _costs() -> dict[str, Keys]:
     rows = [{"with": str} | keys_of(SettingRun)]
     return {
         "spd reproduce induction": _said("reproduce", keys_of(InductionExperiment)),
+        "spd reproduce variants": _said("variants", keys_of(ToyVariants)),
         "spd reproduce facts": _said("reproduce", keys_of(FactExperiment)),
         "spd plan": _said("plan", keys_of(Estimate)),
         "spd compare": _said("compare", {"recipe": str, "settings": [str], "rows": rows}),
