@@ -26,7 +26,7 @@ from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.engine.masks import Noise
 from spdcli.engine.step import LossSettings
 from spdcli.engine.subcomponents import Decomposition, start_slices
-from spdcli.engine.tables import SOURCES
+from spdcli.engine.tables import LOSSES, SOURCES
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Piece, Variant
 from spdcli.targets.induction import InductionToy, ToyShape, toy_target
@@ -94,8 +94,10 @@ class Watch(TorchDispatchMode):
         self.alive -= size
 
 
-# A coefficient for every loss that is made of variants, whatever the table has, and for the two that are not.
-COEFFICIENTS = dict(zip(RECONSTRUCTION, cycle((0.5, 0.3, 2, 1, 0.7, 3)), strict=False)) | {
+# A coefficient for every loss that is made of variants, whatever the table has, and for the two that are not. Masks of
+# adversaries depend on the slices as they stand: `test_adversary.py` has them.
+DRAWN = [name for name in RECONSTRUCTION if not LOSSES[name].ascended]
+COEFFICIENTS = dict(zip(DRAWN, cycle((0.5, 0.3, 2, 1, 0.7, 3)), strict=False)) | {
     "minimality": 0.02,
     "frequency": 0.03,
     "faithfulness": 5,

@@ -20,17 +20,34 @@ with the rest of its arguments bound: slices that get no gradient (`subcomponent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from spdcli.engine.tables import SOURCES
 from spdcli.engine.variants import Numbers, Piece, Variant
 
 Fill = Callable[[Tensor, Piece, str, str], None]  # as masks.Noise: fills `out` for a matrix, of kind mask or delta
 Consume = Callable[[Variant, slice, Tensor], Tensor | None]
 Run = Callable[[list[Variant], Consume], None]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How training finds the masks of its adversarial losses: a recipe's [adversary].
+
+    `persistent`: the numbers are kept from step to step; else they are drawn anew. Either way they are ascended `steps`
+    times by `size` before a step's losses. `shared`: one number a slice for all sequences and positions; else another
+    at every position. `delta`: the delta's masks are ascended too; else they stay where they were drawn.
+    """
+
+    persistent: bool = False
+    steps: int = 4
+    size: float = 0.25
+    shared: bool = True
+    delta: bool = True
 
 
 def corner(value: float) -> Fill:
@@ -80,3 +97,40 @@ def ascend(variants: Sequence[Variant], run: Run, steps: int, size: float) -> No
                 if tensor.grad is not None:
                     tensor.add_(tensor.grad.sign(), alpha=size).clamp_(0, 1)
                     tensor.grad = None
+
+
+def attacked(
+    variants: Sequence[Variant],
+    attack: Attack,
+    widths: Mapping[str, int],
+    batch_shape: tuple[int, int],
+    fill: Fill,
+    like: Tensor,
+    run: Run,
+    kept: MutableMapping[str, Tensor],
+) -> list[Variant]:
+    """The `variants`, in their order; those of an ascended source with numbers that `attack` found.
+
+    `widths`, `fill` and `like` are as in `begin`, `run` as in `ascend`; `batch_shape` is (B, T). Where the attack is
+    persistent it starts from the numbers `kept["loss.matrix.kind"]`, which are brought up to date.
+    """
+
+    def filled(out: Tensor, piece: Piece, name: str, kind: str) -> None:
+        before = kept.get(f"{piece.variant.loss}.{name}.{kind}") if attack.persistent else None
+        fill(out, piece, name, kind) if before is None else out.copy_(before)
+
+    shape = (1, 1) if attack.shared else batch_shape
+    chosen = [
+        begin(variant, widths, shape, filled, like, attack.delta) if SOURCES[variant.source].ascended else variant
+        for variant in variants
+    ]
+    begun = [variant for variant in chosen if variant.numbers is not None]
+    if begun:
+        ascend(begun, run, attack.steps, attack.size)
+    for variant in begun:
+        for name, numbers in (variant.numbers or {}).items():
+            for kind, tensor in numbers._asdict().items():
+                tensor.requires_grad_(False)
+                if attack.persistent:
+                    kept[f"{variant.loss}.{name}.{kind}"] = tensor
+    return chosen

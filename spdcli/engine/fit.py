@@ -46,11 +46,12 @@ class Record:
 
 @dataclass
 class FitState:
-    """Everything a run needs to go on exactly where it stopped."""
+    """Everything a run needs to go on exactly where it stopped; `adversary` is what a persistent one keeps."""
 
     optimiser: torch.optim.Optimizer
     schedule: OptimiserSettings
     generators: dict[str, torch.Generator]
+    adversary: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
 
@@ -146,6 +147,7 @@ def fit(
             generator=state.generators["plan"],
             noise=noise,
             budget=settings.plan_bytes,
+            kept=state.adversary,
         )
         step = backward(target, decomposition, clean, settings.losses)
         if stream is not None and settings.targeted > 0:

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from spdcli.engine.adversary import Attack, Consume, attacked
 from spdcli.engine.forward import Clean, plan_pass, recording, row_divergences
 from spdcli.engine.losses import (
     RECONSTRUCTION,
@@ -29,12 +30,13 @@ from spdcli.engine.losses import (
     squared_errors,
 )
 from spdcli.engine.masks import Noise, chunk_masks
-from spdcli.engine.subcomponents import Decomposition, SliceSet
+from spdcli.engine.subcomponents import Decomposition, SliceSet, detached
 from spdcli.engine.tables import PENALTIES, losses_where
 from spdcli.engine.target import Target, sent
 from spdcli.engine.variants import Piece, Variant, chunks, draw_variants
 
 ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the attention loss compares the patterns
+ASCENDED = losses_where(lambda loss: loss.ascended)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class LossSettings:
     KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
     and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
     plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; None
-    leaves it to the masks' source.
+    leaves it to the masks' source, whose masks of the delta are drawn as `delta_masks`, a key of `tables.DELTA_MASKS`,
+    says. `attack` finds adversarial masks.
     """
 
     coefficients: Mapping[str, float]
@@ -67,6 +70,8 @@ class LossSettings:
     faithfulness_probes: int | None = None
     half: bool = False
     delta_mask: float | None = None
+    delta_masks: str = "position"
+    attack: Attack = field(default_factory=Attack)
 
     @property
     def reconstruction(self) -> list[str]:
@@ -77,9 +82,10 @@ class LossSettings:
         """The losses of a targeted decomposition on broad text, `share` times those on the prompts.
 
         The delta stays fully on, so that a variant is the target minus what its masks take away: a slice that is not
-        important there must not matter there, and has no way to bring in what the target does not do.
+        important there must not matter there, and has no way to bring in what the target does not do. Adversaries look
+        for their masks on the prompts alone.
         """
-        own = ("minimality", "frequency", *RECONSTRUCTION)
+        own = ("minimality", "frequency", *(name for name in RECONSTRUCTION if name not in ASCENDED))
         return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
 
     @property
@@ -217,14 +223,15 @@ def backward_step(
     generator: torch.Generator,
     noise: Noise,
     budget: float,
+    kept: MutableMapping[str, Tensor] | None = None,
 ) -> Step:
     """One training step without its update (Algorithm 3, lines 3 to 9): all losses, and their gradients.
 
     Goes in: the clean pass of a minibatch; `settings`, which losses and how much of each; `annealed`, the power p of
     minimality or its smooth penalty's gamma; the `generator` that matrices and subsets are drawn from and the `noise`
-    that masks are; the `budget` in bytes that the activations of one chunk of variants may take. Comes out: a `Step`;
-    the gradient of the objective, the sum of coefficient times loss, is *added* to `.grad` of all U, V and importance
-    functions.
+    that masks are; the `budget` in bytes that the activations of one chunk of variants may take; the numbers `kept` of
+    a persistent adversary, which are brought up to date (see `adversary.attacked`). Comes out: a `Step`; the gradient
+    of the objective, the sum of coefficient times loss, is *added* to `.grad` of all U, V and importance functions.
 
     How: backward runs chunk by chunk against detached importances `[B, T, C]`, whose summed gradient then goes through
     the importance functions once, together with faithfulness and minimality. The result is that of one backward
@@ -232,7 +239,7 @@ def backward_step(
     """
     lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
-    terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget)
+    terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget, kept)
     direct = direct_terms(target, decomposition, upper, clean.batch.valid, settings, annealed, generator)
     carried = [name for name in leaves if leaves[name].grad is not None]
     roots = [*(settings.coefficients[name] * term for name, term in direct.items()), *(lower[name] for name in carried)]
@@ -282,6 +289,7 @@ def _plan_terms(
     generator: torch.Generator,
     noise: Noise,
     budget: float,
+    kept: MutableMapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """The losses of the step's variants, detached, by name; their gradients are added to `.grad` of the slices and of
     the importances `leaves[m]` `[B, T, C]`."""
@@ -312,10 +320,38 @@ def _plan_terms(
         generator,
         settings.layerwise_matrices,
         settings.delta_mask,
+        settings.delta_masks if decomposition.delta else "position",
     )
+    if any(name in ASCENDED for name in losses):
+        kept = {} if kept is None else kept
+        variants = _attacked(target, decomposition, clean, variants, leaves, settings, noise, budget, kept)
     watch = attend if attention > 0 else None
     reverse = settings.reverse_kl
     reconstruction(
         target, decomposition, clean, variants, leaves, noise, budget, consume, reverse, watch, settings.half
     )
     return sums
+
+
+def _attacked(
+    target: Target,
+    decomposition: Decomposition,
+    clean: Clean,
+    variants: list[Variant],
+    leaves: Mapping[str, Tensor],
+    settings: LossSettings,
+    noise: Noise,
+    budget: float,
+    kept: MutableMapping[str, Tensor],
+) -> list[Variant]:
+    """The `variants`, those of adversarial losses with the masks that an attack on the slices as they stand finds."""
+    slices, g = detached(decomposition), {name: leaf.detach() for name, leaf in leaves.items()}
+
+    def run(chosen: list[Variant], consume: Consume) -> None:
+        reconstruction(
+            target, slices, clean, chosen, g, noise, budget, consume, settings.reverse_kl, half=settings.half
+        )
+
+    widths = {name: leaf.shape[-1] for name, leaf in g.items()}
+    shape, like = clean.batch.tokens.shape, next(iter(g.values()))
+    return attacked(variants, settings.attack, widths, (shape[0], shape[1]), noise, like, run, kept)

@@ -88,6 +88,16 @@ class Loss:
         """Whether it is a reconstruction loss: a KL of variants of the target."""
         return self.scope is not None
 
+    @property
+    def sampled(self) -> bool:
+        """Whether its masks are drawn."""
+        return self.source is not None and SOURCES[self.source].sampled
+
+    @property
+    def ascended(self) -> bool:
+        """Whether its masks are an adversary's."""
+        return self.source is not None and SOURCES[self.source].ascended
+
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
@@ -170,6 +180,22 @@ LOSSES: dict[str, Loss] = {
             "KL (nats) to the target with a random subset of the matrices masked by numbers drawn between importance "
             "and 1",
             "stochastic",
+            "subset",
+        ),
+        Loss(
+            "adversarial_recon",
+            "not in the paper",
+            "KL (nats) to the target with all matrices masked by the worst numbers that sign ascent finds between "
+            "importance and 1",
+            "adversarial",
+            "all",
+        ),
+        Loss(
+            "adversarial_recon_partial",
+            "not in the paper",
+            "KL (nats) to the target with a random subset of the matrices masked by the worst numbers that sign ascent "
+            "finds between importance and 1",
+            "adversarial",
             "subset",
         ),
         Loss(
@@ -309,6 +335,22 @@ STARTS: dict[str, Start] = {
 SUBSETS: dict[str, Choice] = {
     "forward": Choice("one subset for all positions of a step's sample"),
     "position": Choice("another subset at every position"),
+}
+
+DELTA_MASKS: dict[str, Choice] = {
+    "position": Choice("another number in [0, 1] at every position of every matrix"),
+    "forward": Choice(
+        "one number in [0, 1] for all positions and matrices of a variant", "spdcli.engine.variants:delta_anywhere"
+    ),
+    "corner": Choice(
+        "one number for all positions and matrices of a variant: 0, 1 or one between, equally often",
+        "spdcli.engine.variants:delta_at_corners",
+    ),
+}
+
+ADVERSARIES: dict[str, Choice] = {
+    "fresh": Choice("masks drawn anew in every step, and then ascended"),
+    "persistent": Choice("masks kept from step to step, and ascended a little in each"),
 }
 
 OPTIMIZERS: dict[str, Choice] = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import LOSSES, SCOPES, SOURCES
+from spdcli.engine.tables import DELTA_MASKS, LOSSES, SCOPES, SOURCES
 
 
 class Numbers(NamedTuple):
@@ -120,12 +120,14 @@ def draw_variants(
     generator: torch.Generator,
     layerwise: int | None = None,
     delta: float | None = None,
+    delta_masks: str = "position",
 ) -> list[Variant]:
     """The variants whose mean KL is each of the reconstruction `losses` (names), ordered by the block they enter at.
 
     `blocks[m]` is the block of matrix m; all L matrices in it may be replaced. `shape` is (B, T). A loss whose source
     is sampled has `samples` times as many variants. `subset` and `layerwise` are for the scopes: see `random_subset`
-    and `each_alone`. `delta` becomes that of every variant.
+    and `each_alone`. `delta` becomes that of every variant; where it is None, those of sampled sources have one drawn
+    as `delta_masks`, a key of `tables.DELTA_MASKS`, says.
     """
     drawing = Drawing(subset, layerwise, shape, generator)
     variants = []
@@ -133,14 +135,27 @@ def draw_variants(
         loss = LOSSES[name]
         assert loss.source is not None
         assert loss.scope is not None
-        scope, repeats = SCOPES[loss.scope].load(), samples if SOURCES[loss.source].sampled else 1
+        scope, sampled = SCOPES[loss.scope].load(), SOURCES[loss.source].sampled
+        repeats, drawn = samples if sampled else 1, sampled and delta is None and DELTA_MASKS[delta_masks].code
         for _ in range(repeats):
             selections: list[Selection] = scope(list(blocks), drawing)
             weight = 1.0 / (repeats * len(selections))
             for matrices, routed in selections:
                 entry = min(blocks[matrix] for matrix in matrices)
-                variants.append(Variant(name, loss.source, frozenset(matrices), entry, weight, routed, delta=delta))
+                own = DELTA_MASKS[delta_masks].load()(generator) if drawn else delta
+                variants.append(Variant(name, loss.source, frozenset(matrices), entry, weight, routed, delta=own))
     return sorted(variants, key=lambda variant: variant.entry)
+
+
+def delta_anywhere(generator: torch.Generator) -> float:
+    """A delta mask for a whole forward pass, uniform in [0, 1]."""
+    return float(torch.rand((), generator=generator))
+
+
+def delta_at_corners(generator: torch.Generator) -> float:
+    """A delta mask for a whole forward pass: 0, 1 or uniform between them, a third of all draws each."""
+    number = 3 * float(torch.rand((), generator=generator))
+    return min(max(number - 1, 0.0), 1.0)
 
 
 def _drawn(names: Sequence[str], size: int, generator: torch.Generator) -> list[str]:

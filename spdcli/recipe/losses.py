@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, create_model
 
-from spdcli.engine.tables import LOSSES, PENALTIES, SUBSETS
+from spdcli.engine.tables import DELTA_MASKS, LOSSES, PENALTIES, SUBSETS
 from spdcli.recipe.choices import DIVERGENCES
 from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section
 
@@ -63,6 +63,9 @@ class Losses(Coefficients):
     )
     subset: Annotated[str, OneOf(SUBSETS)] = Field(
         "forward", description="How often a partial loss draws its subset of the matrices (Eq. 5 and 6: forward)."
+    )
+    delta_masks: Annotated[str, OneOf(DELTA_MASKS)] = Field(
+        "position", description="slices.delta: how the masks of the delta are drawn in stochastic losses."
     )
     kl: Annotated[str, OneOf(DIVERGENCES)] = Field(
         "target_to_variant", description="The order of the two distributions in every KL of outputs."

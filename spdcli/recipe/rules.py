@@ -14,6 +14,8 @@ from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
 
 HOLDING = losses_where(lambda loss: loss.holds)  # the losses that hold slices to the target
 LAYERWISE = losses_where(lambda loss: loss.scope == "each")
+SAMPLED = losses_where(lambda loss: loss.sampled)
+ASCENDED = losses_where(lambda loss: loss.ascended)
 ATTENDED = losses_where(lambda loss: loss.attended)
 BEGUN_LENGTH = 5  # a begin token, an ordinary one, s, m and s
 
@@ -202,6 +204,39 @@ def _attention_fits(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _delta_masks_fit(recipe: Sections) -> Iterator[Contradiction]:
+    losses, how = recipe["losses"], recipe["losses"]["delta_masks"]
+    if how == "position":
+        return
+    key = "losses.delta_masks"
+    if not recipe["slices"]["delta"]:
+        yield Contradiction(
+            (key, "slices.delta"), f"[losses] delta_masks = '{how}' draws the delta's masks, and [slices] delta = false"
+        )
+    if not any(losses[name] for name in SAMPLED):
+        yield Contradiction((key,), f"[losses] delta_masks is set, but {_all_of(SAMPLED)} stochastic losses are 0")
+
+
+def _adversary_fits(recipe: Sections) -> Iterator[Contradiction]:
+    section = recipe["adversary"]
+    if section is None:
+        return
+    if not any(recipe["losses"][name] for name in ASCENDED):
+        yield Contradiction(
+            ("adversary",),
+            f"[adversary] is given, but {_all_of(ASCENDED)} adversarial losses are 0: {', '.join(ASCENDED)}",
+        )
+    if section["masks"] == "persistent" and not section["shared"]:
+        yield Contradiction(
+            ("adversary.shared", "adversary.masks"),
+            "[adversary] masks = 'persistent' keeps masks for sequences to come, which have to share them",
+        )
+    if not section["delta"] and not recipe["slices"]["delta"]:
+        yield Contradiction(
+            ("adversary.delta", "slices.delta"), "[adversary] delta is set, but [slices] delta = false: it has no masks"
+        )
+
+
 def _all_of(names: Collection[str]) -> str:
     return "both" if len(names) == 2 else "all"
 
@@ -220,4 +255,6 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _something_to_train,
     _savings_fit,
     _attention_fits,
+    _delta_masks_fit,
+    _adversary_fits,
 )

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from spdcli.engine.tables import (
     ACTIVATIONS,
+    ADVERSARIES,
     BACKENDS,
     BASES,
     IMPORTANCE_FUNCTIONS,
@@ -203,6 +204,18 @@ class Importance(Section):
     )
 
 
+class Adversary(Section):
+    """How the masks of the adversarial losses are found: projected sign ascent between importance and 1."""
+
+    masks: Annotated[str, OneOf(ADVERSARIES)] = Field("fresh", description="Where a step's ascent starts.")
+    steps: Positive = Field(4, description="Steps of ascent before every step of training.")
+    size: Share = Field(0.25, description="How far one of them moves a mask, as a share of the way from g to 1.")
+    shared: bool = Field(
+        True, description="Whether all sequences and positions share a slice's number, or have another one each."
+    )
+    delta: bool = Field(True, description="slices.delta: whether the delta's masks are ascended too, or stay as drawn.")
+
+
 class Decompose(Optimisation):
     """The training of a decomposition (Algorithm 3)."""
 
@@ -242,6 +255,9 @@ class Recipe(Section):
     slices: Slices = Field(description="The slices of every matrix.")
     importance: Importance = Field(description="The importance functions.")
     losses: Losses = Field(description="The losses and how much each counts.")
+    adversary: Adversary | None = Field(
+        None, description="How the masks of adversarial losses are found; its defaults if not given."
+    )
     decompose: Decompose = Field(description="The training of the decomposition.")
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
     recipe.toml                 the resolved recipe, with versions
     metrics.jsonl               one record a logged step
     decomposition.safetensors   slices and importance functions, for readers
-    checkpoint/state.safetensors  the same with optimizer, generators and step, for `--resume`
+    checkpoint/state.safetensors  the same with optimizer, generators, adversary and step, for `--resume`
     toy/                        the run of `spd train` whose toy is decomposed (induction only)
     eval.json, figures/         what `spd eval` found
 
@@ -159,6 +159,7 @@ class RunDirectory:
         for index, values in state.optimiser.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
         tensors |= {f"generator.{name}": g.get_state() for name, g in state.generators.items()}
+        tensors |= {f"adversary.{name}": numbers for name, numbers in state.adversary.items()}
         save_tensors(self / CHECKPOINT, tensors, {"step": str(state.step), "seconds": str(state.seconds)})
 
     def load_checkpoint(self, decomposition: nn.Module, state: FitState) -> None:
@@ -167,7 +168,7 @@ class RunDirectory:
         On another kind of device than then, whose generators have another state, the noise begins anew.
         """
         tensors, metadata = load_tensors(self / CHECKPOINT)
-        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}}
+        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}, "adversary": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
@@ -180,4 +181,6 @@ class RunDirectory:
         for name, value in parts["generator"].items():
             if value.shape == state.generators[name].get_state().shape:
                 state.generators[name].set_state(value)
+        device = state.optimiser.param_groups[0]["params"][0].device
+        state.adversary = {name: numbers.to(device) for name, numbers in parts["adversary"].items()}
         state.step, state.seconds = int(metadata["step"]), float(metadata["seconds"])

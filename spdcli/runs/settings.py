@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from spdcli.engine.adversary import Attack
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.optimise import OptimiserSettings, warmup_steps
 from spdcli.engine.step import LossSettings
-from spdcli.recipe.schema import Optimisation, Recipe
+from spdcli.recipe.schema import Adversary, Optimisation, Recipe
 
 AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster
 
@@ -46,6 +47,18 @@ def loss_settings(recipe: Recipe) -> LossSettings:
         layerwise_matrices=section.layerwise_matrices,
         faithfulness_probes=section.faithfulness_probes,
         half=recipe.decompose.precision == "bf16",
+        delta_masks=section.delta_masks,
+        attack=_attack(recipe.adversary or Adversary.model_validate({})),
+    )
+
+
+def _attack(section: Adversary) -> Attack:
+    return Attack(
+        persistent=section.masks == "persistent",
+        steps=section.steps,
+        size=section.size,
+        shared=section.shared,
+        delta=section.delta,
     )
 
 

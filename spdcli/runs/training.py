@@ -31,7 +31,7 @@ from spdcli.targets.induction import InductionToy, toy_accuracy
 
 FRESH_SEQUENCES = 20_000  # what a toy's accuracy is measured on
 SURE = 0.999  # share of them that a toy which has learned the task is right on
-CHANGEABLE = ("losses", "decompose", "device", "name")  # what a run that goes on may be given anew
+CHANGEABLE = ("losses", "adversary", "decompose", "device", "name")  # what a run that goes on may be given anew
 Store = RunDirectory | MemoryRun
 
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
-from twins import Subject, close, decompose, language_subject, looked_at, matrix_inputs, swapped, toy_subject
+from twins import (
+    KeyedNoise,
+    Subject,
+    close,
+    decompose,
+    language_subject,
+    looked_at,
+    matrix_inputs,
+    one_by_one,
+    swapped,
+    toy_subject,
+)
 
-from spdcli.engine.adversary import ascend, begin, corner
+from spdcli.engine import adversary, step
+from spdcli.engine.adversary import Attack, ascend, begin, corner
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.masks import Noise, chunk_masks
-from spdcli.engine.step import reconstruction
+from spdcli.engine.step import LossSettings, reconstruction
 from spdcli.engine.subcomponents import detached
+from spdcli.engine.tables import LOSSES as LOSSES_TABLE
 from spdcli.engine.variants import Numbers, Piece, Variant
 
 PLENTY, TOLERANCE = 1e12, 1e-9
@@ -172,3 +186,78 @@ def test_corners():
     made = begin(variant, {"a": 2, "b": 3}, (4, 5), corner(1.0), LIKE)
     assert {name: own.mask.shape for name, own in made.numbers.items()} == {"a": (4, 5, 2), "b": (4, 5, 3)}
     assert all(bool((t == 1).all()) and t.requires_grad for own in made.numbers.values() for t in own)
+
+
+# --- in training --------------------------------------------------------------------------------------------------
+
+LOSSES = {"adversarial_recon": 1.5, "adversarial_recon_partial": 0.5, "stochastic_recon": 1.0, "minimality": 0.1}
+
+
+def training_step(subject, slices, attack, monkeypatch, subset="forward", budget=PLENTY, kept=None):
+    """The losses of a step, its gradients and the variants it ran, and the losses and gradients of those one by one."""
+    ran, found = [], adversary.attacked
+    settings = LossSettings(LOSSES, subset=subset, attack=attack)
+    monkeypatch.setattr(step, "attacked", lambda *arguments: ran.extend(found(*arguments)) or ran)
+    clean = clean_pass(subject.target, subject.batch, slices.names)
+    generator = torch.Generator().manual_seed(3)
+    keyed = KeyedNoise(len(subject.batch.tokens))
+    slices.zero_grad(set_to_none=True)
+    done = step.backward_step(subject.target, slices, clean, settings, 0.6, generator, keyed, budget, kept)
+    return done.losses, gradients_of(slices), ran, (settings, keyed)
+
+
+def gradients_of(slices):
+    return {n: p.grad.clone() for n, p in slices.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("subject", "subset", "attack", "budget"),
+    [
+        ("toy", "forward", Attack(steps=2), 1),
+        ("toy", "position", Attack(True, 1, 0.1), PLENTY),
+        ("llama", "position", Attack(steps=1, shared=False), 1e5),
+    ],
+    indirect=["subject"],
+)
+def test_an_attacked_step_is_the_one_by_one_evaluation(subject, subset, attack, budget, monkeypatch):
+    slices = decompose(subject.target)
+    losses, actual, ran, (settings, keyed) = training_step(subject, slices, attack, monkeypatch, subset, budget)
+    assert [v.numbers is None for v in ran] == [LOSSES_TABLE[v.loss].source == "stochastic" for v in ran]
+    slices.zero_grad(set_to_none=True)
+    exact = settings.coefficients | {"faithfulness": 0.0}
+    expected = one_by_one(subject, slices, replace(settings, coefficients=exact), 0.6, ran, keyed)
+    for name, loss in losses.items():
+        close(loss, expected[name], TOLERANCE)
+    wanted = gradients_of(slices)
+    for name, gradient in actual.items():
+        close(gradient, wanted[name], TOLERANCE)
+
+
+@pytest.mark.parametrize("subject", ["toy"], indirect=True)
+def test_more_ascent_is_worse(subject, monkeypatch):
+    found = []
+    for steps in (1, 8):
+        slices = decompose(subject.target)
+        losses, *_ = training_step(subject, slices, Attack(steps=steps, size=0.1), monkeypatch)
+        found.append(losses)
+    assert found[1]["adversarial_recon"] > 1.05 * found[0]["adversarial_recon"]
+    close(found[1]["minimality"], found[0]["minimality"])
+
+
+@pytest.mark.parametrize("subject", ["toy"], indirect=True)
+def test_a_persistent_adversary_goes_on_from_what_it_found(subject, monkeypatch):
+    """Two steps of one ascent each at unchanged slices are a step of two; a fresh adversary starts anew."""
+    slices, kept = decompose(subject.target), {}
+    for _ in range(2):
+        losses, _, ran, _ = training_step(subject, slices, Attack(True, 1, 0.1), monkeypatch, kept=kept)
+    twice, *_ = training_step(subject, slices, Attack(False, 2, 0.1), monkeypatch)
+    once, *_ = training_step(subject, slices, Attack(False, 1, 0.1), monkeypatch)
+    close(losses["adversarial_recon"], twice["adversarial_recon"])
+    assert losses["adversarial_recon"] > once["adversarial_recon"]
+    assert len(kept) >= 2 * len(slices.names)
+    by_loss = defaultdict(dict, {variant.loss: variant.numbers for variant in ran if variant.numbers})
+    for key, tensor in kept.items():
+        loss, name, kind = key.split(".")
+        if loss == "adversarial_recon":
+            assert torch.equal(tensor, getattr(by_loss[loss][name], kind))
+            assert not tensor.requires_grad

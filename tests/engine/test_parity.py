@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from twins import (
     COEFFICIENTS,
+    DRAWN,
     KeyedNoise,
     Subject,
     close,
@@ -22,7 +23,6 @@ from twins import (
 )
 
 from spdcli.engine.forward import clean_pass, masked_logits
-from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.engine.masks import Noise, importance_masks
 from spdcli.engine.step import LossSettings, backward_step, exact_faithfulness, reconstruction
 from spdcli.engine.subcomponents import SliceSet
@@ -160,7 +160,7 @@ def test_some_matrices_only(subject, names):
     agree(actual, expected)
 
 
-@pytest.mark.parametrize("loss", RECONSTRUCTION)
+@pytest.mark.parametrize("loss", DRAWN)
 @pytest.mark.parametrize("subject", ["toy"], indirect=True)
 def test_a_loss_alone_is_what_it_is_among_others(subject, loss):
     decomposition = decompose(subject.target)
@@ -225,7 +225,7 @@ def test_as_many_sequences_as_positions_or_one(subject, count):
     subject.batch = Batch(tokens, tokens >= 0, tokens >= 0)
     decomposition = decompose(subject.target, list(subject.target.matrices)[:4])
     settings = LossSettings(
-        {name: COEFFICIENTS[name] for name in set(COEFFICIENTS) - set(RECONSTRUCTION)}
+        {name: COEFFICIENTS[name] for name in set(COEFFICIENTS) - set(DRAWN)}
         | {"recon": 1.0, "stochastic_recon_layerwise": 1.0}
     )
     losses, expected = slow_step(subject, decomposition, settings)
@@ -466,7 +466,7 @@ def test_blocks_in_half_precision_and_losses_in_full(subject, subset):
     assert {loss.dtype for loss in done.losses.values()} <= {torch.float32, torch.float64}
     for name in ("minimality", "faithfulness"):
         assert torch.equal(done.losses[name], exact.losses[name])
-    for name in RECONSTRUCTION:
+    for name in DRAWN:
         assert done.losses[name] != exact.losses[name]
         assert done.losses[name].item() == pytest.approx(exact.losses[name].item(), rel=0.05)
     for name, gradient in gradients.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_runs import model_recipe
@@ -18,6 +20,7 @@ from spdcli.runs.subject import language_subject, stream_batches
 
 CPU = torch.device("cpu")
 LOSSES = LossSettings({"recon": 0.5, "stochastic_recon": 2.0, "minimality": 0.1, "faithfulness": 3.0}, epsilon=1e-6)
+ATTACKED = replace(LOSSES, coefficients={**LOSSES.coefficients, "adversarial_recon": 1.0})
 OPTIMISER = OptimiserSettings("adam", 0.01, 0.0, "constant", 0, 10)
 
 
@@ -35,6 +38,7 @@ def test_the_losses_on_broad_text():
     assert "faithfulness" not in beside.coefficients
     assert beside.delta_mask == 1.0
     assert beside.epsilon == LOSSES.epsilon
+    assert ATTACKED.on_stream(0.5).reconstruction == beside.reconstruction  # adversaries look at the prompts alone
 
 
 def one_step(subject, decomposition, stream, targeted):

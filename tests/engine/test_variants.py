@@ -171,3 +171,31 @@ def test_chunks_by_hand():
     assert sizes(30) == [[3], [1], [4], [4]]
     assert sizes(1) == [[1]] * 12
     assert chunks([], 4, [10, 5], 80) == []
+
+
+def delta_masks(how, losses=("stochastic_recon", "recon"), delta=None):
+    variants = draw_variants(losses, BLOCKS, 3000, "forward", SHAPE, torch.Generator(), delta=delta, delta_masks=how)
+    by_loss = defaultdict(list)
+    for variant in variants:
+        by_loss[variant.loss].append(variant.delta)
+    return by_loss
+
+
+def test_delta_masks_of_a_whole_variant():
+    """Those of stochastic losses alone; at the corners a third of the draws each, give or take sqrt(3000 * 2 / 9)."""
+    assert delta_masks("position") == {"stochastic_recon": [None] * 3000, "recon": [None]}
+    anywhere, corners = delta_masks("forward"), delta_masks("corner")
+    assert anywhere["recon"] == corners["recon"] == [None]
+    values = torch.tensor(anywhere["stochastic_recon"])
+    assert values.min() >= 0
+    assert values.max() <= 1
+    assert values.mean().item() == pytest.approx(0.5, abs=5 * 12**-0.5 * 3000**-0.5)
+    for corner in (0.0, 1.0):
+        assert abs(corners["stochastic_recon"].count(corner) - 1000) < 5 * 26
+    between = torch.tensor([value for value in corners["stochastic_recon"] if 0 < value < 1])
+    assert between.mean().item() == pytest.approx(0.5, abs=5 * 12**-0.5 * 1000**-0.5)
+
+
+@pytest.mark.parametrize("how", ["forward", "corner"])
+def test_a_delta_mask_of_all_variants_is_not_drawn(how):
+    assert set(delta_masks(how, delta=1.0)["stochastic_recon"]) == {1.0}

@@ -114,6 +114,26 @@ MISTAKES = [
         'faithfulness = 1\npenalty = "l0"',
         "19: [losses] penalty = 'l0': expected one of 'power', 'smooth_l0'",
     ),
+    (
+        "faithfulness = 1",
+        "faithfulness = 1\n[adversary]\nsteps = 3",
+        "19: [adversary] is given, but both adversarial losses are 0: adversarial_recon, adversarial_recon_partial",
+    ),
+    (
+        "faithfulness = 1",
+        'adversarial_recon = 1\n[adversary]\nmasks = "persistent"\nshared = false',
+        "21: [adversary] masks = 'persistent' keeps masks for sequences to come, which have to share them",
+    ),
+    (
+        "faithfulness = 1",
+        "adversarial_recon = 1\n[adversary]\ndelta = false",
+        "20: [adversary] delta is set, but [slices] delta = false: it has no masks",
+    ),
+    (
+        "faithfulness = 1",
+        'stochastic_recon = 1\ndelta_masks = "forward"',
+        "19: [losses] delta_masks = 'forward' draws the delta's masks, and [slices] delta = false",
+    ),
     ("d_model = 16", "d_model = 16\nheads = 3", "5: [target] heads = 3 does not divide d_model = 16"),
     (
         "d_model = 16",

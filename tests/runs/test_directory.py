@@ -267,6 +267,7 @@ def everything(decomposition, state):
     for index, moments in state.optimiser.state_dict()["state"].items():
         numbers |= {f"optimizer {index} {name}": torch.as_tensor(value) for name, value in moments.items()}
     numbers |= {f"generator {name}": generator.get_state() for name, generator in state.generators.items()}
+    numbers |= {f"adversary {name}": tensor for name, tensor in state.adversary.items()}
     return {name: tensor.clone() for name, tensor in numbers.items()}
 
 
@@ -296,6 +297,24 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, optimizer):
     assert fresh.step == 5
     assert same(everything(other, fresh), everything(decomposition, state))
     assert not same(everything(other, fresh), then)
+
+
+def test_an_adversary_goes_on_where_it_stopped(tmp_path):
+    settings = ("losses.adversarial_recon=1", "losses.adversarial_recon_partial=1", "adversary.masks=persistent")
+    recipe = toy_recipe(*settings, "slices.delta=true", folder=tmp_path)
+    run = RunDirectory.create(tmp_path / "run", recipe)
+    subject, decomposition, state = started(recipe)
+    learn(recipe, subject, decomposition, state, 3)
+    run.save_checkpoint(decomposition, state)
+    then = everything(decomposition, state)
+    assert sum(name.startswith("adversary adversarial_recon.") for name in then) == 2 * len(decomposition.names)
+    _, other, fresh = started(recipe, seed=99)
+    run.load_checkpoint(other, fresh)
+    assert same(everything(other, fresh), then)
+    learn(recipe, subject, decomposition, state, 2)
+    learn(recipe, subject, other, fresh, 2)
+    assert same(everything(other, fresh), everything(decomposition, state))
+    assert any(not torch.equal(fresh.adversary[n.split(" ")[1]], then[n]) for n in then if n.startswith("adversary"))
 
 
 def test_a_checkpoint_of_another_kind_of_device_goes_on_with_fresh_noise(recipe, run):
