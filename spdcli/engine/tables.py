@@ -337,14 +337,27 @@ SUBSETS: dict[str, Choice] = {
     "position": Choice("another subset at every position"),
 }
 
-DELTA_MASKS: dict[str, Choice] = {
-    "position": Choice("another number in [0, 1] at every position of every matrix"),
-    "forward": Choice(
-        "one number in [0, 1] for all positions and matrices of a variant", "spdcli.engine.variants:delta_anywhere"
+
+@dataclass(frozen=True)
+class DeltaMasks(Choice):
+    """How the delta's masks are drawn. `code` draws one for a whole pass; without any, the masks' source draws them.
+
+    `everywhere`: importance-masked losses have one drawn too, which otherwise leave the delta off.
+    """
+
+    everywhere: bool = False
+
+
+DELTA_MASKS: dict[str, DeltaMasks] = {
+    "position": DeltaMasks("another number in [0, 1] at every position of every matrix"),
+    "forward": DeltaMasks(
+        "one number in [0, 1] for all positions and matrices of a pass", "spdcli.engine.variants:delta_anywhere"
     ),
-    "corner": Choice(
-        "one number for all positions and matrices of a variant: 0, 1 or one between, equally often",
+    "corner": DeltaMasks(
+        "one number for all positions and matrices of a pass, 0, 1 or one between, equally often; in importance-masked "
+        "losses too, which otherwise leave the delta off",
         "spdcli.engine.variants:delta_at_corners",
+        everywhere=True,
     ),
 }
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import DELTA_MASKS, LOSSES, SCOPES, SOURCES
+from spdcli.engine.tables import DELTA_MASKS, LOSSES, SCOPES
 
 
 class Numbers(NamedTuple):
@@ -126,23 +126,23 @@ def draw_variants(
 
     `blocks[m]` is the block of matrix m; all L matrices in it may be replaced. `shape` is (B, T). A loss whose source
     is sampled has `samples` times as many variants. `subset` and `layerwise` are for the scopes: see `random_subset`
-    and `each_alone`. `delta` becomes that of every variant; where it is None, those of sampled sources have one drawn
-    as `delta_masks`, a key of `tables.DELTA_MASKS`, says.
+    and `each_alone`. `delta` becomes that of every variant; where it is None, `delta_masks`, a key of
+    `tables.DELTA_MASKS`, says which have one drawn, and how.
     """
-    drawing = Drawing(subset, layerwise, shape, generator)
+    drawing, draws = Drawing(subset, layerwise, shape, generator), DELTA_MASKS[delta_masks]
     variants = []
     for name in losses:
         loss = LOSSES[name]
         assert loss.source is not None
         assert loss.scope is not None
-        scope, sampled = SCOPES[loss.scope].load(), SOURCES[loss.source].sampled
-        repeats, drawn = samples if sampled else 1, sampled and delta is None and DELTA_MASKS[delta_masks].code
+        scope, repeats = SCOPES[loss.scope].load(), samples if loss.sampled else 1
+        drawn = delta is None and draws.code and (loss.sampled or (draws.everywhere and not loss.ascended))
         for _ in range(repeats):
             selections: list[Selection] = scope(list(blocks), drawing)
             weight = 1.0 / (repeats * len(selections))
             for matrices, routed in selections:
                 entry = min(blocks[matrix] for matrix in matrices)
-                own = DELTA_MASKS[delta_masks].load()(generator) if drawn else delta
+                own = draws.load()(generator) if drawn else delta
                 variants.append(Variant(name, loss.source, frozenset(matrices), entry, weight, routed, delta=own))
     return sorted(variants, key=lambda variant: variant.entry)
 

@@ -65,7 +65,7 @@ class Losses(Coefficients):
         "forward", description="How often a partial loss draws its subset of the matrices (Eq. 5 and 6: forward)."
     )
     delta_masks: Annotated[str, OneOf(DELTA_MASKS)] = Field(
-        "position", description="slices.delta: how the masks of the delta are drawn in stochastic losses."
+        "position", description="slices.delta: how the masks of the delta are drawn."
     )
     kl: Annotated[str, OneOf(DIVERGENCES)] = Field(
         "target_to_variant", description="The order of the two distributions in every KL of outputs."

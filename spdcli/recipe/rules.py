@@ -10,11 +10,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
+from spdcli.engine.tables import DELTA_MASKS, IMPORTANCE_FUNCTIONS, STARTS, losses_where
 
 HOLDING = losses_where(lambda loss: loss.holds)  # the losses that hold slices to the target
 LAYERWISE = losses_where(lambda loss: loss.scope == "each")
 SAMPLED = losses_where(lambda loss: loss.sampled)
+MASKED = losses_where(lambda loss: loss.in_grid and not loss.ascended)
 ASCENDED = losses_where(lambda loss: loss.ascended)
 ATTENDED = losses_where(lambda loss: loss.attended)
 BEGUN_LENGTH = 5  # a begin token, an ordinary one, s, m and s
@@ -213,8 +214,9 @@ def _delta_masks_fit(recipe: Sections) -> Iterator[Contradiction]:
         yield Contradiction(
             (key, "slices.delta"), f"[losses] delta_masks = '{how}' draws the delta's masks, and [slices] delta = false"
         )
-    if not any(losses[name] for name in SAMPLED):
-        yield Contradiction((key,), f"[losses] delta_masks is set, but {_all_of(SAMPLED)} stochastic losses are 0")
+    masked = MASKED if DELTA_MASKS[how].everywhere else SAMPLED
+    if not any(losses[name] for name in masked):
+        yield Contradiction((key,), f"[losses] delta_masks = '{how}' is for {', '.join(masked)}, and all are 0")
 
 
 def _adversary_fits(recipe: Sections) -> Iterator[Contradiction]:

@@ -182,10 +182,12 @@ def delta_masks(how, losses=("stochastic_recon", "recon"), delta=None):
 
 
 def test_delta_masks_of_a_whole_variant():
-    """Those of stochastic losses alone; at the corners a third of the draws each, give or take sqrt(3000 * 2 / 9)."""
+    """At the corners a third of draws each, give or take sqrt(3000 * 2 / 9), and in importance-masked losses too."""
     assert delta_masks("position") == {"stochastic_recon": [None] * 3000, "recon": [None]}
     anywhere, corners = delta_masks("forward"), delta_masks("corner")
-    assert anywhere["recon"] == corners["recon"] == [None]
+    assert anywhere["recon"] == [None]
+    assert {0.0, 1.0} <= set(delta_masks("corner", ["recon"] * 30)["recon"])
+    assert set(delta_masks("corner", ["adversarial_recon"])["adversarial_recon"]) == {None}
     values = torch.tensor(anywhere["stochastic_recon"])
     assert values.min() >= 0
     assert values.max() <= 1

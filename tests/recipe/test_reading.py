@@ -134,6 +134,11 @@ MISTAKES = [
         'stochastic_recon = 1\ndelta_masks = "forward"',
         "19: [losses] delta_masks = 'forward' draws the delta's masks, and [slices] delta = false",
     ),
+    (
+        "faithfulness = 1",
+        'faithfulness = 1\ndelta_masks = "all"',
+        "19: [losses] delta_masks = 'all': expected one of 'position', 'forward', 'corner'",
+    ),
     ("d_model = 16", "d_model = 16\nheads = 3", "5: [target] heads = 3 does not divide d_model = 16"),
     (
         "d_model = 16",
@@ -483,3 +488,11 @@ def test_a_directory_may_be_called_like_a_shipped_recipe(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "smollm2").mkdir()
     assert load_recipe("smollm2").recipe.name == "smollm2"
+
+
+@pytest.mark.parametrize(("how", "losses"), [("forward", "recon"), ("corner", "adversarial_recon")])
+def test_delta_masks_need_a_loss_that_draws_them(how: str, losses: str) -> None:
+    chosen = [f"losses.{name}=0" for name in ("recon", "recon_partial", "stochastic_recon_partial")]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("smollm2-facts", [*chosen, f"losses.{losses}=1", f"losses.delta_masks={how}"])
+    assert f"[losses] delta_masks = '{how}' is for " in caught.value.message
