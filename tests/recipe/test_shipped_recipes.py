@@ -26,7 +26,7 @@ PAPER = {
         "layers": 2,
         "heads": 1,
         "d_model": 16,
-        "positions": "before",
+        "positions": "after",
         "layer_norm": False,
         "feed_forward": False,
         "vocabulary": 128,
