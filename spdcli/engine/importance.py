@@ -6,6 +6,7 @@ Eq. 4 reads `g = σ_H(γ_c(x̄_n))`. The kinds of γ and of what it reads are ro
     vector     one MLP γ_c a slice on the whole input x
     shared     one MLP for all slices of a matrix
     attention  Algorithm 1: attention over the sequence makes x̄ of x, then one MLP γ_c a slice
+    global     one transformer reads every matrix's x, then one linear map a slice (`global_importance.py`)
 
 `Importances` gives the values before the sigmoid, `[B, T, C]` a matrix; `leaky_hard_sigmoid` is σ_H, which makes
 importances g of them. Letters: M matrices, B sequences, T positions, I d_in, C slices, G gate width.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from spdcli.engine.attention import importance_attention
 from spdcli.engine.gates import scalar_gates, vector_gates
+from spdcli.engine.global_importance import GlobalTransformer, at_unit_size
 from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 LEAK = 0.01
@@ -71,8 +73,9 @@ class ImportanceSettings:
 
     `kind` is a key of `tables.IMPORTANCE_FUNCTIONS`; so are `activation`, `normalise`, `relative`, `relative_start` and
     `backend` of the tables of their names. Importances start around `gate_bias`, `gate_spread` times as far apart as
-    unit-variance weights would put them. `relative`, `relative_start`, `causal` and `backend` are for attention alone,
-    as is `length`, the longest sequence (T) that its position tables cover.
+    unit-variance weights would put them. `relative`, `relative_start` and `backend` are for attention alone, as is
+    `length`, the longest sequence (T) that its position tables cover; `layers`, `width` and `heads` are for the global
+    transformer, whose MLPs have `gate_width` hidden units; `causal` is for both.
     """
 
     kind: str
@@ -85,6 +88,9 @@ class ImportanceSettings:
     relative_start: str = "zero"
     causal: bool = False
     backend: str = "auto"
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
     length: int = 0
 
 
@@ -159,6 +165,20 @@ class SharedGates(_Gates):
         return self.act(x @ self.w1 + self.b1) @ w2 + b2
 
 
+class Readout(_Gates):
+    """One linear map a slice on what the global transformer gives. Its parameters: w2 `[D, C]`, b2 `[C]`."""
+
+    def __init__(self, width: int, slices: int, settings: ImportanceSettings) -> None:
+        super().__init__()
+        self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
+        self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
+
+    def forward(self, h: Tensor, alive: Tensor) -> Tensor:
+        """h `[B, T, D]` and which slices are left, `[C]`, to `[B, T, C]`."""
+        w2, b2 = self.last_layer(alive)
+        return h @ w2 + b2
+
+
 class AttentionMixer(nn.Module):
     """Lines 1 to 5 of Algorithm 1, for M matrices of one input width at once: x to x̄ of Eq. 4.
 
@@ -224,8 +244,10 @@ class Importances(nn.Module):
         self.mixers = nn.ModuleDict(
             {str(width): AttentionMixer(len(group), width, settings) for width, group in self.groups.items()}
         )
+        self.joint = GlobalTransformer(widths, settings) if self.function.joint else None
         gates, times = self.function.load(), 2 if self.function.attends else 1
-        self.gates = nn.ModuleDict({_key(name): gates(times * widths[name], slices[name], settings) for name in widths})
+        reads = {name: settings.width if self.function.joint else times * width for name, width in widths.items()}
+        self.gates = nn.ModuleDict({_key(name): gates(reads[name], slices[name], settings) for name in widths})
 
     def forward(
         self, inputs: dict[str, Tensor], read: dict[str, Tensor], valid: Tensor | None = None
@@ -233,7 +255,7 @@ class Importances(nn.Module):
         """The gates' values before the sigmoid σ_H, `[B, T, C]` a matrix.
 
         `inputs[m]` is the matrix's input `[B, T, I]` in the target; `read[m]` is `U` `[I, C]`, which scalar gates use.
-        `valid` `[B, T]` is False at padding, which attention does not see; None where there is none.
+        `valid` `[B, T]` is False at padding, which no attention sees; None where there is none.
         """
         x = {name: self._prepared(name, inputs[name]) for name in self.names}
         if self.function.reads_inner:
@@ -241,6 +263,8 @@ class Importances(nn.Module):
         for width, group in self.groups.items():
             x_bar = self.mixers[str(width)](torch.stack([x[name] for name in group]), valid)
             x.update(zip(group, x_bar.unbind(0), strict=True))
+        if self.joint is not None:
+            x = dict.fromkeys(self.names, self.joint(x, valid))
         return {n: self.gates[_key(n)](x[n], self.alive[_key(n)]) for n in self.names}
 
     def prune(self, frequent: dict[str, Tensor]) -> None:
@@ -252,7 +276,7 @@ class Importances(nn.Module):
         if self.bases:
             x = x @ self.bases[_key(name)].t()
         if self.settings.normalise == "rms":
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+            x = at_unit_size(x)
         return x
 
 

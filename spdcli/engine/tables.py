@@ -236,12 +236,14 @@ class ImportanceFunction(Choice):
 
     `code` builds the gates of one matrix, from the width of what they read, C and the settings. `reads_inner`: they
     read the inner activations x U instead of the matrix's input x. `attends`: Algorithm 1 mixes positions first, so
-    that gates read 2 d_in numbers. `spans`: they can read coordinates in the span of a fixed set of data (basis span).
+    that gates read 2 d_in numbers. `joint`: a transformer of all matrices' inputs comes first, and gates read what it
+    gives, of a width of its own. `spans`: they can read coordinates in the span of a fixed set of data (basis span).
     `benchmarked`: `spd bench importance` times it.
     """
 
     reads_inner: bool = False
     attends: bool = False
+    joint: bool = False
     spans: bool = False
     benchmarked: bool = True
 
@@ -260,6 +262,13 @@ IMPORTANCE_FUNCTIONS: dict[str, ImportanceFunction] = {
         "attention over the sequence, then one MLP a slice (Eq. 4, Algorithm 1)",
         "spdcli.engine.importance:VectorGates",
         attends=True,
+    ),
+    "global": ImportanceFunction(
+        "one transformer that reads the inputs of all matrices, then one linear map a slice",
+        "spdcli.engine.importance:Readout",
+        joint=True,
+        spans=True,
+        benchmarked=False,
     ),
 }
 

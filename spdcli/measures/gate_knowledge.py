@@ -77,6 +77,10 @@ def blind_gates(decomposition: Decomposition) -> Iterator[None]:
 def without_context(data: CircuitData) -> dict[str, Tensor]:
     """Importances `[B, T, C]` a matrix from each position's own input."""
     inputs = {name: data.clean.inputs[name] for name in data.decomposition.names}
+    if data.decomposition.importances.joint is not None:  # a sequence of its own for every position
+        shape = data.clean.batch.tokens.shape
+        alone = {name: x.flatten(0, 1)[:, None] for name, x in inputs.items()}
+        return {name: g.unflatten(0, shape)[:, :, 0] for name, g in data.decomposition.importance(alone)[0].items()}
     with blind_gates(data.decomposition):
         return data.decomposition.importance(inputs)[0]
 

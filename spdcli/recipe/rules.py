@@ -100,6 +100,16 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _global_heads_fit(recipe: Sections) -> Iterator[Contradiction]:
+    importance = recipe["importance"]
+    heads, width = importance["heads"], importance["width"]
+    if IMPORTANCE_FUNCTIONS[importance["kind"]].joint and width % (2 * heads):
+        yield Contradiction(
+            ("importance.width", "importance.heads"),
+            f"[importance] width = {width} is no multiple of twice the heads = {heads}: a head's coordinates are pairs",
+        )
+
+
 def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
     init, kind = recipe["slices"]["init"], recipe["target"]["kind"]
     start = STARTS[init]
@@ -248,6 +258,7 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _heads_divide_width,
     _s_fits_between,
     _span_fits,
+    _global_heads_fit,
     _start_fits,
     _targeted_fits,
     _local_start_fits,

@@ -171,7 +171,8 @@ class Importance(Section):
         description="Which importance function (Table 4: attention, Figure 6: vector)."
     )
     gate_width: Positive = Field(
-        description="Hidden units of the MLP that tells a slice's importance (D_gate; Table 4: 16, Figure 6: 64)."
+        description="Hidden units of the MLP that tells a slice's importance (D_gate; Table 4: 16, Figure 6: 64); "
+        "kind = 'global': of the MLP in each of its layers."
     )
     activation: Annotated[str, OneOf(ACTIVATIONS)] = Field(
         "gelu", description="The MLP's activation function. Open in the paper."
@@ -197,10 +198,15 @@ class Importance(Section):
     )
     causal: bool = Field(
         False,
-        description="kind = 'attention': hide later positions. Algorithm 1's 2s offsets look both ways.",
+        description="kind = 'attention' and 'global': hide later positions. Algorithm 1's 2s offsets look both ways.",
     )
     backend: Annotated[str, OneOf(BACKENDS)] = Field(
         "auto", description="kind = 'attention': which kernel computes line 4 of Algorithm 1; the result is the same."
+    )
+    layers: Positive = Field(2, description="kind = 'global': layers of the transformer. Not in the paper.")
+    width: Positive = Field(64, description="kind = 'global': its width. Not in the paper.")
+    heads: Positive = Field(
+        4, description="kind = 'global': attention heads of a layer; width is a multiple of twice their number."
     )
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from twins import attention_loop, close, gradients
+from twins import Watch, attention_loop, close, gradients
 
 from spdcli.engine.importance import Importances, ImportanceSettings, leaky_hard_sigmoid, span_basis
 from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
@@ -20,7 +20,8 @@ KINDS = sorted(IMPORTANCE_FUNCTIONS)
 
 def build(kind, **settings):
     torch.manual_seed(0)
-    settings = ImportanceSettings(**{"kind": kind, "gate_width": 3, "length": LONGEST} | settings)
+    small = {"kind": kind, "gate_width": 3, "length": LONGEST, "width": 8, "heads": 2, "layers": 2}
+    settings = ImportanceSettings(**small | settings)
     return Importances(WIDTHS, SLICES, settings).double()
 
 
@@ -39,10 +40,52 @@ def gate_loop(gate, c, read, activation):
     return act(read @ gate.w1[:, own] + gate.b1[own]) @ gate.w2[:, c] + gate.b2[c]
 
 
+def turn_loop(x):
+    """A head's coordinates `[T, K]`: k and k + K/2 are a point in a plane, turned by t / 10000^(2 k / K) radians."""
+    half = x.shape[-1] // 2
+    points = torch.complex(x[:, :half], x[:, half:])
+    turns = torch.tensor([[t / 10000 ** (k / half) for k in range(half)] for t in range(len(x))], dtype=torch.float64)
+    points = points * torch.polar(torch.ones_like(turns), turns)
+    return torch.cat([points.real, points.imag], -1)
+
+
+def unit(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def transformer_loop(joint, inputs, activation, causal, valid):
+    """The global transformer, a sequence, a head and a query at a time; keys that are padding are left out."""
+    act = getattr(F, activation)
+    h = sum(unit(x) @ joint.embeddings[name.replace(".", "/")] for name, x in inputs.items()) / len(inputs) ** 0.5
+    for layer in joint.layers:
+        mixed = []
+        for b in range(B):
+            heads = []
+            for part in (unit(h[b]) @ layer.qkv).split(h.shape[-1] // layer.heads, -1):
+                heads.append(part)
+            q, k, v = heads[: layer.heads], heads[layer.heads : 2 * layer.heads], heads[2 * layer.heads :]
+            own = []
+            for q_head, k_head, v_head in zip(map(turn_loop, q), map(turn_loop, k), v, strict=True):
+                rows = []
+                for i in range(T):
+                    keys = [j for j in range(T) if (j <= i if causal else valid is None or valid[b, j])]
+                    weights = (k_head[keys] @ q_head[i] / q_head.shape[-1] ** 0.5).softmax(0)
+                    rows.append(weights @ v_head[keys])
+                own.append(torch.stack(rows))
+            mixed.append(torch.cat(own, -1))
+        h = h + torch.stack(mixed) @ layer.out
+        h = h + act(unit(h) @ layer.w1 + layer.b1) @ layer.w2
+    return unit(h)
+
+
 def slow(importances, inputs, read, kind, activation, causal, valid):
     """Eq. 4 and its simpler kin, for one slice at one position at a time."""
     act = getattr(F, activation)
     out = {}
+    if kind == "global":
+        h = transformer_loop(importances.joint, inputs, activation, causal, valid)
+        gates = {name: importances.gates[name.replace(".", "/")] for name in WIDTHS}
+        return {name: h @ gate.w2 + gate.b2 for name, gate in gates.items()}
     for name in WIDTHS:
         x, gate = inputs[name], importances.gates[name.replace(".", "/")]
         if kind == "attention":
@@ -65,7 +108,12 @@ def slow(importances, inputs, read, kind, activation, causal, valid):
     return out
 
 
-CASES = [(kind, "scalar", False) for kind in KINDS] + [("attention", "query", False), ("attention", "query", True)]
+CASES = [
+    *((kind, "scalar", False) for kind in KINDS),
+    ("attention", "query", False),
+    ("attention", "query", True),
+    ("global", "scalar", True),
+]
 
 
 @pytest.mark.parametrize(("kind", "relative", "causal"), CASES)
@@ -146,6 +194,42 @@ def test_without_attention_a_position_sees_itself_alone(kind):
 def test_attention_sees_the_whole_sequence_or_what_came_before():
     assert reach(build("attention"), 2) == [True] * 5
     assert reach(build("attention", causal=True), 2) == [False, False, True, True, True]
+
+
+def test_the_global_transformer_sees_all_positions_and_all_matrices():
+    assert reach(build("global"), 2) == [True] * 5
+    assert reach(build("global", causal=True), 2) == [False, False, True, True, True]
+    inputs, read = data()
+    before = build("global")(inputs, read)
+    inputs["h.1.c"] = inputs["h.1.c"] + torch.randn(4, dtype=torch.float64)
+    after = build("global")(inputs, read)
+    assert all((before[name] != after[name]).all() for name in WIDTHS)
+
+
+def test_the_global_transformer_knows_offsets_and_no_places():
+    """Ten times the same input: a query's surroundings are alike but for how far the ends are, and heads see that."""
+    importances = build("global", layers=1)
+    x = {name: torch.randn(1, 1, width, dtype=torch.float64) for name, width in WIDTHS.items()}
+    other = {name: torch.randn(1, 1, width, dtype=torch.float64) for name, width in WIDTHS.items()}
+    alike = {name: torch.cat([x[name]] * 3 + [other[name]] + [x[name]] * 3, 1) for name in WIDTHS}
+    values = importances(alike, {})["h.0.a"][0]
+    assert (values[2] - values[4]).abs().max() > 1e-3  # before and after the other are not the same
+    shifted = {name: torch.cat([x[name]] * 2 + [other[name]] + [x[name]] * 4, 1) for name in WIDTHS}
+    causal = build("global", layers=1, causal=True)
+    first = {name: values[:, 3:] for name, values in alike.items()}
+    second = {name: values[:, 2:6] for name, values in shifted.items()}
+    close(causal(first, {})["h.0.a"], causal(second, {})["h.0.a"])
+
+
+def test_the_global_transformer_keeps_nothing_of_the_square_of_the_length():
+    importances = Importances({"m": 8}, {"m": 4}, ImportanceSettings("global", 8, width=8, heads=2)).double()
+    length, widest = 2048, 3 * 8
+    x = {"m": torch.randn(1, length, 8, dtype=torch.float64)}
+    valid = torch.arange(length)[None] < 2000
+    for padding in (None, valid):
+        with Watch() as watch:
+            importances(x, {}, padding)["m"].sum().backward()
+        assert watch.largest < 16 * length * widest * 8 < length**2 * 8
 
 
 def test_a_local_start_halves_the_log_weight_at_each_step_away():

@@ -115,6 +115,8 @@ CASES = [
     ("toy with everything", "scalar", "delta on"),
     ("gpt2 split", "vector", "delta on, routed"),
     ("llama", "scalar", "smooth"),
+    ("toy", "global", "last"),
+    ("llama", "global", "all"),
     ("llama", "vector", "delta on"),
 ]
 

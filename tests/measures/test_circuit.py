@@ -12,7 +12,7 @@ from spdcli.measures.circuit_data import circuit_data, has_circuit
 from spdcli.measures.circuit_identity import identity
 from spdcli.measures.circuit_offsets import by_offset, offset_profiles
 from spdcli.measures.evaluation import evaluate_without_circuit
-from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance
+from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance, without_context
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import toy_subject
 
@@ -246,6 +246,19 @@ def test_blind_gates_are_those_that_may_attend_to_themselves_alone(tmp_path, rel
     assert any(not torch.allclose(changed[name], data.g[name], atol=1e-2) for name in ALL)
     again, _ = data.decomposition.importance(data.clean.inputs)
     assert all(torch.equal(again[name], data.g[name]) for name in ALL)  # their sight is back
+
+
+def test_global_gates_that_are_blind_see_their_own_position_alone(tmp_path):
+    data = small_circuit(tmp_path, "importance.kind=global")
+    expected = {name: torch.empty_like(g) for name, g in data.g.items()}
+    for b, t in torch.cartesian_prod(*map(torch.arange, data.clean.batch.tokens.shape)).tolist():
+        alone = {name: x[b : b + 1, t : t + 1] for name, x in data.clean.inputs.items()}
+        for name, g in data.decomposition.importance(alone)[0].items():
+            expected[name][b, t] = g[0, 0]
+    blind = without_context(data)
+    for name, g in expected.items():
+        torch.testing.assert_close(blind[name], g)
+    assert any((blind[name] != data.g[name]).any() for name in expected)
 
 
 def test_gates_without_attention_are_blind_already(tmp_path):

@@ -88,7 +88,7 @@ MISTAKES = [
     (
         'kind = "attention"',
         'kind = "Vektor"',
-        "15: [importance] kind = 'Vektor': expected one of 'scalar', 'vector', 'shared', 'attention'"
+        "15: [importance] kind = 'Vektor': expected one of 'scalar', 'vector', 'shared', 'attention', 'global'"
         " (did you mean 'vector'?)",
     ),
     ('kind = "induction"', "", "2: [target] missing key 'kind' (one of 'huggingface', 'induction', 'module')"),
@@ -108,6 +108,11 @@ MISTAKES = [
         "faithfulness = 1",
         'faithfulness = 1\npenalty = "smooth_l0"\ngamma_final = 2',
         "20: [losses] gamma_final = 2 is above gamma_start = 1.0; gamma is annealed downwards",
+    ),
+    (
+        'kind = "attention"',
+        'kind = "global"\nheads = 3',
+        "16: [importance] width = 64 is no multiple of twice the heads = 3: a head's coordinates are pairs",
     ),
     (
         "faithfulness = 1",
@@ -181,7 +186,7 @@ def test_a_mistake_is_told_with_its_line(old: str, new: str, expected: str, tmp_
 
 def test_span_needs_vector_gates_and_fixed_prompts(tmp_path: Path) -> None:
     assert complaints(tmp_path, VALID.replace("gate_width = 16", 'gate_width = 16\nbasis = "span"')) == [
-        "17: [importance] basis = 'span' is for kind = 'vector', not 'attention'",
+        "17: [importance] basis = 'span' is for kind = 'vector' or 'global', not 'attention'",
         "17: [importance] basis = 'span' needs a fixed set of prompts; the induction toy draws new sequences",
     ]
 
