@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -211,6 +211,26 @@ def matrix_inputs(subject: Subject, tokens: Tensor, names: Sequence[str]) -> tup
     return {name: inputs[subject.target.matrices[name].module] for name in names}, logits
 
 
+def heard(subject: Subject, tokens: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What the matrices `names` give on tokens `[1, n]`, `[n, O]`, and the hidden states `[n, D]` before every block
+    and after the last one, with whatever is swapped in at the time."""
+    gave: dict[nn.Module, Tensor] = {}
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        gave[module] = output[0]
+
+    def enter(module: nn.Module, args: tuple, output: Tensor) -> None:
+        states.append(args[0][0])
+        if module is subject.target.blocks[-1]:
+            states.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    matrices = [subject.target.matrices[name] for name in names]
+    with hooks({matrix.module: keep for matrix in matrices} | dict.fromkeys(subject.target.blocks, enter)):
+        subject.logits(tokens)
+    return {matrix.name: gave[matrix.module][:, slice(*matrix.columns)] for matrix in matrices}, states
+
+
 Masks = Mapping[str, tuple[Tensor, Tensor, Tensor]]
 
 
@@ -254,6 +274,7 @@ def one_by_one(
     sequence is one run of the whole model, without padding. A loss is the mean over its variants and positions."""
     target, batch = subject.target, subject.batch
     divergences: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
+    hidden_errors: dict[Variant, list[Tensor]] = {variant: [] for variant in variants}
     costs = []
     penalty = {
         "power": lambda g, p: (g + settings.epsilon) ** p - settings.epsilon**p,
@@ -263,6 +284,7 @@ def one_by_one(
         real = batch.valid[b]
         tokens = batch.tokens[b, real][None]
         inputs, logits = matrix_inputs(subject, tokens, decomposition.names)
+        clean_outputs, clean_states = heard(subject, tokens, decomposition.names)
         log_p = logits.log_softmax(-1)
         lower, upper = decomposition.importance(inputs)
         costs.append(torch.cat([penalty(g[0], p) for g in upper.values()], -1))
@@ -283,12 +305,30 @@ def one_by_one(
                 masks[name] = (m, d, where)
             with swapped(target, decomposition, masks):
                 log_q = subject.logits(tokens).log_softmax(-1)
+                if variant.hidden:
+                    outputs, states = heard(subject, tokens, variant.matrices)
+                    if settings.hidden_at == "matrix":
+                        gaps = {name: (outputs[name] - clean_outputs[name]).norm(dim=-1) for name in masks}
+                        errors = [
+                            (gaps[name] / clean_outputs[name].norm(dim=-1))[where]
+                            for name, (_, _, where) in masks.items()
+                        ]
+                    else:
+                        errors = [
+                            (states[at + 1] - clean_states[at + 1]).norm(dim=-1)
+                            / (clean_states[at + 1] - clean_states[variant.entry]).norm(dim=-1)
+                            for at in {target.matrices[name].block for name in variant.matrices}
+                        ]
+                    hidden_errors[variant].append(torch.cat(errors).square())
             first, second = (log_q, log_p) if settings.reverse_kl else (log_p, log_q)
             divergence = (first.exp() * (first - second)).sum(-1)
             divergences[variant].append(divergence[batch.looked[b, real]])
     by_loss = defaultdict(list)
     for variant, pieces in divergences.items():
-        by_loss[variant.loss].append(torch.cat(pieces).mean())
+        if variant.compares_outputs:
+            by_loss[variant.loss].append(torch.cat(pieces).mean())
+        if variant.hidden:
+            by_loss[variant.hidden].append(torch.cat(hidden_errors[variant]).mean())
     losses = {loss: torch.stack(values).mean() for loss, values in by_loss.items()}
     often = torch.cat(costs).mean(0)  # of every slice of every matrix
     losses["minimality"] = often.sum()

@@ -17,7 +17,7 @@ from spdcli.engine.tables import BACKENDS, IMPORTANCE_FUNCTIONS, LOSSES, losses_
 MAX_BATCH, LONG, LONG_BATCH = 64, 10240, 4  # Table 2: batch 64, and 4 at length 10240
 CASE_SECONDS = 10.0  # that the measured steps of one case of Table 2 may take in all, if they are more than one
 DEFAULT_TOKENS = 4096  # in a batch of Table 2, unless --batch says otherwise: what two cores do in a moment
-RECONSTRUCTION = losses_where(lambda loss: loss.in_grid and not loss.ascended)  # the paper's grid
+RECONSTRUCTION = losses_where(lambda loss: loss.of_outputs and not loss.ascended)  # the paper's grid
 ALL_LOSSES = tuple(f"losses.{name}=1" for name in RECONSTRUCTION)
 EVERY = {6: "six"}.get(len(RECONSTRUCTION), str(len(RECONSTRUCTION)))  # how many losses the paper's grid has, in words
 TOY = ("importance.kind=vector",)  # on induction.toml: 6 matrices, C 100, gate width 16, the losses of Table 4

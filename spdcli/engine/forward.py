@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spdcli.engine.hidden import HiddenWatch, last_block
 from spdcli.engine.losses import unembed_kl
 from spdcli.engine.product import MaskedRows, replaced_product
 from spdcli.engine.subcomponents import SliceSet
@@ -31,10 +32,10 @@ from spdcli.engine.variants import Piece, Variant
 class Clean:
     """What the target does on a batch of B sequences of T positions.
 
-    `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got,
-    `inputs[m]` `[B, T, I]` what matrix m reads, `log_probs` `[n, N]` the target's predictions at the n positions
-    looked at, which `at` has. `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities; the list is empty
-    unless `clean_pass` was told to keep them.
+    `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got, `exit` `[B,
+    T, D]` leaves the last one, `inputs[m]` `[B, T, I]` is what matrix m reads, `log_probs` `[n, N]` are the target's
+    predictions at the n positions looked at, which `at` has. `patterns[b]` `[B, H, T, T]` are block b's attention log-
+    probabilities; the list is empty unless `clean_pass` was told to keep them.
     """
 
     batch: Batch
@@ -42,6 +43,7 @@ class Clean:
     calls: list[tuple[tuple, dict]]
     inputs: dict[str, Tensor]
     log_probs: Tensor
+    exit: Tensor
     patterns: list[Tensor] = field(default_factory=list)
 
     @property
@@ -82,7 +84,7 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
         for handle in handles:
             handle.remove()
     log_probs = _logits_at(target, last[0], batch.looked_at.spots).log_softmax(-1)
-    return Clean(batch, entries, calls, inputs, log_probs, recorded)
+    return Clean(batch, entries, calls, inputs, log_probs, last[0], recorded)
 
 
 def _logits_at(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:
@@ -106,10 +108,13 @@ def hidden_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def replaced(target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows]) -> Iterator[None]:
+def replaced(
+    target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows], watch: HiddenWatch | None = None
+) -> Iterator[None]:
     """While open, the modules of the matrices in `masks` answer with masked slices on the rows that have masks.
 
-    Their input is `[R, T, I]` then, and their output `[R, T, O]`; other rows get the target's own.
+    Their input is `[R, T, I]` then, and their output `[R, T, O]`; other rows get the target's own. `watch` is told what
+    they give.
     """
     parts: dict[nn.Module, list[Matrix]] = {}
     for matrix in target.matrices.values():
@@ -118,7 +123,7 @@ def replaced(target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows]) 
 
     def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            outputs = [_part_output(x, matrix, slices, masks) for matrix in parts[module]]
+            outputs = [_part_output(x, matrix, slices, masks, watch) for matrix in parts[module]]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
         return forward
@@ -132,10 +137,15 @@ def replaced(target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows]) 
             module.__dict__.pop("forward", None)
 
 
-def _part_output(x: Tensor, matrix: Matrix, slices: SliceSet, masks: Mapping[str, MaskedRows]) -> Tensor:
+def _part_output(
+    x: Tensor, matrix: Matrix, slices: SliceSet, masks: Mapping[str, MaskedRows], watch: HiddenWatch | None
+) -> Tensor:
     if matrix.name in masks:
         own = slices.of(matrix.name)
-        return replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name])
+        out = replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name])
+        if watch is not None:
+            watch.matrix(matrix, out)
+        return out
     out = x @ matrix.weight
     return out if matrix.bias is None else out + matrix.bias
 
@@ -162,20 +172,23 @@ def plan_pass(
     chunk: Sequence[Piece],
     masks: Mapping[str, MaskedRows],
     ends: bool = False,
+    watch: HiddenWatch | None = None,
 ) -> Tensor:
     """Hidden states after the last block, `[R, T, D]`, of all rows of a chunk, in the order of its pieces.
 
     `masks[m]` are the masks of matrix m, which `masks.chunk_masks` makes. With `ends`, and a target that can, the
-    answer is that of the last position alone, `[R, 1, D]`.
+    answer is that of the last position alone, `[R, 1, D]`. `watch` is told what replaced matrices and blocks give; a
+    chunk without a loss of outputs goes no further than its hidden losses look, and that is what is given.
     """
+    last = max(last_block(target, piece.variant) for piece in chunk)
     device = clean.batch.tokens.device
     sequences = len(clean.batch.tokens)
     rows = [torch.arange(piece.start, piece.stop, device=device) for piece in chunk]
     index = torch.cat(rows)
     alive = 0
     hidden = clean.entries[0][:0]
-    with replaced(target, slices, masks):
-        for number in range(chunk[0].variant.entry, len(target.blocks)):
+    with replaced(target, slices, masks, watch):
+        for number in range(chunk[0].variant.entry, last + 1):
             entering = sum(len(piece) for piece in chunk if piece.variant.entry == number)
             if entering:
                 fresh = clean.entries[number].index_select(0, index[alive : alive + entering])
@@ -186,6 +199,8 @@ def plan_pass(
             if ends and target.last_block is not None and number == len(target.blocks) - 1:
                 block = target.last_block
             hidden = hidden_of(block(hidden, *args, **kwargs))
+            if watch is not None:
+                watch.block(number, hidden)
     return hidden
 
 

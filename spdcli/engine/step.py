@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spdcli.engine.adversary import Attack, Consume, attacked
 from spdcli.engine.forward import Clean, plan_pass, recording, row_divergences
+from spdcli.engine.hidden import hidden_watch
 from spdcli.engine.losses import (
     RECONSTRUCTION,
     Pairs,
@@ -69,6 +70,7 @@ class LossSettings:
     layerwise_matrices: int | None = None
     faithfulness_probes: int | None = None
     half: bool = False
+    hidden_at: str = "matrix"
     delta_mask: float | None = None
     delta_masks: str = "position"
     attack: Attack = field(default_factory=Attack)
@@ -100,16 +102,16 @@ class LossSettings:
         return annealed_value(step, steps, self.p_start, self.p_final) if self.anneal_p else self.p_start
 
 
-def row_costs(target: Target, slices: SliceSet, positions: int) -> list[float]:
+def row_costs(target: Target, slices: SliceSet, positions: int, hidden: bool = False) -> list[float]:
     """Bytes that a row entering at block b, of so many `positions`, keeps for backward: element b of the list.
 
-    It is an estimate, from the widths of the matrices from block b on.
+    It is an estimate, from the widths of the matrices from block b on; with `hidden` their outputs are compared too.
     """
     size = target.unembedding.element_size()
     width = target.unembedding.shape[1]
     per_block = [16.0 * width + 2 * positions for _ in target.blocks]
     for name, matrix in target.matrices.items():
-        per_block[matrix.block] += 2 * matrix.d_in + 3 * matrix.d_out
+        per_block[matrix.block] += 2 * matrix.d_in + (4 if hidden else 3) * matrix.d_out
         if name in slices.names:
             per_block[matrix.block] += 4 * slices.of(name).U.shape[1]
     return [size * positions * sum(per_block[block:]) for block in range(len(per_block))]
@@ -127,6 +129,8 @@ def reconstruction(
     reverse: bool = False,
     attend: Callable[[Variant, Tensor], Tensor] | None = None,
     half: bool = False,
+    look: Callable[[Variant, slice, Tensor], Tensor | None] | None = None,
+    hidden_at: str = "matrix",
 ) -> None:
     """Run all `variants` on the batch of a clean pass, in chunks of at most `budget` bytes, and hand over their KLs.
 
@@ -138,21 +142,33 @@ def reconstruction(
     activations exist at a time; None sends nothing.
 
     `attend(variant, error)` gets likewise the attention errors of the variants of ATTENDED losses (see
-    `attention_errors`). With `half` the blocks multiply in bfloat16.
+    `attention_errors`), and `look(variant, sequences, errors)` the errors `[n]` of hidden activations at `hidden_at`, a
+    key of `tables.HIDDEN_SITES`, of the variants of hidden losses (see `hidden.HiddenWatch.errors`), which need no KL.
+    With `half` the blocks multiply in bfloat16.
     """
     sequences, positions = clean.batch.tokens.shape
-    for chunk in chunks(variants, sequences, row_costs(target, slices, positions), budget):
+    states = [*clean.entries, clean.exit]
+    for chunk in chunks(variants, sequences, row_costs(target, slices, positions, look is not None), budget):
         masks = chunk_masks(chunk, slices, g, noise)
+        watch = None
+        if look is not None:
+            watch = hidden_watch(hidden_at, target, clean.inputs, states, clean.batch.valid, chunk)
         narrow = torch.autocast(target.device.type, torch.bfloat16) if half else nullcontext()
         with recording(target, attend is not None) as patterns, narrow:
-            hidden = plan_pass(target, slices, clean, chunk, masks, ends=clean.at.ends and attend is None)
-        hidden = hidden.to(target.unembedding.dtype)
-        terms = [
-            consume(piece.variant, slice(piece.start, piece.stop), divergence)
-            for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)
-        ]
+            ends = clean.at.ends and attend is None and look is None
+            hidden = plan_pass(target, slices, clean, chunk, masks, ends, watch)
+        terms = []
+        if any(piece.variant.compares_outputs for piece in chunk):
+            hidden = hidden.to(target.unembedding.dtype)
+            terms += [
+                consume(piece.variant, slice(piece.start, piece.stop), divergence)
+                for piece, divergence in zip(chunk, row_divergences(target, clean, chunk, hidden, reverse), strict=True)
+                if piece.variant.compares_outputs
+            ]
         if attend is not None:
             terms += [attend(v, error) for v, error in attention_errors(clean, chunk, patterns)]
+        if look is not None and watch is not None:
+            terms += [look(*error) for error in watch.errors()]
         if terms[0] is not None:
             torch.stack(terms).sum().backward()  # type: ignore[arg-type]
 
@@ -309,6 +325,10 @@ def _plan_terms(
     def attend(variant: Variant, error: Tensor) -> Tensor:
         return add("attention", error * (variant.weight / sequences))
 
+    def look(variant: Variant, part: slice, errors: Tensor) -> Tensor:
+        assert variant.hidden is not None
+        return add(variant.hidden, errors.sum() * (variant.weight / sequences))
+
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     shape = (sequences, clean.batch.tokens.shape[1])
     variants = draw_variants(
@@ -325,10 +345,20 @@ def _plan_terms(
     if any(name in ASCENDED for name in losses):
         kept = {} if kept is None else kept
         variants = _attacked(target, decomposition, clean, variants, leaves, settings, noise, budget, kept)
-    watch = attend if attention > 0 else None
-    reverse = settings.reverse_kl
     reconstruction(
-        target, decomposition, clean, variants, leaves, noise, budget, consume, reverse, watch, settings.half
+        target,
+        decomposition,
+        clean,
+        variants,
+        leaves,
+        noise,
+        budget,
+        consume,
+        settings.reverse_kl,
+        attend if attention > 0 else None,
+        settings.half,
+        look if any(variant.hidden for variant in variants) else None,
+        settings.hidden_at,
     )
     return sums
 

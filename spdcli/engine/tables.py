@@ -71,6 +71,7 @@ class Loss:
     SOURCES, on the matrices of `scope`, a key of SCOPES; both are None for a loss of another kind. `holds`: it holds
     slices to the target, so that a recipe needs one such. `reported`: `spd eval` measures it. `compared`: it has a
     column in the table of `spd compare`. `attended`: the attention loss compares its variants' attention patterns.
+    `hidden_of`: it compares hidden activations and not outputs, in the variants of the loss of that name.
     """
 
     name: str
@@ -82,10 +83,12 @@ class Loss:
     reported: bool = False
     compared: bool = False
     attended: bool = False
+    hidden_of: str | None = None
 
     @property
     def in_grid(self) -> bool:
-        """Whether it is a reconstruction loss: a KL of variants of the target."""
+        """Whether it is a reconstruction loss: it compares variants of the target with it, by the KL of their outputs
+        or by hidden activations."""
         return self.scope is not None
 
     @property
@@ -97,6 +100,25 @@ class Loss:
     def ascended(self) -> bool:
         """Whether its masks are an adversary's."""
         return self.source is not None and SOURCES[self.source].ascended
+
+    @property
+    def of_outputs(self) -> bool:
+        """Whether it is a KL of variants' outputs."""
+        return self.in_grid and self.hidden_of is None
+
+
+def _hidden(loss: Loss) -> Loss:
+    """The hidden loss beside a KL of outputs: of the same variants, at the matrices or blocks that they change."""
+    about = loss.about.replace("KL (nats) to the target", "relative squared error of hidden activations")
+    return Loss(
+        f"hidden_{loss.name}",
+        "not in the paper",
+        about,
+        loss.source,
+        loss.scope,
+        reported=loss.name == "recon",
+        hidden_of=loss.name,
+    )
 
 
 LOSSES: dict[str, Loss] = {
@@ -206,6 +228,18 @@ LOSSES: dict[str, Loss] = {
             holds=False,
         ),
     )
+}
+
+
+LOSSES |= {
+    row.name: row
+    for row in [_hidden(loss) for loss in LOSSES.values() if loss.source and not SOURCES[loss.source].ascended]
+}
+
+# Where hidden losses compare: what listens to a plan pass.
+HIDDEN_SITES: dict[str, Choice] = {
+    "matrix": Choice("what each replaced matrix gives, x W and its bias", "spdcli.engine.hidden:MatrixWatch"),
+    "block": Choice("the hidden state after each block that holds one", "spdcli.engine.hidden:BlockWatch"),
 }
 
 

@@ -32,6 +32,8 @@ class Variant:
     """The target with the `matrices` replaced by their masked slices, as one term of a loss.
 
     `loss`: the name of the loss that its KL is added to, times `weight` (the weights of a loss's variants sum to 1).
+    `hidden`: the name of the loss that its hidden activations' error is added to, times `weight`; None: of none. It is
+    `loss` itself where they are all that is compared.
     `entry`: the number of the first block that holds one of `matrices`; up to there it is the target.
     `source`: where its masks come from: a key of `tables.SOURCES`, or "fixed".
     `routed[m]`: `[B, T]` bool, the positions at which matrix m is replaced; None: everywhere.
@@ -51,6 +53,12 @@ class Variant:
     fixed: Mapping[str, Tensor] | None = None
     delta: float | None = None
     numbers: Mapping[str, Numbers] | None = None
+    hidden: str | None = None
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether its outputs are compared with the target's."""
+        return self.loss != self.hidden
 
 
 def fixed_variant(name: str, masks: Mapping[str, Tensor], blocks: Mapping[str, int], delta: float) -> Variant:
@@ -122,17 +130,23 @@ def draw_variants(
     delta: float | None = None,
     delta_masks: str = "position",
 ) -> list[Variant]:
-    """The variants whose mean KL is each of the reconstruction `losses` (names), ordered by the block they enter at.
+    """The variants whose mean is each of the reconstruction `losses` (names), ordered by the block they enter at.
 
     `blocks[m]` is the block of matrix m; all L matrices in it may be replaced. `shape` is (B, T). A loss whose source
     is sampled has `samples` times as many variants. `subset` and `layerwise` are for the scopes: see `random_subset`
     and `each_alone`. `delta` becomes that of every variant; where it is None, `delta_masks`, a key of
-    `tables.DELTA_MASKS`, says which have one drawn, and how.
+    `tables.DELTA_MASKS`, says which have one drawn, and how. A hidden loss has no
+    variants of its own beside the loss of outputs that it belongs to.
     """
     drawing, draws = Drawing(subset, layerwise, shape, generator), DELTA_MASKS[delta_masks]
     variants = []
-    for name in losses:
+    wanted = list(losses)
+    looked_into = {LOSSES[name].hidden_of: name for name in wanted if LOSSES[name].hidden_of}
+    for name in wanted:
         loss = LOSSES[name]
+        if loss.hidden_of in wanted:
+            continue  # it looks into the variants of that loss
+        hidden = name if loss.hidden_of else looked_into.get(name)
         assert loss.source is not None
         assert loss.scope is not None
         scope, repeats = SCOPES[loss.scope].load(), samples if loss.sampled else 1
@@ -143,7 +157,9 @@ def draw_variants(
             for matrices, routed in selections:
                 entry = min(blocks[matrix] for matrix in matrices)
                 own = draws.load()(generator) if drawn else delta
-                variants.append(Variant(name, loss.source, frozenset(matrices), entry, weight, routed, delta=own))
+                variants.append(
+                    Variant(name, loss.source, frozenset(matrices), entry, weight, routed, delta=own, hidden=hidden)
+                )
     return sorted(variants, key=lambda variant: variant.entry)
 
 

@@ -19,7 +19,8 @@ from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, draw_variants
 
-LOSSES = losses_where(lambda loss: loss.in_grid and loss.reported)
+LOSSES = losses_where(lambda loss: loss.of_outputs and loss.reported)
+HIDDEN = losses_where(lambda loss: loss.hidden_of is not None and loss.reported)
 PLAN_BYTES = 2 * 2**30
 
 
@@ -27,12 +28,13 @@ PLAN_BYTES = 2 * 2**30
 class Evaluation:
     """`spd.eval/1`, as far as it is the same for every target: Table 1, and the active slices of section 6.2.
 
-    Measured on `sequences` sequences of the stream `seed`. A slice is active where its importance is above
-    `threshold`: `unique` counts by matrix the slices that are active anywhere (Table 1b), `total_active` is their sum
-    (section 6.2: 96 of GPT-2 on two prompts), of `total_slices`. `active` counts active slices, by matrix and place.
-    `metrics` are losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight, and
-    `relative_faithfulness` the exact share of W's squared norm that slices leave out, a mean over matrices; the others
-    are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
+    Measured on `sequences` sequences of the stream `seed`. A slice is active where its importance is above `threshold`:
+    `unique` counts by matrix the slices that are active anywhere (Table 1b), `total_active` is their sum (section 6.2:
+    96 of GPT-2 on two prompts), of `total_slices`. `active` counts active slices, by matrix and place. `metrics` are
+    losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight, and `relative_faithfulness`
+    the exact share of W's squared norm that slices leave out, a mean over matrices; `hidden_recon` is the squared error
+    of what matrices give, over that of the target's own, with all of them masked by importances, a mean over matrices
+    and positions; the others are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
     `recon_layerwise_by_matrix` is the KL in nats with that matrix alone replaced, their mean the loss of that name.
     """
 
@@ -111,7 +113,7 @@ class Sums:
         blocks = {name: target.matrices[name].block for name in self.decomposition.names}
         count = len(clean.batch.tokens)
         owner = looked.nonzero()[:, 0]
-        per_sequence = {loss: torch.zeros(count, device=target.device) for loss in LOSSES}
+        per_sequence = {loss: torch.zeros(count, device=target.device) for loss in (*LOSSES, *HIDDEN)}
 
         def consume(variant: Variant, part: slice, divergence: Tensor) -> None:
             rows = owner[(owner >= part.start) & (owner < part.stop)]
@@ -124,13 +126,31 @@ class Sums:
         shape = (count, clean.batch.tokens.shape[1])
         variants = draw_variants(LOSSES, blocks, 1, "forward", shape, torch.Generator())
         reconstruction(target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume)
+        self._compare_hidden(clean, g, per_sequence, blocks)
         for loss, values in per_sequence.items():
             self.reconstruction[loss].add(values)
+
+    def _compare_hidden(
+        self, clean: Clean, g: Mapping[str, Tensor], per_sequence: dict[str, Tensor], blocks: Mapping[str, int]
+    ) -> None:
+        """The hidden losses, a mean over the replaced matrices and positions of every sequence: variants of their own,
+        that need no last block, so that those of Table 1c may end at the last position."""
+
+        def look(variant: Variant, part: slice, errors: Tensor) -> None:
+            assert variant.hidden is not None
+            per_sequence[variant.hidden][part] += variant.weight * errors
+
+        def consume(variant: Variant, part: slice, divergence: Tensor) -> None:
+            raise AssertionError("a hidden loss by itself has no outputs to compare")
+
+        shape = (len(clean.batch.tokens), clean.batch.tokens.shape[1])
+        variants = draw_variants(HIDDEN, blocks, 1, "forward", shape, torch.Generator())
+        reconstruction(self.target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume, look=look)
 
     def totals(self) -> dict[str, Any]:
         """The fields of `Evaluation` but for `seed`, `threshold` and `active`."""
         unique = {name: int(somewhere.sum()) for name, somewhere in self.active_anywhere.items()}
-        means = {loss: self.reconstruction[loss] for loss in LOSSES}
+        means = {loss: self.reconstruction[loss] for loss in (*LOSSES, *HIDDEN)}
         exact = {
             "faithfulness": exact_faithfulness(self.target, self.decomposition).item(),
             "relative_faithfulness": exact_relative_faithfulness(self.target, self.decomposition).item(),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, create_model
 
-from spdcli.engine.tables import DELTA_MASKS, LOSSES, PENALTIES, SUBSETS
+from spdcli.engine.tables import DELTA_MASKS, HIDDEN_SITES, LOSSES, PENALTIES, SUBSETS
 from spdcli.recipe.choices import DIVERGENCES
 from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section
 
@@ -47,6 +47,9 @@ class Losses(Coefficients):
         32768,
         description="frequency: a slice that is active in one of so many positions pays as much there as in "
         "minimality, and log2(1 + m) times as much where it is active m times as often. Not in the paper.",
+    )
+    hidden_at: Annotated[str, OneOf(HIDDEN_SITES)] = Field(
+        "matrix", description="Where the hidden losses compare a variant with the target. Not in the paper."
     )
     last_token_only: bool = Field(
         False,

@@ -43,6 +43,7 @@ def loss_settings(recipe: Recipe) -> LossSettings:
         gamma_final=section.gamma_final,
         frequency_tokens=section.frequency_tokens,
         subset=section.subset,
+        hidden_at=section.hidden_at,
         reverse_kl=section.kl == "variant_to_target",
         layerwise_matrices=section.layerwise_matrices,
         faithfulness_probes=section.faithfulness_probes,

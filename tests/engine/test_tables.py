@@ -41,7 +41,7 @@ def test_sources_and_scopes_are_called_alike():
 
 
 def test_losses_are_cells_of_the_grid_or_of_another_kind():
-    cells = [(loss.source, loss.scope) for loss in LOSSES.values() if loss.in_grid]
+    cells = [(loss.source, loss.scope) for loss in LOSSES.values() if loss.of_outputs]
     papers = [(source, scope) for source in ("importance", "stochastic") for scope in ("all", "each", "subset")]
     assert set(papers) <= set(cells)
     assert len(set(cells)) == len(cells)
@@ -51,7 +51,11 @@ def test_losses_are_cells_of_the_grid_or_of_another_kind():
         assert loss.equation
         assert (loss.source is None) == (loss.scope is None)
         assert loss.source is None or (loss.source in SOURCES and loss.scope in SCOPES)
-        assert loss.in_grid or not loss.attended
+        assert loss.of_outputs or not loss.attended
+        if loss.hidden_of is not None:
+            beside = LOSSES[loss.hidden_of]
+            assert (loss.source, loss.scope, beside.hidden_of) == (beside.source, beside.scope, None)
+            assert "KL" not in loss.about
 
 
 def test_the_tables_import_no_torch():

@@ -22,7 +22,9 @@ COUNTS = {
     name: (SIZES.get(LOSSES[name].scope) or len(SCOPES[LOSSES[name].scope].load()(list(BLOCKS), DRAWING)))
     * (2 if SOURCES[LOSSES[name].source].sampled else 1)
     for name in RECONSTRUCTION
+    if LOSSES[name].of_outputs
 }
+HIDDEN = [name for name in RECONSTRUCTION if LOSSES[name].hidden_of]
 
 
 def draw(wanted=tuple(RECONSTRUCTION), samples=2, subset="forward", shape=SHAPE, seed=0):
@@ -38,7 +40,27 @@ def test_every_loss_gets_its_variants_in_equal_shares(subset):
         assert variant.source == LOSSES[variant.loss].source
 
 
-@pytest.mark.parametrize("loss", RECONSTRUCTION)
+def test_a_hidden_loss_looks_into_the_variants_of_its_loss_of_outputs():
+    for variant in draw():
+        hidden = f"hidden_{variant.loss}"
+        assert variant.hidden == (hidden if hidden in HIDDEN else None)
+        assert variant.compares_outputs
+    assert [v.hidden for v in draw(["recon", "stochastic_recon"])] == [None] * 3
+
+
+@pytest.mark.parametrize("loss", HIDDEN)
+def test_a_hidden_loss_alone_has_the_same_variants_and_compares_no_outputs(loss):
+    own, beside = draw([loss], subset="position"), draw([LOSSES[loss].hidden_of], subset="position")
+    assert [(v.matrices, v.weight, v.entry, v.source) for v in own] == [
+        (v.matrices, v.weight, v.entry, v.source) for v in beside
+    ]
+    assert {(v.loss, v.hidden, v.compares_outputs) for v in own} == {(loss, loss, False)}
+    for one, other in zip(own, beside, strict=True):
+        assert (one.routed is None) == (other.routed is None)
+        assert all(torch.equal(mask, other.routed[name]) for name, mask in (one.routed or {}).items())
+
+
+@pytest.mark.parametrize("loss", COUNTS)
 def test_a_loss_alone_is_drawn_alone(loss):
     assert {variant.loss for variant in draw([loss])} == {loss}
     assert len(draw([loss], samples=3)) == COUNTS[loss] * (1.5 if SOURCES[LOSSES[loss].source].sampled else 1)

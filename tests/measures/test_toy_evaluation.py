@@ -50,7 +50,7 @@ def slow_toy(toy, tokens, weight_at):
 def slow_evaluation(subject, decomposition, batches, threshold):
     toy, names = subject.toy, decomposition.names
     weights = {name: matrix.weight for name, matrix in subject.target.matrices.items()}
-    losses = {loss: [] for loss in LOSSES}
+    losses = {loss: [] for loss in (*LOSSES, "hidden_recon")}
     active = {name: {kind: [] for kind in ("s1", "m", "s2", "random")} for name in names}
     seen = {name: set() for name in names}
     attention = {layer: [] for layer in range(len(toy.blocks))}
@@ -73,7 +73,13 @@ def slow_evaluation(subject, decomposition, batches, threshold):
                 if loss == "recon_layerwise":
                     for name, value in zip(names, values, strict=True):
                         by_matrix[name].append(value)
-            log_q, masked_rows, _ = run(names, "importance")
+            log_q, masked_rows, masked_reads = run(names, "importance")
+            instead = stand_ins(weights, decomposition, g, names, "importance")
+            errors = []
+            for name in names:
+                for t, (x, y) in enumerate(zip(masked_reads[name], reads[name] @ weights[name], strict=True)):
+                    errors.append(((x @ instead(name, t) - y).norm() / y.norm()).item() ** 2)
+            losses["hidden_recon"].append(statistics.mean(errors))
             for layer, divergences in attention.items():
                 divergences.append(statistics.mean(kl(rows[at], masked_rows[at]) for at in rows if at[0] == layer))
                 s2 = len(tokens) - 1

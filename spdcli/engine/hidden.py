@@ -1,0 +1,135 @@
+"""How far hidden activations of variants are from the target's: what a plan pass compares on its way (hidden losses).
+
+At every place of a variant, a site (a row of `tables.HIDDEN_SITES`) and a position,
+
+    error = ‖a' - a‖² / ‖r‖²,
+
+where a is the target's activation on the same sequence, a' the variant's and r what sets the scale:
+
+    matrix   a is what a replaced matrix gives, x W + bias, at the positions where it is replaced, and r is a
+    block    a is the hidden state after a block that holds a replaced matrix, at every real position, and r is what the
+             target has written since the variant left it: a less the hidden state at the variant's entry
+
+so that every place counts alike, however long its activation. A variant's error is the mean over its places. Nothing
+after the last such block is needed for it, nor is the unembedding: `last_block` says where a pass may stop.
+R rows of a chunk, B sequences, T positions, D width of the residual stream, O d_out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from spdcli.engine.tables import HIDDEN_SITES
+from spdcli.engine.target import Matrix, Target, sent
+from spdcli.engine.variants import Piece, Variant
+
+
+def last_block(target: Target, variant: Variant) -> int:
+    """The number of the last block that the losses of `variant` look at: the last one of all, or where hidden
+    activations are all that is compared, the last that holds one of its matrices."""
+    if variant.compares_outputs:
+        return len(target.blocks) - 1
+    return max(target.matrices[name].block for name in variant.matrices)
+
+
+class HiddenWatch:
+    """Listens to a plan pass over the pieces of one chunk, and adds up the errors of those with a hidden loss.
+
+    `inputs[m]` `[B, T, I]` and `states[b]` `[B, T, D]`, the hidden state that enters block b, or leaves the last one,
+    are those of the clean pass; `valid` `[B, T]` is False at padding.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        inputs: dict[str, Tensor],
+        states: Sequence[Tensor],
+        valid: Tensor,
+        chunk: Sequence[Piece],
+    ) -> None:
+        self.target, self.inputs, self.states, self.valid = target, inputs, states, valid
+        firsts = accumulate((len(piece) for piece in chunk), initial=0)
+        self.pieces = [(first, piece) for first, piece in zip(firsts, chunk, strict=False) if piece.variant.hidden]
+        self.sums: dict[Piece, Tensor | float] = {piece: 0.0 for _, piece in self.pieces}
+
+    def matrix(self, matrix: Matrix, out: Tensor) -> None:
+        """Told what a matrix gives, `out` `[R, T, O]`."""
+
+    def block(self, number: int, hidden: Tensor) -> None:
+        """Told what leaves a block, `hidden` `[R, T, D]`; R are the rows that are in the pass by then."""
+
+    def places(self, variant: Variant) -> Tensor:
+        """How many places the variant has in all sequences, one number."""
+        raise NotImplementedError
+
+    def errors(self) -> Iterator[tuple[Variant, slice, Tensor]]:
+        """For each piece with a hidden loss its variant, its sequences and their errors `[n]`, scaled so that the mean
+        over the batch's sequences is the variant's error: the mean over its places."""
+        for _, piece in self.pieces:
+            total = self.sums[piece]
+            assert isinstance(total, Tensor)
+            share = len(self.valid) / self.places(piece.variant)
+            yield piece.variant, slice(piece.start, piece.stop), total * share
+
+    def _add(self, piece: Piece, actual: Tensor, clean: Tensor, scale: Tensor, counted: Tensor) -> None:
+        """Add ‖actual - clean‖² / ‖scale‖² `[n, T]`, where `counted` is True, to the piece's sums over positions."""
+        size = scale.square().sum(-1)
+        error = (actual.to(clean.dtype) - clean).square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)
+        self.sums[piece] = self.sums[piece] + torch.where(counted, error, 0.0).sum(1)
+
+
+class MatrixWatch(HiddenWatch):
+    """The site "matrix"."""
+
+    def matrix(self, matrix: Matrix, out: Tensor) -> None:
+        pieces = [(first, piece) for first, piece in self.pieces if matrix.name in piece.variant.matrices]
+        if not pieces:
+            return
+        with torch.no_grad():
+            x = self.inputs[matrix.name]
+            clean = x @ matrix.weight
+            clean = (clean if matrix.bias is None else clean + matrix.bias).to(x.dtype)
+        for first, piece in pieces:
+            own = clean[piece.start : piece.stop]
+            counted = self._replaced(piece.variant, matrix.name)[piece.start : piece.stop]
+            self._add(piece, out[first : first + len(piece)], own, own, counted)
+
+    def places(self, variant: Variant) -> Tensor:
+        return torch.stack([self._replaced(variant, name).sum() for name in sorted(variant.matrices)]).sum()
+
+    def _replaced(self, variant: Variant, name: str) -> Tensor:
+        """The real positions `[B, T]` at which the variant replaces matrix `name`."""
+        return self.valid if variant.routed is None else self.valid & sent(variant.routed[name], self.valid.device)
+
+
+class BlockWatch(HiddenWatch):
+    """The site "block"."""
+
+    def block(self, number: int, hidden: Tensor) -> None:
+        for first, piece in self.pieces:
+            if number in self._blocks(piece.variant):
+                rows = slice(piece.start, piece.stop)
+                clean, entry = self.states[number + 1][rows], self.states[piece.variant.entry][rows]
+                self._add(piece, hidden[first : first + len(piece)], clean, clean - entry, self.valid[rows])
+
+    def places(self, variant: Variant) -> Tensor:
+        return self.valid.sum() * len(self._blocks(variant))
+
+    def _blocks(self, variant: Variant) -> set[int]:
+        return {self.target.matrices[name].block for name in variant.matrices}
+
+
+def hidden_watch(
+    site: str,
+    target: Target,
+    inputs: dict[str, Tensor],
+    states: Sequence[Tensor],
+    valid: Tensor,
+    chunk: Sequence[Piece],
+) -> HiddenWatch:
+    """What listens to a chunk at `site`, a key of `tables.HIDDEN_SITES`; the other arguments as in `HiddenWatch`."""
+    return HIDDEN_SITES[site].load()(target, inputs, states, valid, chunk)
