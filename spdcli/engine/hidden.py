@@ -72,7 +72,7 @@ class HiddenWatch:
         for _, piece in self.pieces:
             total = self.sums[piece]
             assert isinstance(total, Tensor)
-            share = len(self.valid) / self.places(piece.variant)
+            share = len(self.valid) / self.places(piece.variant).to(total.dtype)
             yield piece.variant, slice(piece.start, piece.stop), total * share
 
     def _add(self, piece: Piece, actual: Tensor, clean: Tensor, scale: Tensor, counted: Tensor) -> None:

@@ -6,11 +6,10 @@ import json
 
 import pytest
 from small_runs import one_line, spd_here
-from twins import DRAWN
 
 from spdcli.commands.bench import row_data
 from spdcli.costs.bench import Conditions, Measurement, Results, Row, measure, ratios_of, too_large
-from spdcli.costs.cases import BENCHMARKS, Options, batch_at, groups_of
+from spdcli.costs.cases import BENCHMARKS, RECONSTRUCTION, Options, batch_at, groups_of
 from spdcli.costs.groups import WAYS, Case, Group
 from spdcli.errors import SpdError
 from spdcli.recipe.reading import load_recipe
@@ -53,7 +52,7 @@ def test_table_2_is_the_papers():
 
 def test_every_loss_by_itself():
     groups = groups_of("step", Options(per_loss=True, patterns=["toy-256"]))
-    assert len(groups) == len(DRAWN)
+    assert len(groups) == len(RECONSTRUCTION)
     for group in groups:
         for case in group.cases:
             losses = load_recipe(case.recipe, case.settings).recipe.losses
