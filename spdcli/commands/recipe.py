@@ -132,6 +132,9 @@ def _target(recipe: Recipe) -> str:
         return f"{target.model}, {target.dtype}"
     if target.kind == "module":
         return "a module of your own, which Python gives"
+    if target.kind != "induction":
+        sizes = ", ".join(f"{name} {size}" for name, size in target.model_dump(exclude={"kind"}).items())
+        return f"{target.kind}: {sizes}"
     return f"{target.path or 'induction toy'}: {target.layers} layers, {target.heads} heads, width {target.d_model}"
 
 

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from spdcli.errors import SpdError
 
 Experiment = Annotated[
-    Literal["induction", "variants", "facts"],
-    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts"),
+    Literal["induction", "variants", "facts", "planted"],
+    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts|planted"),
 ]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="A recipe file, or a shipped recipe's name; induction-quick or smollm2-facts if not given.",
+        help="A recipe file, or a shipped recipe's name; induction-quick, smollm2-facts, or both planted ones "
+        "if not given.",
         show_default=False,
     ),
 ]
@@ -51,7 +52,7 @@ def reproduce(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Reproduce one of the paper's experiments.
+    """Reproduce one of the paper's experiments, or find slices that are known.
 
     induction: for every seed toy, decomposition, evaluation, SVD baseline and mechanism, into
     OUT/seed-N, compared with Table 1.
@@ -62,6 +63,9 @@ def reproduce(
     facts: for pairs of facts that a language model knows, decomposition, then suppression of at
     most two slices of the first MLP, into OUT/PAIR/seed-N, beside every baseline.
 
+    planted: targets put together by hand, decomposed into OUT/TARGET/seed-N, and how much of their
+    known slices is found, beside what singular value decompositions find.
+
     What is finished is reused while its recipe is the same, so that the same command goes on
     after an interruption. Exit code 1 when fewer than 80 % of the seeds meet every stated bound.
     """
@@ -69,18 +73,20 @@ def reproduce(
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, not a directory", "name another with --out")
     common = (list(set_ or []), device, force)
+    if experiment == "variants" and (pair or same_toy or seeds != 1):
+        raise UsageError("variants has no --pair, --same-toy or --seeds", "--set seed=1 is another seed")
+    if same_toy and experiment != "induction":
+        raise UsageError("--same-toy is for the induction experiment")
+    if pair and experiment != "facts":
+        raise UsageError("--pair is for the facts experiment")
     if experiment == "facts":
-        if same_toy:
-            raise UsageError("--same-toy is for the induction experiment")
         failure = facts(console, recipe or "smollm2-facts", out, seeds, pair, *common)
     elif experiment == "variants":
-        if pair or same_toy or seeds != 1:
-            raise UsageError("variants has no --pair, --same-toy or --seeds", "--set seed=1 is another seed")
         failure = None
         variants(console, recipe or "induction-quick", out, sequences, *common)
+    elif experiment == "planted":
+        failure = planted(console, recipe, out, seeds, sequences, *common)
     else:
-        if pair:
-            raise UsageError("--pair is for the facts experiment")
         failure = induction(console, recipe or "induction-quick", out, seeds, same_toy, sequences, *common)
     console.result(out)
     if failure is not None:
@@ -158,3 +164,26 @@ def induction(
         )
     console.show({"schema": SCHEMA, **plain(experiment)}, *induction_tables(experiment))
     return verdict.failure("the bounds are for the full-size task; spd eval RUN shows more of a seed")
+
+
+def planted(
+    console: Console,
+    recipe: str | None,
+    out: Path,
+    seeds: int,
+    sequences: int,
+    settings: list[str],
+    device: str | None,
+    force: bool,
+) -> SpdError | None:
+    """The planted targets; the failure if there is one."""
+    from spdcli.commands.reproduce_tables import planted_tables
+    from spdcli.paper.planted_experiment import RECIPES, reproduce_planted
+    from spdcli.paper.verdict import SCHEMA
+    from spdcli.records import plain
+
+    recipes = RECIPES if recipe is None else [recipe]
+    with console.progress() as report:
+        experiment, verdict = reproduce_planted(recipes, out, seeds, sequences, settings, device, force, report)
+    console.show({"schema": SCHEMA, **plain(experiment)}, *planted_tables(experiment))
+    return verdict.failure()

@@ -1,4 +1,4 @@
-"""What `spd reproduce` prints: tables of both experiments."""
+"""What `spd reproduce` prints: tables of the experiments."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from spdcli.paper.fact_claims import MethodRow, Range
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.planted_experiment import PlantedExperiment
     from spdcli.paper.toy_variants import ToyVariants
     from spdcli.paper.verdict import ClaimRow
 
 LEGEND = "own, median and mean: means over seeds (own: least and largest too); other prompt and max: the largest."
+RECOVERY_NUMBERS = ("precision", "recall", "cosine", "missing", "idle")
+RECOVERY_LEGEND = (
+    "precision and recall of slices matched at a cosine of 0.95; cosine: mean over planted slices; missing: positions "
+    "where a needed slice is off; idle: where a slice is on for nothing. Both only of methods that say where."
+)
 NAMES = {
     "rule": "SPD, by rule",
     "effect": "SPD, by effect",
@@ -123,6 +129,27 @@ def method_table(prompt: str, rows: list[MethodRow], several: bool) -> Table:
             f"{row.max_relative_change.max:.0%}",
         )
     return table
+
+
+def planted_tables(experiment: PlantedExperiment) -> list[Table | str]:
+    """What each method finds of the planted slices, then the bounds."""
+    from rich.table import Table
+
+    found = Table(title="Planted slices, means over seeds", caption=RECOVERY_LEGEND)
+    for heading in ("target", "method", *RECOVERY_NUMBERS):
+        found.add_column(heading, justify="left" if heading in ("target", "method") else "right")
+    for row in experiment.recovery:
+        found.add_row(row.target, row.method, *(_share(row.recovery[key]) for key in RECOVERY_NUMBERS))
+    bounds = Table(title="Bounds of SPD's (in brackets: not stated ones)")
+    for heading in ("", "ours", "bound", "holds on"):
+        bounds.add_column(heading, justify="right" if heading else "left")
+    for claim in experiment.rows:
+        bounds.add_row(claim.name, number(claim.ours), bound_text(claim), f"{claim.share:.0%} of seeds")
+    return [found, bounds]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def bound_text(row: ClaimRow) -> str:

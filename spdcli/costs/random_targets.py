@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from spdcli.engine.target import Batch
-from spdcli.recipe.schema import InductionTarget, Recipe
-from spdcli.runs.subject import Subject, language_subject, toy_shape, toy_subject
+from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, Recipe
+from spdcli.runs.subject import Subject, language_subject, open_subject, toy_shape, toy_subject
 from spdcli.targets.induction import InductionToy
 from spdcli.targets.prompts import Prompts
 
@@ -24,6 +24,8 @@ def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
         with device:
             toy = InductionToy(toy_shape(recipe.target))
         return toy_subject(recipe, toy.eval())
+    if recipe.target.kind.startswith("planted"):
+        return open_subject(recipe, device)
     subject, data = language_subject(recipe, device, trained=False), recipe.data
     if data is None or data.stream is None:
         return subject
@@ -36,7 +38,7 @@ def random_subject(recipe: Recipe, device: torch.device, prompts: tuple[int, int
     """As `untrained_subject`, but a language model is a GPT-2 small on `prompts`, (sequences, tokens in each) random
     tokens: nothing is read from anywhere."""
     torch.manual_seed(recipe.seed)
-    if isinstance(recipe.target, InductionTarget):
+    if not isinstance(recipe.target, HuggingFaceTarget):
         return untrained_subject(recipe, device)
     return random_gpt2(recipe, device, prompts)
 

@@ -4,6 +4,7 @@ every target        unique active slices, reconstruction losses    `evaluation_t
 the toy             active slices by position class, attention     `toy_evaluation.py`      Tables 1a, 1c
 the paper's toy     the mechanism of its induction circuit         `circuit.py`             section 6.1
 a language model    active slices by token, what it predicts       `language_evaluation.py` section 6.2
+a planted target    how well its slices are found                  `slice_recovery.py`
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit import circuit_of
 from spdcli.measures.circuit_data import has_circuit
 from spdcli.measures.language_evaluation import LanguageEvaluation, evaluate_language_model
+from spdcli.measures.slice_recovery import slice_recovery
 from spdcli.measures.toy_evaluation import ToyEvaluation, evaluate_toy
 from spdcli.runs.subject import Subject
 
@@ -26,8 +28,9 @@ def evaluate(
 ) -> ToyEvaluation | LanguageEvaluation:
     """Everything `spd eval` reports (`spd.eval/1`) but for the run's name.
 
-    The toy is measured on `sequences` fresh sequences, a language model on its prompts. A slice is active where its
-    importance is above `threshold`. `seed` draws the toy's sequences and the stochastic masks.
+    The toy is measured on `sequences` fresh sequences, a language model on its prompts, a planted target on a few
+    sequences as if they were prompts, and its slices on `sequences` fresh ones. A slice is active where its importance
+    is above `threshold`. `seed` draws sequences and the stochastic masks.
     """
     evaluation = evaluate_without_circuit(subject, decomposition, sequences, threshold, seed)
     if isinstance(evaluation, ToyEvaluation) and has_circuit(subject):
@@ -42,4 +45,7 @@ def evaluate_without_circuit(
     """Table 1 alone: what is quick, and is measured alike of every target."""
     if subject.toy is not None:
         return evaluate_toy(subject, decomposition, sequences, threshold, seed)
-    return evaluate_language_model(subject, decomposition, threshold, seed)
+    evaluation = evaluate_language_model(subject, decomposition, threshold, seed)
+    if subject.planted is None:
+        return evaluation
+    return replace(evaluation, recovery=slice_recovery(subject, decomposition, sequences, threshold, seed))

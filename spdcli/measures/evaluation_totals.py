@@ -18,6 +18,8 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, draw_variants
+from spdcli.measures.slice_recovery import Recovery
+from spdcli.records import ABSENT, Absent
 
 LOSSES = losses_where(lambda loss: loss.of_outputs and loss.reported)
 HIDDEN = losses_where(lambda loss: loss.hidden_of is not None and loss.reported)
@@ -36,6 +38,7 @@ class Evaluation:
     of what matrices give, over that of the target's own, with all of them masked by importances, a mean over matrices
     and positions; the others are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
     `recon_layerwise_by_matrix` is the KL in nats with that matrix alone replaced, their mean the loss of that name.
+    `recovery`, of a planted target alone, says how well its slices are found.
     """
 
     seed: int
@@ -48,6 +51,7 @@ class Evaluation:
     standard_error: Mapping[str, float]
     recon_layerwise_by_matrix: Mapping[str, float]
     active: Mapping[str, Mapping[str, float]]
+    recovery: Recovery | Absent = ABSENT
 
 
 @dataclass

@@ -17,9 +17,10 @@ from spdcli.disk import read_json, write_json
 from spdcli.figures.run_files import SVD, write_evaluation, write_rank_curves
 from spdcli.measures.circuit_data import circuit_data
 from spdcli.measures.evaluation import evaluate
+from spdcli.measures.slice_similarity import weight_signature
 from spdcli.measures.svd import svd_curves
 from spdcli.measures.svd_methods import METHODS
-from spdcli.paper.slice_matching import SliceScore, effect_signatures, stability, weight_signature
+from spdcli.paper.slice_matching import SliceScore, effect_signatures, stability
 from spdcli.paper.table1 import claims
 from spdcli.paper.verdict import REPORT, SCHEMA, ClaimRow, Verdict, judge
 from spdcli.progress import Progress, Report, silent

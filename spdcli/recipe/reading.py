@@ -249,4 +249,9 @@ def _apply(override: Override, raw: dict[str, Any]) -> RecipeProblem | None:
 def _example(raw: dict[str, Any]) -> str:
     """The shipped recipe that is nearest in kind to a broken one."""
     target = raw.get("target")
-    return "gpt2" if isinstance(target, dict) and target.get("kind") == "huggingface" else "induction"
+    examples = {
+        "huggingface": "gpt2",
+        "planted_induction": "planted-induction",
+        "planted_lookup": "planted-lookup",
+    }
+    return examples.get(str(target.get("kind")), "induction") if isinstance(target, dict) else "induction"

@@ -51,11 +51,10 @@ def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
             yield Contradiction(("data", "target.kind"), "missing section [data]: a huggingface target needs prompts")
         if train is not None:
             yield Contradiction(("train",), "[train] is for the induction toy; a huggingface target comes trained")
-    if kind == "module" and (data is not None or train is not None):
+    if kind not in ("huggingface", "induction") and (data is not None or train is not None):
         section = "data" if data is not None else "train"
-        yield Contradiction(
-            (section,), f"[{section}] is for other kinds of target; a module's data are given in Python"
-        )
+        own = "a module's data are given in Python" if kind == "module" else "a planted model makes its own sequences"
+        yield Contradiction((section,), f"[{section}] is for other kinds of target; {own}")
     if kind == "induction":
         if data is not None:
             yield Contradiction(("data",), "[data] is for language models; the induction toy makes its own sequences")
@@ -83,6 +82,31 @@ def _s_fits_between(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _planted_fits(recipe: Sections) -> Iterator[Contradiction]:
+    target = recipe["target"]
+    if target["kind"] == "planted_induction":
+        room, what = 2 * (target["tokens"] + target["triggers"]) + target["length"], "tokens, triggers and length"
+    elif target["kind"] == "planted_lookup":
+        room, what = 3 * target["subjects"], "subjects"
+        if target["tokens"] < target["subjects"]:
+            yield Contradiction(
+                ("target.tokens", "target.subjects"),
+                f"[target] tokens = {target['tokens']}: each of {target['subjects']} subjects has a token of its own",
+            )
+    else:
+        return
+    if recipe["losses"]["last_token_only"]:
+        yield Contradiction(
+            ("losses.last_token_only", "target.kind"),
+            "[losses] last_token_only: a planted model says itself where its answers are, not only at the end",
+        )
+    if room > target["d_model"]:
+        yield Contradiction(
+            ("target.d_model",),
+            f"[target] d_model = {target['d_model']} cannot hold the {room} directions that {what} take",
+        )
+
+
 def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
     importance = recipe["importance"]
     if importance["basis"] != "span":
@@ -93,10 +117,10 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
             ("importance.basis", "importance.kind"),
             f"[importance] basis = 'span' is for kind = {spanning}, not '{importance['kind']}'",
         )
-    if recipe["target"]["kind"] == "induction":
+    if maker := _maker_of_sequences(recipe["target"]["kind"]):
         yield Contradiction(
             ("importance.basis", "target.kind"),
-            "[importance] basis = 'span' needs a fixed set of prompts; the induction toy draws new sequences",
+            f"[importance] basis = 'span' needs a fixed set of prompts; {maker} draws new sequences",
         )
 
 
@@ -110,13 +134,20 @@ def _global_heads_fit(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _maker_of_sequences(kind: str) -> str | None:
+    """The target, in words, where it has no fixed set of prompts."""
+    if kind == "induction":
+        return "the induction toy"
+    return "a planted model" if kind in ("planted_induction", "planted_lookup") else None
+
+
 def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
     init, kind = recipe["slices"]["init"], recipe["target"]["kind"]
     start = STARTS[init]
-    if start.fixed_data and kind == "induction":
+    if start.fixed_data and (maker := _maker_of_sequences(kind)):
         yield Contradiction(
             ("slices.init", "target.kind"),
-            f"[slices] init = '{init}' needs a fixed set of prompts; the induction toy draws new sequences",
+            f"[slices] init = '{init}' needs a fixed set of prompts; {maker} draws new sequences",
         )
     elif start.needs_moment and kind == "module":
         yield Contradiction(
@@ -257,6 +288,7 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
     _heads_divide_width,
     _s_fits_between,
+    _planted_fits,
     _span_fits,
     _global_heads_fit,
     _start_fits,

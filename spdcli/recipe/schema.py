@@ -26,6 +26,7 @@ from spdcli.engine.tables import (
 )
 from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS
 from spdcli.recipe.losses import Losses
+from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
 from spdcli.recipe.rules import contradictions
 from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section, Share, Text
 
@@ -253,9 +254,10 @@ class Recipe(Section):
     name: Text = Field(description="The recipe's name.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of every random choice.")
     device: Annotated[str, OneOf(DEVICES)] = Field("auto", description="Where to compute.")
-    target: Annotated[InductionTarget | HuggingFaceTarget | ModuleTarget, Field(discriminator="kind")] = Field(
-        description="The model to take apart."
-    )
+    target: Annotated[
+        InductionTarget | HuggingFaceTarget | ModuleTarget | PlantedInductionTarget | PlantedLookupTarget,
+        Field(discriminator="kind"),
+    ] = Field(description="The model to take apart.")
     data: Data | None = Field(None, description="What a language model is decomposed on; of no other target.")
     train: Train | None = Field(None, description="How the toy is trained; not for a language model.")
     slices: Slices = Field(description="The slices of every matrix.")

@@ -46,8 +46,8 @@ def module_subject(recipe: Recipe, target: Target, data: ModuleData, tokenizer: 
         batches=batches,
         length=length,
         token_text=name,
-        routes={matrix: _route(target, matrix) for matrix in target.matrices},
-        prompts=_prompts(fixed, words, name),
+        routes={matrix: plain_route(target, matrix) for matrix in target.matrices},
+        prompts=numbered_prompts(fixed, words, name),
     )
 
 
@@ -69,7 +69,8 @@ def _looked_at(recipe: Recipe, tokens: Tensor) -> Batch:
     return replace(batch, looked=looked, answers=tokens[:, -1])
 
 
-def _prompts(batch: Batch, tokenizer: Any, name: Callable[[int], str]) -> Prompts:
+def numbered_prompts(batch: Batch, tokenizer: Any, name: Callable[[int], str]) -> Prompts:
+    """Sequences of one length as prompts, whose last token counts as their answer."""
     rows = batch.tokens.tolist()
     pieces = [[name(token) for token in row] for row in rows]
     answer_at = torch.full((len(rows),), batch.tokens.shape[1] - 2)
@@ -77,7 +78,7 @@ def _prompts(batch: Batch, tokenizer: Any, name: Callable[[int], str]) -> Prompt
     return Prompts(batch, answer_at, texts, pieces, [words[-1] for words in pieces], tokenizer)
 
 
-def _route(target: Target, name: str) -> Route:
+def plain_route(target: Target, name: str) -> Route:
     """Labels for matrices that touch the residual stream themselves; a module does not tell its norms."""
     width, matrix = target.embedding.shape[1], target.matrices[name]
     return Route(into=unchanged if matrix.d_in == width else None, out=unchanged if matrix.d_out == width else None)

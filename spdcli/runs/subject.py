@@ -18,11 +18,13 @@ from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 from spdcli.files import load_tensors
 from spdcli.machine import keep_freed_memory
+from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
 from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, ModuleTarget, Recipe
 from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import optimiser_settings
 from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
+from spdcli.targets.planted import Planted
 from spdcli.targets.routes import Route
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Subject:
     `batches(generator)` gives a training minibatch. Where every step takes all of a fixed set of prompts, it returns
     the same object each time, so that what is worked out from it once can be kept. `length` is that of the longest
     sequence. `token_text(token)` is a token as text; `routes[m]` says how matrix m is labelled with tokens. `toy` is
-    set for the induction toy, `prompts` for a language model and for a module of one's own, the other is None.
+    set for the induction toy, `prompts` for every other target; `planted` for one whose slices are known.
     `stream()` gives the broad text (`data.stream`) if the recipe has any, the same one on every call.
     """
 
@@ -50,6 +52,7 @@ class Subject:
     toy: InductionToy | None = None
     prompts: Prompts | None = None
     stream: Callable[[], Batch] | None = None
+    planted: Planted | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -187,4 +190,8 @@ def open_subject(
             "the target of this recipe is a module of somebody's own, which only Python has",
             "spdcli.load(path, target=spdcli.module_target(...), data=tokens), or spdcli.decompose likewise",
         )
+    if isinstance(recipe.target, PlantedInductionTarget | PlantedLookupTarget):
+        from spdcli.runs.planted_subject import planted_subject
+
+        return planted_subject(recipe, device)
     return language_subject(recipe, device)

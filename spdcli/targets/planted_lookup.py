@@ -1,0 +1,139 @@
+"""A lookup in two hops, planted: two blocks that are one MLP each, and tokens that name some of the subjects.
+
+The first MLP turns every subject of a token into a link, the second the link into an answer; which leads where is
+random. Each subject has a pair of neurons between Up and Down; it pushes one up and the other down. The slices:
+
+    Up0, Down0   one a subject: reads it and fires its neurons; reads those and turns the subject into its link
+    Up1, Down1   one a link: reads it and fires its neurons; reads those and turns the link into its answer
+
+What is looked up is taken out of the residual stream (`answer - link`): beside it, its reader would be as good.
+
+Neurons idle at 1, so that ReLU passes what pushes them down too: what a slice takes away where nothing is would not
+matter otherwise, and many decompositions would be as good as the planted one.
+
+A position needs the slices of the subjects that its token names, and no others. The first tokens name one subject
+each, and are the answers; the others name two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spdcli.engine.target import Batch, Matrix, Target
+from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame
+
+LOGIT = 6.0  # of an answer of strength 1; those of other tokens are at 0
+IDLE = 1.0  # what a neuron is at when no subject is there
+
+
+@dataclass(frozen=True)
+class PlantedLookupShape:
+    """So many `subjects`, and `tokens` that name one or two of them; sequences have `length` tokens."""
+
+    subjects: int = 10
+    tokens: int = 30
+    length: int = 8
+    d_model: int = 32
+
+
+class LookupBlock(nn.Module):
+    """An MLP beside the residual stream: `hidden + Down(ReLU(Up(hidden)))`."""
+
+    def __init__(self, width: int, neurons: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, neurons)
+        nn.init.constant_(self.up.bias, IDLE)
+        self.down = nn.Linear(neurons, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(torch.relu(self.up(hidden)))
+
+
+class LookupModel(nn.Module):
+    """Embedding, two blocks, unembedding: logits `[B, T, N]` of tokens `[B, T]`."""
+
+    def __init__(self, shape: PlantedLookupShape) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(shape.tokens, shape.d_model)
+        self.blocks = nn.ModuleList(LookupBlock(shape.d_model, 2 * shape.subjects) for _ in range(2))
+        self.unembed = nn.Linear(shape.d_model, shape.tokens, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.unembed(hidden)
+
+
+def planted_lookup(shape: PlantedLookupShape, seed: int) -> Planted:
+    """The model in directions, and with tokens, that `seed` draws."""
+    generator = torch.Generator().manual_seed(seed)
+    subjects = shape.subjects
+    stream = skewed_frame(3 * subjects, shape.d_model, generator)
+    subject, link, answer = torch.arange(3 * subjects).split(subjects)
+    named = subjects_of_tokens(shape, generator)
+    link = link[torch.randperm(subjects, generator=generator)]
+    answers, answer = answer, answer[torch.randperm(subjects, generator=generator)]
+    neurons, slices = pairs_of_neurons(subjects), {}
+    for block, (source, aim) in enumerate(((subject, link), (link, answer))):
+        slices[f"Up{block}"] = planted_slices(stream.duals[:, source], neurons)
+        slices[f"Down{block}"] = planted_slices(neurons.t(), stream.rows[aim] - stream.rows[source])
+    model = LookupModel(shape)
+    with torch.no_grad():
+        model.embed.weight.copy_(named.double() @ stream.rows[subject])
+        model.unembed.weight.zero_()
+        model.unembed.weight[:subjects] = LOGIT * stream.duals[:, answers].t().float()
+    target = lookup_target(model)
+    set_weights(target, slices)
+    named = named.bool()
+    return Planted(
+        target=target,
+        slices=slices,
+        draw=lambda count, source: Batch.everywhere(
+            torch.randint(shape.tokens, (count, shape.length), generator=source)
+        ),
+        needed=lambda batch: dict.fromkeys(slices, named.to(batch.tokens.device)[batch.tokens]),
+        length=shape.length,
+    )
+
+
+def subjects_of_tokens(shape: PlantedLookupShape, generator: torch.Generator) -> Tensor:
+    """`[N, subjects]`: 1 where a token names a subject. One each first, then two at random."""
+    named = torch.zeros(shape.tokens, shape.subjects)
+    named[: shape.subjects] = torch.eye(shape.subjects)
+    for token in range(shape.subjects, shape.tokens):
+        some = torch.randperm(shape.subjects, generator=generator)[:2]
+        named[token, some] = 1
+    return named
+
+
+def pairs_of_neurons(count: int) -> Tensor:
+    """`[count, 2 count]`: each of `count` slices fires a pair of neurons of its own, one up and one down, with norm 1.
+
+    Reading a pair along the same direction gives what fired it, and 0 where it idles.
+    """
+    up = torch.eye(count, dtype=torch.float64)
+    return torch.stack([up, -up], dim=-1).flatten(1) / 2**0.5
+
+
+def lookup_target(model: LookupModel) -> Target:
+    """The model as the engine sees it; its matrices are Up0, Down0, Up1, Down1."""
+    model.requires_grad_(False).eval()
+    matrices = {}
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, LookupBlock)
+        for name, module in (("Up", block.up), ("Down", block.down)):
+            matrices[f"{name}{index}"] = Matrix(f"{name}{index}", module, index, (0, module.out_features), True)
+    return Target(
+        model=model,
+        blocks=list(model.blocks),
+        run=model,
+        finish=nn.Identity(),
+        unembedding=model.unembed.weight,
+        unembedding_bias=None,
+        embedding=model.embed.weight,
+        matrices=matrices,
+    )
