@@ -84,6 +84,7 @@ def _costs() -> dict[str, Keys]:
     from spdcli.machine import Machine
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.planted_experiment import PlantedExperiment
     from spdcli.paper.toy_variants import ToyVariants
 
     measured = {f"{key.rstrip('?')}?": value for key, value in keys_of(Measurement).items()}
@@ -94,6 +95,7 @@ def _costs() -> dict[str, Keys]:
         "spd reproduce induction": _said("reproduce", keys_of(InductionExperiment)),
         "spd reproduce variants": _said("variants", keys_of(ToyVariants)),
         "spd reproduce facts": _said("reproduce", keys_of(FactExperiment)),
+        "spd reproduce planted": _said("reproduce", keys_of(PlantedExperiment)),
         "spd plan": _said("plan", keys_of(Estimate)),
         "spd compare": _said("compare", {"recipe": str, "settings": [str], "rows": rows}),
         "spd bench": _said("bench", bench),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import cost_results, edit_results, fact_results, toy_results
+from generate import cost_results, edit_results, fact_results, planted_results, toy_results
 from generate.markdown import duration, fenced, joined
 from generate.recorded import Page, Recording, Result, pages, recording, results, sentence
 
@@ -75,7 +75,9 @@ def evaluation(result: Mapping[str, Any]) -> str:
 
 
 def reproduction(result: Mapping[str, Any]) -> str:
-    """`spd reproduce induction` or `spd reproduce facts`."""
+    """`spd reproduce induction`, `facts` or `planted`."""
+    if "recovery" in result:
+        return planted_results.reproduction(result)
     return fact_results.reproduction(result) if "methods" in result else toy_results.reproduction(result)
 
 

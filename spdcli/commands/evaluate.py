@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spdcli.measures.circuit import Circuit
+    from spdcli.measures.evaluation_totals import Evaluation
     from spdcli.measures.gate_knowledge import Control
     from spdcli.measures.language_evaluation import LanguageEvaluation
+    from spdcli.measures.slice_recovery import Recovery
     from spdcli.measures.target_share import TargetShare
     from spdcli.measures.toy_evaluation import ToyEvaluation
     from spdcli.runs.subject import Subject
@@ -79,6 +81,8 @@ def render(evaluation: ToyEvaluation | LanguageEvaluation, subject: Subject) -> 
     """What a person sees of an evaluation."""
     from spdcli.measures.language_evaluation import LanguageEvaluation
 
+    if evaluation.recovery:
+        return [recovery_table(evaluation.recovery), _losses(evaluation)]
     if isinstance(evaluation, LanguageEvaluation):
         assert subject.prompts is not None
         return language_tables(evaluation, subject.prompts.pieces)
@@ -202,16 +206,37 @@ def language_tables(evaluation: LanguageEvaluation, pieces: list[list[str]]) -> 
         answers.add_column(heading, justify="left" if heading in ("prompt", "answer") else "right")
     for one in evaluation.answers:
         answers.add_row(one.prompt, one.answer, f"{one.target:.3f}", f"{one.masked:.3f}")
-    metrics = ", ".join(f"{name} {value:.2e}" for name, value in evaluation.metrics.items())
     entropy = evaluation.cross_entropy
     return [
         *tables,
         answers,
-        f"{evaluation.total_active} of {evaluation.total_slices} slices are active somewhere. {metrics}.",
+        _losses(evaluation),
         *target_share_lines(evaluation.grounding),
         f"Cross-entropy of the text, nats a token: target {entropy.target:.3f}, "
         f"active slices alone {entropy.masked:.3f}.",
     ]
+
+
+def recovery_table(recovery: Recovery) -> Table:
+    """How well the slices of a planted target are found, by matrix and of all together."""
+    from rich.table import Table
+
+    table = Table(
+        title="Planted slices that are found", caption="Cosines as the data sees slices; matches from 0.95 on."
+    )
+    numbers = ("precision", "recall", "cosine", "missing", "idle")
+    for heading in ("matrix", "planted", "active", "matches", *numbers):
+        table.add_column(heading, justify="left" if heading == "matrix" else "right")
+    for name, one in {**recovery.matrices, "all": recovery.total}.items():
+        shares = [f"{getattr(one, key):.3f}" for key in numbers]
+        table.add_row(name, str(one.planted), str(one.active), str(one.matches), *shares)
+    return table
+
+
+def _losses(evaluation: Evaluation) -> str:
+    """How many slices are active anywhere, and every loss."""
+    metrics = ", ".join(f"{name} {value:.2e}" for name, value in evaluation.metrics.items())
+    return f"{evaluation.total_active} of {evaluation.total_slices} slices are active somewhere. {metrics}."
 
 
 def target_share_lines(share: TargetShare) -> list[str]:

@@ -53,6 +53,8 @@ def complaints(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 
 # --- mistakes --------------------------------------------------------------------------------------
 
+KINDS = "'huggingface', 'induction', 'module', 'planted_induction', 'planted_lookup'"
+
 MISTAKES = [
     (
         "faithfulness = 1",
@@ -91,11 +93,15 @@ MISTAKES = [
         "15: [importance] kind = 'Vektor': expected one of 'scalar', 'vector', 'shared', 'attention', 'global'"
         " (did you mean 'vector'?)",
     ),
-    ('kind = "induction"', "", "2: [target] missing key 'kind' (one of 'huggingface', 'induction', 'module')"),
+    (
+        'kind = "induction"',
+        "",
+        f"2: [target] missing key 'kind' (one of {KINDS})",
+    ),
     (
         'kind = "induction"',
         'kind = "gpt"',
-        "3: [target] kind = 'gpt': expected one of 'huggingface', 'induction', 'module'",
+        f"3: [target] kind = 'gpt': expected one of {KINDS}",
     ),
     ('name = "toy"', 'name = "toy"\ndata = 3', "2: data = 3: expected a section"),
     # contradictions
@@ -501,3 +507,49 @@ def test_delta_masks_need_a_loss_that_draws_them(how: str, losses: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("smollm2-facts", [*chosen, f"losses.{losses}=1", f"losses.delta_masks={how}"])
     assert f"[losses] delta_masks = '{how}' is for " in caught.value.message
+
+
+PLANTED = """name = "planted"
+target = { kind = "planted_induction" }
+slices = { C = 4 }
+importance = { kind = "vector", gate_width = 4 }
+losses = { recon = 1.0 }
+decompose = { batch = 2, steps = 2 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        (
+            'on" }',
+            'on", tokens = 12 }',
+            "2: [target] d_model = 32 cannot hold the 36 directions that tokens, triggers and length take",
+        ),
+        ('induction" }', 'lookup", tokens = 9 }', "2: [target] tokens = 9: each of 10 subjects has a token of its own"),
+        (
+            "recon = 1.0",
+            "recon = 1.0, last_token_only = true",
+            "5: [losses] last_token_only: a planted model says itself where its answers are, not only at the end",
+        ),
+        (
+            "C = 4",
+            'C = 4, init = "dual"',
+            "3: [slices] init = 'dual' needs a fixed set of prompts; a planted model draws new sequences",
+        ),
+        (
+            "width = 4",
+            'width = 4, basis = "span"',
+            "4: [importance] basis = 'span' needs a fixed set of prompts; a planted model draws new sequences",
+        ),
+        (
+            "slices =",
+            'data = { prompts = ["a b"] }\nslices =',
+            "3: [data] is for other kinds of target; a planted model makes its own sequences",
+        ),
+    ],
+)
+def test_what_a_planted_target_cannot_be(before: str, after: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "planted.toml").write_text(PLANTED)
+    assert load_recipe(str(tmp_path / "planted.toml")).recipe.target.kind == "planted_induction"
+    assert complaints(tmp_path, PLANTED.replace(before, after)) == [problem]
