@@ -1,10 +1,12 @@
-"""What singular value decompositions find of the planted slices: baselines that know weights, and no importances.
+"""What other methods find of planted slices.
 
+    apd            slices that are trained by attributions, not importances (`engine/top_k.py`)
     svd            all singular slices of each matrix
     greedy_svd     those that greedy pruning keeps at a tolerance (Algorithm 2)
     weighted_svd   the same, of each matrix weighted by what it reads
 
-Their slices are on everywhere, so that nothing is said of positions.
+APD has as many slices as the run, trains as many steps on the same batches, and is told how many slices a position
+needs on average. Singular slices are on everywhere: of them nothing is said of positions.
 """
 
 from __future__ import annotations
@@ -12,32 +14,66 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from spdcli.engine.subcomponents import Decomposition, SliceSet
+from spdcli.engine.forward import Clean
+from spdcli.engine.subcomponents import SliceSet, start_slices
+from spdcli.engine.top_k import TopKSettings, fit_top_k, top_k_masks
 from spdcli.measures.greedy_svd import greedy, plain_set, weighted_set
 from spdcli.measures.rank_curves import CurveData, curve_data, within
-from spdcli.measures.slice_recovery import Recovery, compared, recovery_data
-from spdcli.runs.subject import Subject
+from spdcli.measures.slice_recovery import Recovery, compared, recovery_data, recovery_where
+from spdcli.runs.loading import LoadedRun
+from spdcli.runs.settings import optimiser_settings
 
 TOLERANCE = 1e-3  # nats
+SIMPLICITY = 1e-3
+COUNTED = 512  # sequences on which the needed slices of a position are counted
+
+
+def baseline_recoveries(run: LoadedRun, sequences: int) -> dict[str, Recovery]:
+    """How well each baseline finds the planted slices of the matrices that the run decomposed."""
+    return {"apd": apd_recovery(run, sequences), **svd_recoveries(run, sequences)}
+
+
+def apd_recovery(run: LoadedRun, sequences: int) -> Recovery:
+    """The same matrices taken apart by APD."""
+    subject, recipe = run.subject, run.recipe
+    matrices = {name: subject.target.matrices[name] for name in run.decomposition.names}
+    slices = SliceSet(start_slices(matrices, recipe.slices.C, "random", None, recipe.seed), delta=False)
+    slices.to(subject.target.device)
+    settings = TopKSettings(needed_at_a_position(run), recipe.losses.faithfulness, SIMPLICITY)
+    fit_top_k(subject.target, slices, subject.batches, settings, optimiser_settings(recipe.decompose), recipe.seed)
+    signs = torch.Generator().manual_seed(recipe.seed)
+
+    def active(clean: Clean) -> dict[str, Tensor]:
+        masks = top_k_masks(subject.target, slices, clean, settings, signs)
+        return {name: mask > 0 for name, mask in masks.items()}
+
+    return recovery_where(subject, slices, active, sequences, recipe.seed)
+
+
+def needed_at_a_position(run: LoadedRun) -> float:
+    """How many slices of the run's matrices a position needs, a mean over positions."""
+    assert run.subject.planted is not None
+    batch = run.subject.planted.draw(COUNTED, torch.Generator().manual_seed(run.recipe.seed))
+    needed = run.subject.planted.needed(batch)
+    return sum(float(needed[name].sum()) for name in run.decomposition.names) / batch.tokens.numel()
 
 
 @torch.no_grad()
-def baseline_recoveries(
-    subject: Subject, decomposition: Decomposition, sequences: int, seed: int
-) -> dict[str, Recovery]:
-    """How well each baseline finds the planted slices of the matrices that were decomposed."""
-    data = curve_data(subject, decomposition, sequences, seed)
+def svd_recoveries(run: LoadedRun, sequences: int) -> dict[str, Recovery]:
+    """What singular value decompositions find, on so many sequences."""
+    seed, names = run.recipe.seed, run.decomposition.names
+    data = curve_data(run.subject, run.decomposition, sequences, seed)
     plain, weighted = plain_set(data), weighted_set(data)
-    ranks = {name: plain.of(name).U.shape[1] for name in plain.names}
-    factors = recovery_data(subject, decomposition, sequences, 0.0, seed).factors
+    factors = recovery_data(run.subject, names, None, sequences, seed).factors
 
     def recovery(slices: SliceSet, ranks: Mapping[str, int]) -> Recovery:
         largest = {name: list(range(rank)) for name, rank in ranks.items()}
-        return compared(subject, {name: slices.of(name) for name in ranks}, largest, factors)
+        return compared(run.subject, {name: slices.of(name) for name in names}, largest, factors)
 
     return {
-        "svd": recovery(plain, ranks),
+        "svd": recovery(plain, {name: plain.of(name).U.shape[1] for name in names}),
         "greedy_svd": recovery(plain, _kept(data, plain)),
         "weighted_svd": recovery(weighted, _kept(data, weighted)),
     }

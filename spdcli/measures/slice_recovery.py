@@ -18,15 +18,15 @@ T positions, C slices, P planted slices of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from spdcli.engine.forward import clean_pass
-from spdcli.engine.subcomponents import Decomposition, Slices
+from spdcli.engine.forward import Clean, clean_pass
+from spdcli.engine.subcomponents import Decomposition, Slices, SliceSet
 from spdcli.measures.evaluation_data import EVALUATION_SEED, SEQUENCES_AT_ONCE
 from spdcli.measures.slice_similarity import match, weight_signature
 from spdcli.runs.subject import Subject
@@ -135,10 +135,22 @@ def slice_recovery(
 
     A slice is active where its importance is above `threshold`.
     """
-    data = recovery_data(subject, decomposition, sequences, threshold, seed)
-    slices = {name: decomposition.of(name) for name in decomposition.names}
-    active = {name: (one.active > 0).nonzero()[:, 0].tolist() for name, one in data.activity.items()}
-    return compared(subject, slices, active, data.factors, data.activity)
+
+    def active(clean: Clean) -> dict[str, Tensor]:
+        g, _ = decomposition.importance(clean.inputs, clean.padding)
+        return {name: values > threshold for name, values in g.items()}
+
+    return recovery_where(subject, decomposition, active, sequences, seed)
+
+
+@torch.no_grad()
+def recovery_where(
+    subject: Subject, slices: SliceSet, active: Callable[[Clean], dict[str, Tensor]], sequences: int, seed: int
+) -> Recovery:
+    """How well `slices` are the planted ones, active where `active` says so of a batch, `[B, T, C]` a matrix."""
+    data = recovery_data(subject, slices.names, active, sequences, seed)
+    somewhere = {name: (one.active > 0).nonzero()[:, 0].tolist() for name, one in data.activity.items()}
+    return compared(subject, {name: slices.of(name) for name in slices.names}, somewhere, data.factors, data.activity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,20 +163,24 @@ class RecoveryData:
 
 
 def recovery_data(
-    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int
+    subject: Subject,
+    names: Sequence[str],
+    active: Callable[[Clean], dict[str, Tensor]] | None,
+    sequences: int,
+    seed: int,
 ) -> RecoveryData:
-    """Counted on fresh sequences, never those of training."""
+    """Counted on fresh sequences, never those of training; no activity without `active`, which tells it of a batch."""
     planted = subject.planted
     assert planted is not None
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     activity, factors = dict[str, Activity](), dict[str, Tensor]()
     for start in range(0, sequences, SEQUENCES_AT_ONCE):
         batch = planted.draw(min(SEQUENCES_AT_ONCE, sequences - start), generator).to(subject.target.device)
-        clean, needed = clean_pass(subject.target, batch, decomposition.names), planted.needed(batch)
-        g, _ = decomposition.importance(clean.inputs, clean.padding)
-        for name, values in g.items():
-            counts = Activity.of(values > threshold, needed[name])
+        clean, needed = clean_pass(subject.target, batch, names), planted.needed(batch)
+        for name, on in (active(clean) if active else {}).items():
+            counts = Activity.of(on, needed[name])
             activity[name] = counts + activity[name] if name in activity else counts
+        for name in names:
             inputs = clean.inputs[name].flatten(0, 1).double()
             stacked = torch.cat([factors[name], inputs]) if name in factors else inputs
             factors[name] = torch.linalg.qr(stacked, mode="r").R

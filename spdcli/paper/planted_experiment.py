@@ -21,11 +21,12 @@ from spdcli.paper.verdict import REPORT, SCHEMA, Bound, Claim, ClaimRow, Evidenc
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
+from spdcli.runs.directory import FIGURES
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.training import claimed_run
 
 RECIPES = ("planted-induction", "planted-lookup")
-RECOVERY, RECOVERY_SCHEMA = "recovery.json", "spd.recovery/1"  # of one run
+RECOVERY, RECOVERY_SCHEMA = f"{FIGURES}/recovery.json", "spd.recovery/1"  # of one run
 LEAST, MOST = 0.95, 0.05  # what has to be found, and what may be wrong
 SPD = "spd"
 
@@ -122,9 +123,7 @@ def recovery_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
     if all(before.get(key) == value for key, value in settings.items()):
         return before
     evaluation = evaluate(run.subject, run.decomposition, sequences, 0.0, run.recipe.seed)
-    recoveries = {SPD: evaluation.recovery} | baseline_recoveries(
-        run.subject, run.decomposition, sequences, run.recipe.seed
-    )
+    recoveries = {SPD: evaluation.recovery, **baseline_recoveries(run, sequences)}
     data = settings | {
         "minutes": run.home.metrics()[-1]["seconds"] / 60,
         "metrics": plain(evaluation.metrics),
