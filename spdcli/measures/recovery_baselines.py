@@ -41,7 +41,7 @@ def apd_recovery(run: LoadedRun, sequences: int) -> Recovery:
     matrices = {name: subject.target.matrices[name] for name in run.decomposition.names}
     slices = SliceSet(start_slices(matrices, recipe.slices.C, "random", None, recipe.seed), delta=False)
     slices.to(subject.target.device)
-    settings = TopKSettings(needed_at_a_position(run), recipe.losses.faithfulness, SIMPLICITY)
+    settings = TopKSettings(needed_at_a_position(run), recipe.losses.coefficients["faithfulness"], SIMPLICITY)
     fit_top_k(subject.target, slices, subject.batches, settings, optimiser_settings(recipe.decompose), recipe.seed)
     signs = torch.Generator().manual_seed(recipe.seed)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import finished
-from spdcli.files import read_json, write_json
+from spdcli.disk import read_json, write_json
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.recovery_baselines import baseline_recoveries
 from spdcli.measures.slice_recovery import Recovery, SliceRecovery
