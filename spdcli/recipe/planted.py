@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from spdcli.recipe.section import Positive, Section
+from spdcli.recipe.section import Coefficient, Positive, Section
 
 
 class PlantedInductionTarget(Section):
@@ -17,6 +17,10 @@ class PlantedInductionTarget(Section):
     triggers: Positive = Field(2, description="Tokens that induction completes, with slices of V0, Q1 and K1 each.")
     length: Annotated[int, Field(ge=6)] = Field(8, description="Tokens of a sequence; each place of s1 has a slice.")
     d_model: Positive = Field(32, description="Width of the residual stream, which holds every direction.")
+    skew: Coefficient = Field(0.3, description="How far directions are from orthogonal; 0 is orthogonal.")
+    strength_ratio: Annotated[float, Field(ge=1)] = Field(
+        4.0, description="The strongest slice of a matrix is so many times as strong as its weakest."
+    )
 
 
 class PlantedLookupTarget(Section):
@@ -27,3 +31,7 @@ class PlantedLookupTarget(Section):
     tokens: Positive = Field(30, description="Tokens, which name one or two subjects; at least one a subject.")
     length: Annotated[int, Field(ge=2)] = Field(8, description="Tokens of a sequence.")
     d_model: Positive = Field(32, description="Width of the residual stream, which holds every direction.")
+    skew: Coefficient = Field(0.3, description="How far directions are from orthogonal; 0 is orthogonal.")
+    strength_ratio: Annotated[float, Field(ge=1)] = Field(
+        4.0, description="The strongest slice of a matrix is so many times as strong as its weakest."
+    )

@@ -2,7 +2,8 @@
 
 Every matrix is the sum of its planted slices, `W = U V`, and it is known where each is needed: with the needed slices
 alone the answers stay, without any one of them they do not. Directions are skewed on purpose, unit vectors that are
-linearly independent and not orthogonal, all equally strong: a singular value decomposition has other slices.
+linearly independent and not orthogonal, so that a singular value decomposition has other slices; the more so the more
+alike their strengths are.
 
     induction   `planted_induction.py`: two blocks of attention that complete s m ... s with m
     lookup      `planted_lookup.py`: two MLPs that look up what the subjects of a token lead to, in two hops
@@ -21,8 +22,6 @@ from torch.nn import functional as F
 
 from spdcli.engine.subcomponents import Slices
 from spdcli.engine.target import Batch, Target
-
-SKEW = 0.5  # how far directions are from orthogonal: the spread of what is added to an orthonormal frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +47,26 @@ class Frame:
     duals: Tensor
 
 
-def skewed_frame(count: int, width: int, generator: torch.Generator) -> Frame:
-    """`count` random unit vectors in `width` dimensions that are independent and not orthogonal; float64."""
+def skewed_frame(count: int, width: int, skew: float, generator: torch.Generator) -> Frame:
+    """`count` random unit vectors in `width` dimensions that are independent and not orthogonal; float64.
+
+    `skew` is the spread of what is added to an orthonormal frame.
+    """
     orthonormal = torch.linalg.qr(torch.randn(width, count, generator=generator, dtype=torch.float64)).Q.t()
-    added = SKEW * torch.randn(count, count, generator=generator, dtype=torch.float64) / count**0.5
+    added = skew * torch.randn(count, count, generator=generator, dtype=torch.float64) / count**0.5
     rows = F.normalize(orthonormal + added @ orthonormal, dim=1)
     return Frame(rows, torch.linalg.pinv(rows))
 
 
-def planted_slices(read: Tensor, write: Tensor, strength: float = 1.0) -> Slices:
-    """Slices that read `read` `[I, P]` and write `write` `[P, O]`, `strength` times; float32, not trained."""
-    return Slices(read.float(), (strength * write).float()).requires_grad_(False)
+def planted_slices(read: Tensor, write: Tensor, strengths: Tensor) -> Slices:
+    """Slices that read `read` `[I, P]` and write `write` `[P, O]`, `strengths` `[P]` times; float32, not trained."""
+    return Slices(read.float(), (strengths[:, None] * write).float()).requires_grad_(False)
+
+
+def spread_strengths(count: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """`[count]` strengths in geometric steps around 1, in random order, the largest `ratio` times the smallest."""
+    steps = torch.linspace(-0.5, 0.5, count, dtype=torch.float64) if count > 1 else torch.zeros(1, dtype=torch.float64)
+    return (ratio**steps)[torch.randperm(count, generator=generator)]
 
 
 def set_weights(target: Target, slices: Mapping[str, Slices]) -> None:

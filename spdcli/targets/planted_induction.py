@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.target import Batch, Matrix, Target
-from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame
+from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
 SCORES = (6.0, 6.0)  # by layer, of the one key that a query looks for; all others are at 0
 LOGIT = 6.0  # of the answer; all others are at 0
@@ -30,12 +30,18 @@ LOGIT = 6.0  # of the answer; all others are at 0
 
 @dataclass(frozen=True)
 class PlantedInductionShape:
-    """`tokens` ordinary tokens are numbered from 0, the `triggers` come after them; sequences have `length` tokens."""
+    """`tokens` ordinary tokens are numbered from 0, the `triggers` come after them; sequences have `length` tokens.
+
+    `skew` is how far directions are from orthogonal, `strength_ratio` that of the strongest slice of a matrix to its
+    weakest.
+    """
 
     tokens: int = 8
     triggers: int = 2
     length: int = 8
     d_model: int = 32
+    skew: float = 0.3
+    strength_ratio: float = 4.0
 
     @property
     def places(self) -> int:
@@ -82,24 +88,27 @@ def planted_induction(shape: PlantedInductionShape, seed: int) -> Planted:
     tokens, triggers, width = shape.tokens, shape.triggers, shape.d_model
     sizes = [tokens, triggers, shape.length, triggers, tokens]
     ordinary, trigger, place, flag, answer = torch.arange(sum(sizes)).split(sizes)
-    stream = skewed_frame(sum(sizes), width, generator)
-    keys, flagged = skewed_frame(shape.length, width, generator), skewed_frame(triggers, width, generator)
+    frame = lambda count: skewed_frame(count, width, shape.skew, generator)  # noqa: E731
+    stream, keys, flagged = frame(sum(sizes)), frame(shape.length), frame(triggers)
+    place_strengths, trigger_strengths, token_strengths = (
+        spread_strengths(count, shape.strength_ratio, generator) for count in (shape.places, triggers, tokens)
+    )
     s1 = torch.arange(shape.places)
     read = stream.duals
     first, second = ((score * width**0.5) ** 0.5 for score in SCORES)  # attention divides by the root of its width
     slices = {
-        "Q0": planted_slices(read[:, place[s1 + 1]], keys.duals.t()[s1], first),
-        "K0": planted_slices(read[:, place[s1]], keys.rows[s1], first),
-        "V0": planted_slices(read[:, trigger], stream.rows[flag]),
-        "Q1": planted_slices(read[:, trigger], flagged.duals.t(), second),
-        "K1": planted_slices(read[:, flag], flagged.rows, second),
-        "V1": planted_slices(read[:, ordinary], stream.rows[answer]),
+        "Q0": planted_slices(read[:, place[s1 + 1]], keys.duals.t()[s1], first * place_strengths),
+        "K0": planted_slices(read[:, place[s1]], keys.rows[s1], first / place_strengths),
+        "V0": planted_slices(read[:, trigger], stream.rows[flag], trigger_strengths**0.5),
+        "Q1": planted_slices(read[:, trigger], flagged.duals.t(), second * trigger_strengths**0.5),
+        "K1": planted_slices(read[:, flag], flagged.rows, second / trigger_strengths),
+        "V1": planted_slices(read[:, ordinary], stream.rows[answer], token_strengths),
     }
     model = PlantedInduction(tokens + triggers, shape.length, width)
     with torch.no_grad():
         model.embed.weight.copy_(stream.rows[: tokens + triggers])
         model.unembed.weight.zero_()
-        model.unembed.weight[:tokens] = LOGIT * read[:, answer].t().float()
+        model.unembed.weight[:tokens] = (LOGIT * read[:, answer] / token_strengths).t().float()
         model.positions.copy_(stream.rows[place])
     target = induction_target(model)
     set_weights(target, slices)

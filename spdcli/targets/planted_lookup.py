@@ -8,7 +8,7 @@ random. Each subject has a pair of neurons between Up and Down; it pushes one up
 
 What is looked up is taken out of the residual stream (`answer - link`): beside it, its reader would be as good.
 
-Neurons idle at 1, so that ReLU passes what pushes them down too: what a slice takes away where nothing is would not
+Neurons idle above 0, so that ReLU passes what pushes them down too: what a slice takes away where nothing is would not
 matter otherwise, and many decompositions would be as good as the planted one.
 
 A position needs the slices of the subjects that its token names, and no others. The first tokens name one subject
@@ -23,20 +23,26 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.target import Batch, Matrix, Target
-from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame
+from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
 LOGIT = 6.0  # of an answer of strength 1; those of other tokens are at 0
-IDLE = 1.0  # what a neuron is at when no subject is there
+IDLE = 3.0  # what a neuron is at when no subject is there
 
 
 @dataclass(frozen=True)
 class PlantedLookupShape:
-    """So many `subjects`, and `tokens` that name one or two of them; sequences have `length` tokens."""
+    """So many `subjects`, and `tokens` that name one or two of them; sequences have `length` tokens.
+
+    `skew` is how far directions are from orthogonal, `strength_ratio` that of the strongest slice of a matrix to its
+    weakest.
+    """
 
     subjects: int = 10
     tokens: int = 30
     length: int = 8
     d_model: int = 32
+    skew: float = 0.3
+    strength_ratio: float = 4.0
 
 
 class LookupBlock(nn.Module):
@@ -72,15 +78,16 @@ def planted_lookup(shape: PlantedLookupShape, seed: int) -> Planted:
     """The model in directions, and with tokens, that `seed` draws."""
     generator = torch.Generator().manual_seed(seed)
     subjects = shape.subjects
-    stream = skewed_frame(3 * subjects, shape.d_model, generator)
+    stream = skewed_frame(3 * subjects, shape.d_model, shape.skew, generator)
     subject, link, answer = torch.arange(3 * subjects).split(subjects)
     named = subjects_of_tokens(shape, generator)
     link = link[torch.randperm(subjects, generator=generator)]
     answers, answer = answer, answer[torch.randperm(subjects, generator=generator)]
     neurons, slices = pairs_of_neurons(subjects), {}
     for block, (source, aim) in enumerate(((subject, link), (link, answer))):
-        slices[f"Up{block}"] = planted_slices(stream.duals[:, source], neurons)
-        slices[f"Down{block}"] = planted_slices(neurons.t(), stream.rows[aim] - stream.rows[source])
+        strengths = spread_strengths(subjects, shape.strength_ratio, generator)
+        slices[f"Up{block}"] = planted_slices(stream.duals[:, source], neurons, strengths)
+        slices[f"Down{block}"] = planted_slices(neurons.t(), stream.rows[aim] - stream.rows[source], 1 / strengths)
     model = LookupModel(shape)
     with torch.no_grad():
         model.embed.weight.copy_(named.double() @ stream.rows[subject])

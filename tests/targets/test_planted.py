@@ -8,7 +8,7 @@ import torch
 from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.targets.planted import skewed_frame
+from spdcli.targets.planted import skewed_frame, spread_strengths
 from spdcli.targets.planted_induction import (
     PlantedInductionShape,
     draw_sequences,
@@ -62,7 +62,7 @@ def test_the_needed_slices_are_enough_and_each_of_them_is_needed(name, seed):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_matrix_is_the_sum_of_its_slices_which_are_equally_strong_and_skewed(name):
+def test_every_matrix_is_the_sum_of_its_slices_which_are_no_singular_ones(name):
     planted = TARGETS[name](3)
     assert planted.slices.keys() == planted.target.matrices.keys()
     for matrix, slices in planted.slices.items():
@@ -86,7 +86,7 @@ def test_the_engine_sees_the_models_own_answers(name):
 
 
 def test_induction_answers_every_trigger_with_its_own_m():
-    planted = planted_induction(PlantedInductionShape(triggers=3, length=11, d_model=40), 0)
+    planted = planted_induction(PlantedInductionShape(triggers=3, length=11, d_model=40, strength_ratio=1), 0)
     batch = planted.draw(64, generator())
     best = planted.target.model(batch.tokens).argmax(-1)
     for tokens, guesses in zip(batch.tokens.tolist(), best.tolist(), strict=True):
@@ -141,10 +141,18 @@ def test_tokens_name_one_subject_each_and_then_two():
 
 
 def test_a_frame_has_unit_rows_that_are_independent_and_not_orthogonal():
-    frame = skewed_frame(7, 9, generator())
+    frame = skewed_frame(7, 9, 0.5, generator())
     torch.testing.assert_close(frame.rows.norm(dim=1), torch.ones(7, dtype=torch.float64))
     torch.testing.assert_close(frame.rows @ frame.duals, torch.eye(7, dtype=torch.float64))
     assert (frame.rows @ frame.rows.t() - torch.eye(7)).abs().max() > 0.2
+
+
+def test_strengths_are_spread_in_steps_of_one_ratio():
+    strengths = spread_strengths(4, 8.0, generator())
+    steps = strengths.sort().values
+    torch.testing.assert_close(steps[1:] / steps[:-1], torch.full((3,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(steps.log().sum().exp(), torch.tensor(1.0, dtype=torch.float64))
+    assert spread_strengths(1, 8.0, generator()).tolist() == [1.0]
 
 
 def test_the_same_seed_plants_the_same():
