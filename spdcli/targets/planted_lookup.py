@@ -26,7 +26,7 @@ from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
 LOGIT = 6.0  # of an answer of strength 1; those of other tokens are at 0
-IDLE = 3.0  # what a neuron is at when no subject is there
+IDLE = 0.75  # what a neuron is at when no subject is there, times the strongest slice, which pushes it by 0.71 times it
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class PlantedLookupShape:
 class LookupBlock(nn.Module):
     """An MLP beside the residual stream: `hidden + Down(ReLU(Up(hidden)))`."""
 
-    def __init__(self, width: int, neurons: int) -> None:
+    def __init__(self, width: int, neurons: int, idle: float) -> None:
         super().__init__()
         self.up = nn.Linear(width, neurons)
-        nn.init.constant_(self.up.bias, IDLE)
+        nn.init.constant_(self.up.bias, idle)
         self.down = nn.Linear(neurons, width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -64,7 +64,8 @@ class LookupModel(nn.Module):
     def __init__(self, shape: PlantedLookupShape) -> None:
         super().__init__()
         self.embed = nn.Embedding(shape.tokens, shape.d_model)
-        self.blocks = nn.ModuleList(LookupBlock(shape.d_model, 2 * shape.subjects) for _ in range(2))
+        idle = IDLE * shape.strength_ratio**0.5
+        self.blocks = nn.ModuleList(LookupBlock(shape.d_model, 2 * shape.subjects, idle) for _ in range(2))
         self.unembed = nn.Linear(shape.d_model, shape.tokens, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -92,5 +92,5 @@ def test_eval_tells_what_is_found_of_a_planted_run(monkeypatch, capsys, tmp_path
     assert code == 0
     recovery = json.loads(out)["recovery"]
     assert list(recovery["matrices"]) == ["Q0", "K0", "V0", "Q1", "K1", "V1"]
-    assert recovery["total"]["planted"] == sum(one["planted"] for one in recovery["matrices"].values()) == 24
+    assert recovery["total"]["planted"] == sum(one["planted"] for one in recovery["matrices"].values()) == 20
     assert spd("eval", tmp_path / "run", "--sequences", 4)[0] == 0
