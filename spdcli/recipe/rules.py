@@ -6,11 +6,12 @@ need stands in their rows of `engine.tables`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
 
 from spdcli.engine.tables import DELTA_MASKS, IMPORTANCE_FUNCTIONS, STARTS, losses_where
+from spdcli.recipe.contradiction import Contradiction, Sections
+from spdcli.recipe.planted_rules import maker_of_sequences, planted_fits
 
 HOLDING = losses_where(lambda loss: loss.holds)  # the losses that hold slices to the target
 LAYERWISE = losses_where(lambda loss: loss.scope == "each")
@@ -19,16 +20,6 @@ MASKED = losses_where(lambda loss: loss.in_grid and not loss.ascended)
 ASCENDED = losses_where(lambda loss: loss.ascended)
 ATTENDED = losses_where(lambda loss: loss.attended)
 BEGUN_LENGTH = 5  # a begin token, an ordinary one, s, m and s
-
-
-class Contradiction(NamedTuple):
-    """Settings that are fine one by one and cannot be together."""
-
-    keys: tuple[str, ...]  # dotted; the first is the one that the message starts with
-    message: str
-
-
-Sections = Mapping[str, Any]
 
 
 def contradictions(recipe: Sections) -> list[Contradiction]:
@@ -82,31 +73,6 @@ def _s_fits_between(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
-def _planted_fits(recipe: Sections) -> Iterator[Contradiction]:
-    target = recipe["target"]
-    if target["kind"] == "planted_induction":
-        room, what = 2 * (target["tokens"] + target["triggers"]) + target["length"], "tokens, triggers and length"
-    elif target["kind"] == "planted_lookup":
-        room, what = 3 * target["subjects"], "subjects"
-        if target["tokens"] < target["subjects"]:
-            yield Contradiction(
-                ("target.tokens", "target.subjects"),
-                f"[target] tokens = {target['tokens']}: each of {target['subjects']} subjects has a token of its own",
-            )
-    else:
-        return
-    if recipe["losses"]["last_token_only"]:
-        yield Contradiction(
-            ("losses.last_token_only", "target.kind"),
-            "[losses] last_token_only: a planted model says itself where its answers are, not only at the end",
-        )
-    if room > target["d_model"]:
-        yield Contradiction(
-            ("target.d_model",),
-            f"[target] d_model = {target['d_model']} cannot hold the {room} directions that {what} take",
-        )
-
-
 def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
     importance = recipe["importance"]
     if importance["basis"] != "span":
@@ -117,7 +83,7 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
             ("importance.basis", "importance.kind"),
             f"[importance] basis = 'span' is for kind = {spanning}, not '{importance['kind']}'",
         )
-    if maker := _maker_of_sequences(recipe["target"]["kind"]):
+    if maker := maker_of_sequences(recipe["target"]["kind"]):
         yield Contradiction(
             ("importance.basis", "target.kind"),
             f"[importance] basis = 'span' needs a fixed set of prompts; {maker} draws new sequences",
@@ -134,17 +100,10 @@ def _global_heads_fit(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
-def _maker_of_sequences(kind: str) -> str | None:
-    """The target, in words, where it has no fixed set of prompts."""
-    if kind == "induction":
-        return "the induction toy"
-    return "a planted model" if kind in ("planted_induction", "planted_lookup") else None
-
-
 def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
     init, kind = recipe["slices"]["init"], recipe["target"]["kind"]
     start = STARTS[init]
-    if start.fixed_data and (maker := _maker_of_sequences(kind)):
+    if start.fixed_data and (maker := maker_of_sequences(kind)):
         yield Contradiction(
             ("slices.init", "target.kind"),
             f"[slices] init = '{init}' needs a fixed set of prompts; {maker} draws new sequences",
@@ -288,7 +247,7 @@ RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
     _heads_divide_width,
     _s_fits_between,
-    _planted_fits,
+    planted_fits,
     _span_fits,
     _global_heads_fit,
     _start_fits,

@@ -526,6 +526,11 @@ decompose = { batch = 2, steps = 2 }
             'on", tokens = 12 }',
             "2: [target] d_model = 32 cannot hold the 36 directions that tokens, triggers and length take",
         ),
+        (
+            'on" }',
+            'on", triggers = 3, tokens = 4 }',
+            "2: [target] length = 8: 3 triggers, their m and their return take 9 tokens",
+        ),
         ('induction" }', 'lookup", tokens = 9 }', "2: [target] tokens = 9: each of 10 subjects has a token of its own"),
         (
             "recon = 1.0",
