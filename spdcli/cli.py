@@ -12,6 +12,7 @@ from spdcli import __version__
 from spdcli.commands import facts, recipe
 from spdcli.commands.ablate import ablate
 from spdcli.commands.bench import bench
+from spdcli.commands.certify import certify
 from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.evaluate import evaluate
@@ -86,7 +87,14 @@ COMMANDS = (
         "spd compare induction-quick --with losses.layerwise_matrices=2\n"
         "spd compare smollm2 --with importance.basis=full --set decompose.steps=200",
     ),
-    ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active"),
+    ("eval", evaluate, LOOK, "spd eval run\nspd eval run --json | jq .total_active\nspd eval run --adversary curve"),
+    (
+        "certify",
+        certify,
+        LOOK,
+        "spd certify run\nspd certify run --against other --script edits.toml\n"
+        "spd certify run --recipe induction-quick --set certify.pgd_shared=0.1",
+    ),
     (
         "inspect",
         inspect,

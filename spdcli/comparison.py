@@ -10,6 +10,7 @@ from pathlib import Path
 from spdcli.api import finished
 from spdcli.errors import UsageError
 from spdcli.measures.evaluation import evaluate_without_circuit
+from spdcli.measures.evidence import Evidence
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe, parse_override
 from spdcli.runs.training import claimed_run
@@ -22,7 +23,8 @@ class SettingRun:
     """One run: what its `setting` is, where it is, and what it costs and gives.
 
     `seconds` are those of training its `steps`; `active` are active slices a position at the last of them, over all
-    matrices, and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name.
+    matrices, and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name, and
+    `evidence` what they are worth, as there.
     """
 
     setting: str
@@ -33,6 +35,7 @@ class SettingRun:
     total_active: int
     metrics: Mapping[str, float]
     standard_error: Mapping[str, float | None]
+    evidence: Evidence
 
 
 def compare_settings(
@@ -91,4 +94,5 @@ def setting_run(
         total_active=evaluation.total_active,
         metrics=evaluation.metrics,
         standard_error=evaluation.standard_error,
+        evidence=evaluation.evidence,
     )

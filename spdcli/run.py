@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spdcli.certification.certificate import Certificate
+from spdcli.certification.certify import Certifying, certify
 from spdcli.edits.ablation import AblationReport, Masking, ablate
 from spdcli.edits.checkpoints import edited_model
 from spdcli.edits.choices import OTHERS, TOGETHER, USUAL_OTHERS, USUAL_TOGETHER
 from spdcli.edits.edit_reports import SuppressionReport, report_suppression
 from spdcli.edits.exam import Exam, open_exam
 from spdcli.edits.facts_file import Facts, load_facts
+from spdcli.edits.script import load_script
 from spdcli.edits.suppression import find_matrix, find_slices, suppression
 from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
@@ -23,12 +26,14 @@ from spdcli.location.locate import PromptSearch, Search, locate
 from spdcli.location.report import ReportSettings, RunReport, report_facts
 from spdcli.location.tracing import Trace, TraceSettings, trace
 from spdcli.measures.evaluation import evaluate
+from spdcli.measures.evidence_choices import ADVERSARIES, STARTS, USUAL_ADVERSARY, MaskSearch
 from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.measures.inspection import Inspection, Query, inspect_texts
 from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.svd import RankCurves, svd_curves
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Report, silent
+from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
 from spdcli.targets.masking import importance_masks_of, masked_module
@@ -103,16 +108,46 @@ class Run(LoadedRun):
             yield self.model
 
     def evaluate(
-        self, sequences: int = 8192, *, threshold: float = 0.0, seed: int | None = None
+        self,
+        sequences: int = 8192,
+        *,
+        threshold: float = 0.0,
+        seed: int | None = None,
+        adversary: str = USUAL_ADVERSARY,
+        starts: int = STARTS,
     ) -> ToyEvaluation | LanguageEvaluation:
         """What the decomposition is worth, as `spd eval`: active and unique slices, reconstruction, attention, circuit.
 
         A toy is measured on `sequences` fresh sequences, a language model on its prompts, a module of your own on its
-        data (one draw, where they are drawn); a slice is active where its
-        importance is above `threshold`.
+        data (one draw, where they are drawn); a slice is active where its importance is above `threshold`. `adversary`
+        (none, quick or curve) says how hard masks are sought that break it, from so many random `starts`.
         """
         _at_least(2, sequences=sequences)
-        return evaluate(self.subject, self.decomposition, sequences, threshold, self.seed_or(seed))
+        _at_least(1, starts=starts)
+        sought = MaskSearch(_one_of(ADVERSARIES, adversary), starts)
+        return evaluate(self.subject, self.decomposition, sequences, threshold, self.seed_or(seed), sought)
+
+    def certify(
+        self,
+        *against: LoadedRun,
+        script: str | Path | None = None,
+        bounds: Mapping[str, float] | None = None,
+        settings: Certifying | None = None,
+        facts: FactsSource = BUILTIN_FACTS,
+        progress: Report = silent,
+    ) -> Certificate:
+        """Everything a sceptic asks, as `spd certify`, held against `bounds`; against those of the recipe if None.
+
+        The slices of `against`, other runs of the same target, should be the same. `script` is an edit script, which
+        `facts` are for.
+        """
+        for name in bounds or ():
+            _one_of(BOUNDS, name)
+        own = self.recipe.certify.bounds if self.recipe.certify is not None else {}
+        read = None if script is None else load_script(Path(script))
+        beside = self._facts(facts) if read is not None and read[0].asks_facts else None
+        settings = settings or Certifying(seed=self.recipe.seed)
+        return certify(self, own if bounds is None else bounds, settings, against, read, beside, progress)
 
     def inspect(
         self,

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from generate.markdown import code, duration, joined, memory, number, table, threads
+from spdcli.commands.evidence_tables import grade_of
+from spdcli.engine.tables import GRADES
+from spdcli.measures.evidence_choices import CORNERS
 
 Data = Mapping[str, Any]
 
@@ -76,8 +79,23 @@ def comparison(data: Data) -> str:
             f"{row['active']:.2f}",
             row["total_active"],
             *(number(row["metrics"][name]) for name in COMPARED),
+            *strong(row),
         ]
         for row in data["rows"]
     ]
-    heads = ["", "steps", "seconds", "s a step", "L0", "active", *(name.replace("_", " ") for name in COMPARED)]
+    heads = ["", "steps", "seconds", "s a step", "L0", "active", *map(graded, COMPARED)]
+    heads += ["worst corner", f"PGD, {GRADES['adversarial'].label}"] * ("evidence" in data["rows"][0])
     return joined(["At equal steps, then at equal time:", table(heads, rows)])
+
+
+def graded(loss: str) -> str:
+    """A loss's name, with what it is worth as evidence."""
+    return ", ".join(filter(None, [loss.replace("_", " "), grade_of(loss)]))
+
+
+def strong(row: Data) -> list[str]:
+    """The worst corner and the worst masks of a search; nothing of a recording that is older."""
+    if "evidence" not in row:
+        return []
+    found = row["evidence"]
+    return [number(max(found[name] for name in CORNERS)), number(found["pgd_shared"]["kl"])]

@@ -43,6 +43,8 @@ def _learning() -> dict[str, Keys]:
 
 
 def _looking() -> dict[str, Keys]:
+    from spdcli.certification.certificate import Certificate
+    from spdcli.certification.certify import Certifying
     from spdcli.location.locate import PromptSearch
     from spdcli.location.report import RunReport
     from spdcli.location.tracing import Trace
@@ -56,6 +58,7 @@ def _looking() -> dict[str, Keys]:
     return {
         "spd eval, toy": _said("eval", RUN, target, keys_of(ToyEvaluation)),
         "spd eval, language model": _said("eval", RUN, target, keys_of(LanguageEvaluation)),
+        "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate)),
         "spd inspect": _said("inspect", RUN, keys_of(Inspection)),
         "spd svd": _said("svd", RUN, keys_of(RankCurves)),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),

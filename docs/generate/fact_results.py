@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from generate.evidence_results import evidence
 from generate.markdown import code, joined, number, percent, size, table
+from spdcli.commands.evidence_tables import grade_of
 from spdcli.commands.reproduce_tables import NAMES
+from spdcli.engine.tables import GRADES
 from spdcli.location.report_rows import SITES
 
 Data = Mapping[str, Any]
@@ -20,14 +23,17 @@ def evaluation(data: Data) -> str:
         [entry["prompt"], code(entry["answer"]), number(entry["target"]), number(entry["masked"])]
         for entry in data["answers"]
     ]
-    measured = [[name, number(value)] for name, value in data["metrics"].items()]
-    entropy = data["cross_entropy"]
-    measured += [[f"cross-entropy of the text, {name}", number(value)] for name, value in entropy.items()]
+    weakest = GRADES["importance"].label
+    measured = [[name, grade_of(name), number(value)] for name, value in data["metrics"].items()]
+    for name, value in data["cross_entropy"].items():
+        graded = weakest if name == "masked" else ""
+        measured.append([f"cross-entropy of the text, {name}", graded, number(value)])
     return joined(
         [
             f"{data['total_active']} of {data['total_slices']} slices are active somewhere.",
-            table(["prompt", "answer", "target", "active slices alone"], answers, words=2),
-            table(["metric", "value"], measured),
+            table(["prompt", "answer", "target", f"active slices alone, {weakest}"], answers, words=2),
+            table(["metric", "evidence", "value"], measured, words=2),
+            evidence(data),
             grounding(data["grounding"]),
         ]
     )
@@ -158,7 +164,7 @@ def report(data: Data) -> str:
             table(heads, rows, words=2),
             related(entry),
         ]
-    return joined(parts)
+    return joined([*parts, evidence(data)])
 
 
 def moved(row: Data) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from generate import edit_results, recipe_page, toy_results
 from generate.markdown import code, duration, fenced, joined, size, table, threads
 from generate.recorded import DOCS, ROOT, recording
+from spdcli.engine.tables import GRADES
 
 WRITTEN = (ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md")))
 
@@ -42,8 +44,20 @@ def demo() -> str:
     took = duration(trained.seconds + measured.seconds)
     accuracy = f"{measured.result['accuracy']['masked']:.2%}"
     where = f"{trained.machine['processor']}, {threads(trained.machine['threads'])}"
-    sentence = f"It took {took} ({where}); the model of active slices alone is right on {accuracy} of fresh sequences."
+    sentence = (
+        f"It took {took} ({where}). Under {GRADES['importance'].label} the model of active slices alone is right on "
+        f"{accuracy} of fresh sequences{worst(measured.result)}."
+    )
     return joined([sentence, toy_results.active_slices(measured.result)])
+
+
+def worst(result: Mapping[str, Any]) -> str:
+    """What is left of it under the strongest evidence; nothing where a recording is older than that."""
+    if "pgd_shared" not in result.get("evidence", {}):
+        return ""
+    found = result["evidence"]["pgd_shared"]
+    words = f"under the worst masks in [importance, 1] that a search of {found['steps']} steps finds"
+    return f"; {words}, {GRADES['adversarial'].label}, on {found['accuracy']:.2%}"
 
 
 def cut() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import cost_results, edit_results, fact_results, planted_results, toy_results
+from generate import cost_results, edit_results, evidence_results, fact_results, planted_results, toy_results
 from generate.markdown import duration, fenced, joined
 from generate.recorded import Page, Recording, Result, pages, recording, results, sentence
 
@@ -85,6 +85,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.train/1": toy_results.training,
     "spd.decompose/1": toy_results.decomposing,
     "spd.eval/1": evaluation,
+    "spd.certify/1": evidence_results.certificate,
     "spd.svd/1": toy_results.ranks,
     "spd.reproduce/1": reproduction,
     "spd.variants/1": toy_results.variants,

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from generate.evidence_results import evidence
 from generate.markdown import duration, joined, number, size, table
 from spdcli.commands.evaluate import STEPS
+from spdcli.commands.evidence_tables import grade_of
+from spdcli.engine.tables import GRADES
 from spdcli.paper.table1 import CLASSES, PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS
 
 Data = Mapping[str, Any]
@@ -29,7 +32,7 @@ def decomposing(data: Data) -> str:
 
 def evaluation(data: Data) -> str:
     """`spd.eval/1` of a toy: Table 1, the metrics, the circuit, and what is left when gates know less."""
-    parts = [active_slices(data), metrics(data)]
+    parts = [active_slices(data), metrics(data), evidence(data)]
     if "circuit" in data:
         parts += [circuit(data["circuit"]), gate_knowledge(data["circuit"]["controls"])]
     return joined(parts)
@@ -51,21 +54,28 @@ def active_slices(data: Data) -> str:
 
 def metrics(data: Data) -> str:
     """Table 1c: reconstruction, attention, accuracy."""
-    errors = data["standard_error"]
+    errors, weakest = data["standard_error"], GRADES["importance"].label
     rows = [
-        [name, number(value), number(errors[name]) if errors[name] else "exact", paper(PAPER_METRICS.get(name))]
+        [
+            name,
+            grade_of(name),
+            number(value),
+            number(errors[name]) if errors[name] else "exact",
+            paper(PAPER_METRICS.get(name)),
+        ]
         for name, value in data["metrics"].items()
     ]
     for layer, value in enumerate(data["attention_kl"]):
         theirs = PAPER_ATTENTION[layer] if layer < len(PAPER_ATTENTION) else None
-        rows.append([f"attention KL, layer {layer + 1}", number(value), "", paper(theirs)])
+        rows.append([f"attention KL, layer {layer + 1}", weakest, number(value), "", paper(theirs)])
         split = data["attention_kl_split"][layer]
         parts = {"matters": "where the pattern matters", "rest": "everywhere else", "last": "at the last query"}
         for kind, where in parts.items():
             if split.get(kind) is not None:
-                rows.append([f"the same, {where}", number(split[kind]), "", ""])
-    rows += [[f"accuracy, {kind} model", f"{value:.2%}", "", ""] for kind, value in data["accuracy"].items()]
-    shown = table(["metric", "ours", "standard error", "paper"], rows)
+                rows.append([f"the same, {where}", "", number(split[kind]), "", ""])
+    for kind, value in data["accuracy"].items():
+        rows.append([f"accuracy, {kind} model", weakest if kind == "masked" else "", f"{value:.2%}", "", ""])
+    shown = table(["metric", "evidence", "ours", "standard error", "paper"], rows, words=2)
     return joined([f"Over {data['sequences']} fresh sequences:", shown])
 
 
@@ -125,9 +135,11 @@ def reproduction(data: Data) -> str:
         theirs = paper(row["paper"])
         bound = row["bound"] or f"({row['agreement']})"
         agrees = f"{row['share']:.0%} of seeds" if several else ("yes" if row["agrees"] else "no")
-        rows.append([row["name"], number(row["ours"]), *spread, theirs, bound, agrees])
+        graded = GRADES[row["grade"]].label if row.get("grade") else ""
+        rows.append([row["name"], graded, number(row["ours"]), *spread, theirs, bound, agrees])
     heads = [
         "",
+        "evidence",
         "ours",
         *(["std", "least", "most"] if several else []),
         "paper",
@@ -136,7 +148,7 @@ def reproduction(data: Data) -> str:
     ]
     words = f"Mean of {len(data['seeds'])} seeds. " if several else ""
     words += "Bounds in brackets are not stated ones: they say what counts as agreeing."
-    return joined([words, table(heads, rows), seeds(data), stability(data["stability"])])
+    return joined([words, table(heads, rows, words=2), seeds(data), stability(data["stability"])])
 
 
 def variants(data: Data) -> str:

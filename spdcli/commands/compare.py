@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spdcli.commands.evidence_tables import grade_of
 from spdcli.commands.options import Device, Force, Json, Quiet, RecipeName, Seed, Set, Verbose, make_console
-from spdcli.engine.tables import LOSSES, losses_where
+from spdcli.engine.tables import GRADES, LOSSES, losses_where
+from spdcli.measures.evidence_choices import SIZE, STEPS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from spdcli.comparison import SettingRun
 
 REPORT = "compare.json"
+WORST = (
+    f"corner: the worst of delta 0, ½, 1 and slices all on; PGD: {GRADES['adversarial'].label}, "
+    f"{STEPS} steps of {SIZE:g} on masks that all positions share"
+)
 SHOWN = sorted(losses_where(lambda loss: loss.compared), key=lambda name: not LOSSES[name].in_grid)
 
 With = Annotated[
@@ -65,12 +71,15 @@ def table(runs: Sequence[SettingRun]) -> Table:
     """One row a run; L0 is active slices a position, all of them slices that are active somewhere."""
     from rich.table import Table
 
-    rows = Table(title="At equal steps, then at equal time")
+    graded = "; ".join(f"{name.replace('_', ' ')}: {grade_of(name)}" for name in SHOWN if grade_of(name))
+    rows = Table(title="At equal steps, then at equal time", caption=f"{graded}; {WORST}")
     rows.add_column("", overflow="fold", ratio=1)
     for heading in ("steps", "seconds", "s/step", "L0", "active"):
         rows.add_column(heading, justify="right", no_wrap=True)
     for name in SHOWN:
         rows.add_column(name.replace("_", " "), justify="right", width=max(7, *map(len, name.split("_"))))
+    for heading in ("corner", "PGD"):
+        rows.add_column(heading, justify="right", width=7)
     for run in runs:
         rows.add_row(
             run.setting,
@@ -80,5 +89,7 @@ def table(runs: Sequence[SettingRun]) -> Table:
             f"{run.active:.2f}",
             str(run.total_active),
             *(f"{run.metrics[name]:.1e}" for name in SHOWN),
+            f"{run.evidence.worst_corner:.1e}",
+            f"{run.evidence.pgd_shared.kl:.1e}" if run.evidence.pgd_shared else "",
         )
     return rows

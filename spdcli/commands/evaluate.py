@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.commands.evidence_tables import evidence_tables, grade_of
+from spdcli.commands.options import (
+    AdversaryOption,
+    Device,
+    Json,
+    Quiet,
+    RunPath,
+    Seed,
+    Starts,
+    Threshold,
+    Verbose,
+    make_console,
+)
+from spdcli.engine.tables import GRADES
+from spdcli.measures.evidence_choices import STARTS, USUAL_ADVERSARY, MaskSearch
 from spdcli.paper.table1 import (
     PAPER_ACTIVE,
     PAPER_ATTENTION,
@@ -53,6 +67,8 @@ def evaluate(
     run: RunPath,
     sequences: Sequences = 8192,
     threshold: Threshold = 0.0,
+    adversary: AdversaryOption = USUAL_ADVERSARY,
+    starts: Starts = STARTS,
     device: Device = None,
     seed: Seed = None,
     json: Json = False,
@@ -61,7 +77,9 @@ def evaluate(
 ) -> None:
     """Measure a decomposition: active and unique slices, reconstruction, attention (Table 1).
 
-    The toy is measured on fresh sequences and set beside the paper, its circuit explained
+    Reconstruction is told by how strong the evidence is: under importance masks, random
+    ones, with the delta at 0, ½ and 1, and under the worst masks that a search by gradient
+    finds (PGD). The toy is measured on fresh sequences and set beside the paper, its circuit explained
     (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts.
     """
     console = make_console(json, quiet, verbose)
@@ -72,7 +90,8 @@ def evaluate(
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed))
+    sought = MaskSearch(adversary, starts)
+    evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed), sought)
     console.show(write_evaluation(loaded, evaluation), *render(evaluation, loaded.subject))
     console.result(run / EVAL)
 
@@ -82,12 +101,13 @@ def render(evaluation: ToyEvaluation | LanguageEvaluation, subject: Subject) -> 
     from spdcli.measures.language_evaluation import LanguageEvaluation
 
     if evaluation.recovery:
-        return [recovery_table(evaluation.recovery), _losses(evaluation)]
+        return [recovery_table(evaluation.recovery), _losses(evaluation), *evidence_tables(evaluation.evidence)]
     if isinstance(evaluation, LanguageEvaluation):
         assert subject.prompts is not None
         return language_tables(evaluation, subject.prompts.pieces)
     circuit = circuit_tables(evaluation.circuit) if evaluation.circuit else []
-    return [active_table(evaluation), metrics_table(evaluation), FREE_PATTERNS, *circuit]
+    evidence = evidence_tables(evaluation.evidence)
+    return [active_table(evaluation), metrics_table(evaluation), FREE_PATTERNS, *evidence, *circuit]
 
 
 def active_table(evaluation: ToyEvaluation) -> Table:
@@ -114,20 +134,23 @@ def metrics_table(evaluation: ToyEvaluation) -> Table:
     from rich.table import Table
 
     metrics = Table(title=f"Metrics over {evaluation.sequences} sequences")
-    for heading in ("", "ours", "standard error", "paper"):
-        metrics.add_column(heading, justify="left" if not heading else "right")
+    for heading in ("", "evidence", "ours", "standard error", "paper"):
+        metrics.add_column(heading, justify="left" if heading in ("", "evidence") else "right")
+    weakest = GRADES["importance"].label
     for name, value in evaluation.metrics.items():
         error = evaluation.standard_error[name]
-        metrics.add_row(name, f"{value:.1e}", f"{error:.0e}" if error else "exact", _paper(PAPER_METRICS.get(name)))
+        shown = (f"{value:.1e}", f"{error:.0e}" if error else "exact", _paper(PAPER_METRICS.get(name)))
+        metrics.add_row(name, grade_of(name), *shown)
     paper = dict(enumerate(PAPER_ATTENTION, 1))
     for value, split in zip(evaluation.attention_kl, evaluation.attention_kl_split, strict=True):
-        metrics.add_row(f"attention KL, layer {split.layer}", f"{value:.3f}", "", _paper(paper.get(split.layer)))
+        shown = (f"{value:.3f}", "", _paper(paper.get(split.layer)))
+        metrics.add_row(f"attention KL, layer {split.layer}", weakest, *shown)
         parts = {"where the pattern matters": split.matters, "everywhere else": split.rest, "at the last": split.last}
         for what, part in parts.items():
             if part is not None:
-                metrics.add_row(f"  {what}", f"{part:.3f}", "", "")
+                metrics.add_row(f"  {what}", "", f"{part:.3f}", "", "")
     for kind, share in (("target", evaluation.accuracy.target), ("masked", evaluation.accuracy.masked)):
-        metrics.add_row(f"accuracy, {kind} model", f"{share:.2%}", "", "")
+        metrics.add_row(f"accuracy, {kind} model", weakest if kind == "masked" else "", f"{share:.2%}", "", "")
     return metrics
 
 
@@ -201,7 +224,7 @@ def language_tables(evaluation: LanguageEvaluation, pieces: list[list[str]]) -> 
             if any(row):
                 table.add_row(name, *(str(count) if count else "·" for count in row))
         tables.append(table)
-    answers = Table(title="Probability of the answer")
+    answers = Table(title=f"Probability of the answer; active slices alone: {GRADES['importance'].label}")
     for heading in ("prompt", "answer", "target", "active slices alone"):
         answers.add_column(heading, justify="left" if heading in ("prompt", "answer") else "right")
     for one in evaluation.answers:
@@ -210,6 +233,7 @@ def language_tables(evaluation: LanguageEvaluation, pieces: list[list[str]]) -> 
     return [
         *tables,
         answers,
+        *evidence_tables(evaluation.evidence, [one.prompt for one in evaluation.answers]),
         _losses(evaluation),
         *target_share_lines(evaluation.grounding),
         f"Cross-entropy of the text, nats a token: target {entropy.target:.3f}, "
@@ -235,7 +259,10 @@ def recovery_table(recovery: Recovery) -> Table:
 
 def _losses(evaluation: Evaluation) -> str:
     """How many slices are active anywhere, and every loss."""
-    metrics = ", ".join(f"{name} {value:.2e}" for name, value in evaluation.metrics.items())
+    metrics = ", ".join(
+        f"{name} {value:.2e}" + (f" ({grade_of(name)})" if grade_of(name) else "")
+        for name, value in evaluation.metrics.items()
+    )
     return f"{evaluation.total_active} of {evaluation.total_slices} slices are active somewhere. {metrics}."
 
 

@@ -9,12 +9,15 @@ import typer
 
 from spdcli.console import Console
 from spdcli.errors import UsageError
+from spdcli.measures.evidence_choices import ADVERSARIES
 from spdcli.recipe.choices import DEVICES
 
 if TYPE_CHECKING:
     DeviceName = str
+    AdversaryName = str
 else:
     DeviceName = Literal[tuple(DEVICES)]
+    AdversaryName = Literal[tuple(ADVERSARIES)]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result's line and nothing else.")]
@@ -38,6 +41,14 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory, as spd decompose
 Threshold = Annotated[
     float, typer.Option("--threshold", min=0.0, max=1.0, help="A slice is active where its importance is above this.")
 ]
+AdversaryOption = Annotated[
+    AdversaryName,
+    typer.Option(
+        "--adversary",
+        help="How hard masks are sought that break it. " + "; ".join(f"{k}: {v.about}" for k, v in ADVERSARIES.items()),
+    ),
+]
+Starts = Annotated[int, typer.Option("--starts", min=1, help="Random starts of that search, beside two corners.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]

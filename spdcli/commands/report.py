@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spdcli.commands.edit_options import FactsOption, read_facts
+from spdcli.commands.evidence_tables import evidence_tables
 from spdcli.commands.options import (
     Device,
     Json,
@@ -142,4 +143,6 @@ def render(report: RunReport) -> list[RenderableType]:
             for cell in leak_rows(fact):
                 leaks.add_row(*cell)
             parts.append(leaks)
+    if report.evidence:
+        parts += evidence_tables(report.evidence, [fact.prompt for fact in report.prompts])
     return parts

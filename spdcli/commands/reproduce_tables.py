@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from spdcli.engine.tables import GRADES
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -59,15 +61,16 @@ def claim_table(experiment: InductionExperiment) -> Table:
     table = Table(
         title=f"Table 1: ours{', mean of ' + str(len(experiment.seeds)) + ' seeds' if several else ''}, and the paper's"
     )
-    headings = ["", "ours", *(["spread", "least", "most"] if several else []), "paper", "bound", "agrees"]
+    headings = ["", "evidence", "ours", *(["spread", "least", "most"] if several else []), "paper", "bound", "agrees"]
     for heading in [*headings, *(["seeds"] if several else [])]:
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="left" if heading in ("", "evidence") else "right")
     for row in experiment.rows:
         spread = [number(value) for value in (row.spread.std, row.spread.min, row.spread.max)] if row.spread else []
         share = [f"{row.share:.0%}"] if several else []
         paper = "" if row.paper is None else number(row.paper)
         agrees = "yes" if row.agrees else "NO"
-        table.add_row(row.name, number(row.ours), *spread, paper, bound_text(row), agrees, *share)
+        graded = GRADES[row.grade].label if row.grade else ""
+        table.add_row(row.name, graded, number(row.ours), *spread, paper, bound_text(row), agrees, *share)
     return table
 
 

@@ -162,6 +162,11 @@ def _relative_entropy(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     return torch.where(gap.abs() <= 1, a * near, a * gap + b - a).sum(-1)
 
 
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) `[...]` in nats, from log-probabilities `[..., N]` of p and q."""
+    return _relative_entropy(log_p.exp(), log_q.exp(), log_p - log_q)
+
+
 def attention_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) of every query's attention, `[B, H, T]` in nats, from log-probabilities `[B, H, T, T]` of p and q.
 

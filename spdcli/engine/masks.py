@@ -189,3 +189,13 @@ def importance_masks(g: Mapping[str, Tensor], delta: bool) -> dict[str, MaskedRo
     whole = {name: torch.arange(len(mask), device=mask.device) for name, mask in g.items()}
     off = {name: mask.new_zeros(*mask.shape[:-1], 1) if delta else None for name, mask in g.items()}
     return {name: MaskedRows(whole[name], mask, off[name]) for name, mask in g.items()}
+
+
+def held_masks(g: Mapping[str, Tensor], delta: float) -> dict[str, MaskedRows]:
+    """`g[m]` `[B, T, C]` in every row, and the delta's mask `delta` at every position of every matrix at once.
+
+    The delta is W - U V whether or not the decomposition counts it as a component.
+    """
+    whole = {name: torch.arange(len(mask), device=mask.device) for name, mask in g.items()}
+    held = {name: mask.new_full((*mask.shape[:-1], 1), delta) for name, mask in g.items()}
+    return {name: MaskedRows(whole[name], mask, held[name]) for name, mask in g.items()}

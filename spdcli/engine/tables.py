@@ -33,25 +33,57 @@ def _load(code: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Grade(Choice):
+    """How much a small KL says where masks come from such a place; `label` is what tables call it."""
+
+    label: str = ""
+
+
+# From the weakest to the strongest. A decomposition claims that every mask in [g, 1] leaves the target as it is.
+GRADES: dict[str, Grade] = {
+    "importance": Grade(
+        "masks are g itself and the delta is off: one point of the box [g, 1], the one that training looks at",
+        label="importance masks (weakest)",
+    ),
+    "stochastic": Grade(
+        "masks drawn at random in [g, 1], anew for every slice and position: what is wrong averages out",
+        label="random masks (weak)",
+    ),
+    "corner": Grade(
+        "plain points of the box at every position at once: delta 0, ½ or 1, slices all on", label="corner"
+    ),
+    "adversarial": Grade(
+        "masks in [g, 1] sought by gradient for the largest KL, the same for every sequence and position or not",
+        label="adversarial (strongest)",
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Source(Choice):
     """Where the masks of a loss come from.
 
     `code` is a function that says how far every mask is moved from the importance g towards 1, as `masks.uniform`
     does; without one masks are g itself and the delta is off. `sampled`: a recipe's `samples` draws it so many times.
     `ascended`: the numbers are found by ascending the loss (`engine.adversary`), not drawn, and variants bring them.
+    `grade`: what a KL under such masks is worth as evidence, a key of GRADES.
     """
 
     sampled: bool = False
     ascended: bool = False
+    grade: str = "importance"
 
 
 SOURCES: dict[str, Source] = {
     "importance": Source("every mask is the importance g itself, and the delta is off"),
-    "stochastic": Source("masks from U(g, 1), the delta's from U(0, 1)", "spdcli.engine.masks:uniform", sampled=True),
+    "stochastic": Source(
+        "masks from U(g, 1), the delta's from U(0, 1)", "spdcli.engine.masks:uniform", sampled=True, grade="stochastic"
+    ),
     "adversarial": Source(
         "the masks between g and 1, and of the delta between 0 and 1, that sign ascent finds worst",
         "spdcli.engine.masks:ascended",
         ascended=True,
+        grade="adversarial",
     ),
 }
 
@@ -105,6 +137,11 @@ class Loss:
     def of_outputs(self) -> bool:
         """Whether it is a KL of variants' outputs."""
         return self.in_grid and self.hidden_of is None
+
+    @property
+    def grade(self) -> Grade | None:
+        """What the loss is worth as evidence that slices do what the target does; None for one of another kind."""
+        return None if self.source is None else GRADES[SOURCES[self.source].grade]
 
 
 def _hidden(loss: Loss) -> Loss:

@@ -33,8 +33,12 @@ from spdcli.location.report_rows import ZEROED, ReportRow, edit_rows, one_row, t
 from spdcli.location.subject_prompts import subject_prompts
 from spdcli.location.tracing import ON_SUBJECT, Trace, TraceSettings, trace_prompt
 from spdcli.location.zeroed_layers import ZeroedLayers, zeroed_layers
+from spdcli.measures.evidence import Evidence
+from spdcli.measures.evidence_choices import NO_SEARCH
+from spdcli.measures.language_evaluation import evaluate_language_model
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.schema import GENERATED, Data
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.prompts import encode
@@ -127,12 +131,13 @@ class FactCounts:
 @dataclass(frozen=True)
 class RunReport:
     """What `spd.report/1` says of a run: the edited matrix, every MLP layer zeroed (changes of the prompts by label),
-    and each prompt's fact."""
+    each prompt's fact, and what the reconstruction by masked slices is worth as `evidence`, no masks sought."""
 
     matrix: str
     facts: FactCounts
     mlp_zeroed: Mapping[str, AnswerChanges]
     prompts: list[FactReport]
+    evidence: Evidence | Absent = ABSENT
 
 
 def report_facts(
@@ -176,7 +181,8 @@ def report_facts(
         tell(f"edits: {trace.prompt}")
         reports.append(fact_report(context, row, trace, second, zeroed, facts, data.begin_token, settings.random))
     counts = FactCounts(len(facts.without(data.prompts)), len(known.questions.texts) if known else 0)
-    return RunReport(matrix, counts, zeroed.prompts, reports)
+    evidence = evaluate_language_model(subject, decomposition, 0.0, settings.seed, NO_SEARCH).evidence
+    return RunReport(matrix, counts, zeroed.prompts, reports, evidence)
 
 
 def broad_text(subject: Subject, data: Data, seed: int) -> Batch:

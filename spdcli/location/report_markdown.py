@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spdcli.edits.choices import STATISTICS
+from spdcli.engine.tables import GRADES
 from spdcli.location.report import FactReport, ReportSettings, RunReport
 from spdcli.location.report_edits import BASELINE, CONTROL, SLICES, SOUGHT
 from spdcli.location.report_rows import TRACED, ZEROED, ReportRow
+from spdcli.measures.evidence_choices import MASKS
 
 KINDS = {
     TRACED: "Causal tracing. In the clean run, the piece at the best site is replaced by that of the run whose "
@@ -95,12 +97,35 @@ def markdown(run: str, report: RunReport, settings: ReportSettings, layers: int,
     ]
     for fact in report.prompts:
         lines += fact_lines(fact)
+    lines += evidence_lines(report)
     lines += ["## What the rows are", ""]
     for kind in dict.fromkeys(row.kind for fact in report.prompts for row in fact.rows):
         lines += [f"- {KINDS[kind].format(matrix='`' + report.matrix + '`')}"]
     lines += ["", "## Figures", ""]
     lines += [f"![{path.stem}]({path.name})\n" for path in figures if path.suffix == ".png"]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def evidence_lines(report: RunReport) -> list[str]:
+    """What the model of masked slices is worth; the edits above are of the original weights and do not rest on it."""
+    evidence = report.evidence
+    if not evidence:
+        return []
+    answers = evidence.answers or {}
+    rows = [
+        [MASKS[name], GRADES[evidence.grades[name]].label, f"{kl:.2g}", *map("{:.3f}".format, answers.get(name, ()))]
+        for name, kl in evidence.kl.items()
+    ]
+    heads = ("masks", "evidence", "KL", *(f"P({fact.answer!r})" for fact in report.prompts))
+    width = len(heads)
+    words = "The edits above are of the original weights. What the run's slices say as a model of their own:"
+    return [
+        "## Slices as a model",
+        "",
+        words,
+        "",
+        *table(heads, ([*row, *[""] * (width - len(row))] for row in rows)),
+    ]
 
 
 def fact_lines(fact: FactReport) -> list[str]:

@@ -1,6 +1,7 @@
 """What a decomposition is worth: active slices, reconstruction, attention (Table 1), and how the circuit works.
 
 every target        unique active slices, reconstruction losses    `evaluation_totals.py`   Tables 1b, 1c
+every target        reconstruction by how strong the evidence is   `evidence.py`
 the toy             active slices by position class, attention     `toy_evaluation.py`      Tables 1a, 1c
 the paper's toy     the mechanism of its induction circuit         `circuit.py`             section 6.1
 a language model    active slices by token, what it predicts       `language_evaluation.py` section 6.2
@@ -16,23 +17,32 @@ import torch
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit import circuit_of
 from spdcli.measures.circuit_data import has_circuit
+from spdcli.measures.evidence_choices import MaskSearch
 from spdcli.measures.language_evaluation import LanguageEvaluation, evaluate_language_model
 from spdcli.measures.slice_recovery import slice_recovery
 from spdcli.measures.toy_evaluation import ToyEvaluation, evaluate_toy
 from spdcli.runs.subject import Subject
 
+USUAL = MaskSearch()
+
 
 @torch.no_grad()
 def evaluate(
-    subject: Subject, decomposition: Decomposition, sequences: int = 8192, threshold: float = 0.0, seed: int = 0
+    subject: Subject,
+    decomposition: Decomposition,
+    sequences: int = 8192,
+    threshold: float = 0.0,
+    seed: int = 0,
+    adversary: MaskSearch = USUAL,
 ) -> ToyEvaluation | LanguageEvaluation:
     """Everything `spd eval` reports (`spd.eval/1`) but for the run's name.
 
     The toy is measured on `sequences` fresh sequences, a language model on its prompts, a planted target on a few
     sequences as if they were prompts, and its slices on `sequences` fresh ones. A slice is active where its importance
-    is above `threshold`. `seed` draws sequences and the stochastic masks.
+    is above `threshold`. `seed` draws sequences and the stochastic masks; `adversary` says how hard masks are sought
+    that break it.
     """
-    evaluation = evaluate_without_circuit(subject, decomposition, sequences, threshold, seed)
+    evaluation = evaluate_without_circuit(subject, decomposition, sequences, threshold, seed, adversary)
     if isinstance(evaluation, ToyEvaluation) and has_circuit(subject):
         return replace(evaluation, circuit=circuit_of(subject, decomposition, threshold, seed))
     return evaluation
@@ -40,12 +50,17 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_without_circuit(
-    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int
+    subject: Subject,
+    decomposition: Decomposition,
+    sequences: int,
+    threshold: float,
+    seed: int,
+    adversary: MaskSearch = USUAL,
 ) -> ToyEvaluation | LanguageEvaluation:
-    """Table 1 alone: what is quick, and is measured alike of every target."""
+    """Table 1 and the evidence: what is quick, and is measured alike of every target."""
     if subject.toy is not None:
-        return evaluate_toy(subject, decomposition, sequences, threshold, seed)
-    evaluation = evaluate_language_model(subject, decomposition, threshold, seed)
+        return evaluate_toy(subject, decomposition, sequences, threshold, seed, adversary)
+    evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary)
     if subject.planted is None:
         return evaluation
     return replace(evaluation, recovery=slice_recovery(subject, decomposition, sequences, threshold, seed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, draw_variants
+from spdcli.measures.evidence import Evidence
+from spdcli.measures.mean import Mean
 from spdcli.measures.slice_recovery import Recovery
 from spdcli.records import ABSENT, Absent
 
@@ -38,6 +39,9 @@ class Evaluation:
     of what matrices give, over that of the target's own, with all of them masked by importances, a mean over matrices
     and positions; the others are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
     `recon_layerwise_by_matrix` is the KL in nats with that matrix alone replaced, their mean the loss of that name.
+    `l0` is the mean number of active slices at a position, over all matrices; `delta_share` by matrix the share of the
+    energy of its output x W that no slice holds: the sum of ‖x (W - U V)‖² over that of ‖x W‖², over all positions.
+    `evidence` is what the reconstruction is worth: the same KLs by how masks were chosen.
     `recovery`, of a planted target alone, says how well its slices are found.
     """
 
@@ -51,36 +55,10 @@ class Evaluation:
     standard_error: Mapping[str, float]
     recon_layerwise_by_matrix: Mapping[str, float]
     active: Mapping[str, Mapping[str, float]]
+    l0: float
+    delta_share: Mapping[str, float]
+    evidence: Evidence
     recovery: Recovery | Absent = ABSENT
-
-
-@dataclass
-class Mean:
-    """A mean over sequences and its standard error, fed in batches."""
-
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: Tensor) -> None:
-        """One value a sequence."""
-        wide = values.double()
-        self.count += values.numel()
-        self.total += wide.sum().item()
-        self.squares += wide.square().sum().item()
-
-    @property
-    def value(self) -> float:
-        """The mean of all values so far."""
-        return self.total / self.count
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean; NaN for fewer than two sequences."""
-        if self.count < 2:
-            return math.nan
-        spread = max(0.0, self.squares / self.count - self.value**2)
-        return math.sqrt(spread / (self.count - 1))
 
 
 @dataclass
@@ -88,7 +66,8 @@ class Sums:
     """Sums over batches, from which `totals` makes the fields of an evaluation that every target has.
 
     `noise` draws the masks of the stochastic losses. `reconstruction` has a mean a loss, `by_matrix` one a matrix;
-    `active_anywhere[m]` `[C]` says of each slice of m whether it was active in any batch.
+    `active_anywhere[m]` `[C]` says of each slice of m whether it was active in any batch. `active_slices` counts them
+    at all `positions`; `energy[m]` are the sums of squares of x (W - U V) and of x W.
     """
 
     target: Target
@@ -98,6 +77,9 @@ class Sums:
     reconstruction: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     by_matrix: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     active_anywhere: dict[str, Tensor] = field(default_factory=dict)
+    positions: int = 0
+    active_slices: int = 0
+    energy: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, target: Target, decomposition: Decomposition, threshold: float, seed: int) -> Sums:
@@ -109,7 +91,18 @@ class Sums:
         for name, values in g.items():
             somewhere = (values[clean.batch.valid] > self.threshold).any(0)
             self.active_anywhere[name] = somewhere | self.active_anywhere.get(name, torch.zeros_like(somewhere))
+            self.active_slices += int((values[clean.batch.valid] > self.threshold).sum())
+            self._add_energy(name, clean.inputs[name][clean.batch.valid])
+        self.positions += int(clean.batch.valid.sum())
         self._reconstruct(clean, g)
+
+    def _add_energy(self, name: str, x: Tensor) -> None:
+        """What matrix `name` and its delta write at positions x `[n, I]`."""
+        weight, own = self.target.matrices[name].weight, self.decomposition.of(name)
+        rest = (x @ (weight - own.U @ own.V)).double().square().sum().item()
+        whole = (x @ weight).double().square().sum().item()
+        before = self.energy.get(name, (0.0, 0.0))
+        self.energy[name] = (before[0] + rest, before[1] + whole)
 
     def _reconstruct(self, clean: Clean, g: Mapping[str, Tensor]) -> None:
         """The four reconstruction losses of Table 1c, a mean over looked-at positions for every sequence."""
@@ -152,7 +145,7 @@ class Sums:
         reconstruction(self.target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume, look=look)
 
     def totals(self) -> dict[str, Any]:
-        """The fields of `Evaluation` but for `seed`, `threshold` and `active`."""
+        """The fields of `Evaluation` but for `seed`, `threshold`, `active` and `evidence`."""
         unique = {name: int(somewhere.sum()) for name, somewhere in self.active_anywhere.items()}
         means = {loss: self.reconstruction[loss] for loss in (*LOSSES, *HIDDEN)}
         exact = {
@@ -167,4 +160,6 @@ class Sums:
             "metrics": exact | {loss: mean.value for loss, mean in means.items()},
             "standard_error": dict.fromkeys(exact, 0.0) | {loss: mean.error for loss, mean in means.items()},
             "recon_layerwise_by_matrix": {name: mean.value for name, mean in self.by_matrix.items()},
+            "l0": self.active_slices / self.positions,
+            "delta_share": {name: rest / max(whole, 1e-30) for name, (rest, whole) in self.energy.items()},
         }

@@ -17,6 +17,8 @@ from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.evaluation_data import looked_numbers, with_importances
 from spdcli.measures.evaluation_totals import Evaluation, Sums
+from spdcli.measures.evidence import CornerSums, search_masks
+from spdcli.measures.evidence_choices import MaskSearch
 from spdcli.measures.target_and_masked import TargetAndMasked
 from spdcli.measures.target_share import TargetShare, target_share
 from spdcli.runs.subject import Subject
@@ -50,13 +52,16 @@ class LanguageEvaluation(Evaluation):
 
 
 def evaluate_language_model(
-    subject: Subject, decomposition: Decomposition, threshold: float, seed: int
+    subject: Subject, decomposition: Decomposition, threshold: float, seed: int, adversary: MaskSearch
 ) -> LanguageEvaluation:
     """A language model on its prompts, which are one batch."""
     assert subject.prompts is not None
     sums = Sums.start(subject.target, decomposition, threshold, seed)
     ((clean, g),) = with_importances(subject, decomposition, 0, seed)
     sums.add(clean, g)
+    corners = CornerSums(subject, decomposition)
+    corners.add(clean, g)
+    found = search_masks(subject, decomposition, adversary, len(clean.batch.tokens), seed)
     masks = importance_masks(g, decomposition.delta)
     masked = masked_logits(subject.target, decomposition, clean, masks).log_softmax(-1)
     predictions = _predictions(subject.prompts, TargetAndMasked(clean.log_probs, masked))
@@ -64,6 +69,7 @@ def evaluate_language_model(
         seed=seed,
         threshold=threshold,
         **sums.totals(),
+        evidence=corners.evidence(sums.reconstruction, found),
         active=_active_by_place(clean, g, threshold),
         cross_entropy=predictions.cross_entropy,
         attention_kl=[],

@@ -15,7 +15,10 @@ from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit import Circuit
 from spdcli.measures.evaluation_data import looked_numbers, with_importances
-from spdcli.measures.evaluation_totals import Evaluation, Mean, Sums
+from spdcli.measures.evaluation_totals import Evaluation, Sums
+from spdcli.measures.evidence import CornerSums, search_masks
+from spdcli.measures.evidence_choices import MaskSearch
+from spdcli.measures.mean import Mean
 from spdcli.measures.target_and_masked import TargetAndMasked, attention_patterns
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
@@ -99,19 +102,22 @@ class ToySums:
 
 
 def evaluate_toy(
-    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int
+    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int, adversary: MaskSearch
 ) -> ToyEvaluation:
     """A toy on `sequences` fresh sequences, without its circuit."""
     sums = Sums.start(subject.target, decomposition, threshold, seed)
     toy_sums = ToySums(subject, decomposition, threshold)
+    corners = CornerSums(subject, decomposition)
     for clean, g in with_importances(subject, decomposition, sequences, seed):
-        sums.add(clean, g)
-        toy_sums.add(clean, g)
+        for part in (sums, toy_sums, corners):
+            part.add(clean, g)
+    found = search_masks(subject, decomposition, adversary, sequences, seed)
     split = toy_sums.attention_split
     return ToyEvaluation(
         seed=seed,
         threshold=threshold,
         **sums.totals(),
+        evidence=corners.evidence(sums.reconstruction, found),
         active={
             name: {kind: toy_sums.active[name, kind] / toy_sums.positions[kind] for kind in POSITION_CLASSES}
             for name in decomposition.names

@@ -162,7 +162,11 @@ def evaluation_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
     seed = run.recipe.seed
     settings = {"schema": "spd.eval/1", "sequences": sequences, "threshold": 0.0, "seed": seed}
     before = read_json(run.home / EVAL)
-    if "circuit" in before and all(before.get(key) == value for key, value in settings.items()):
+    if (
+        "circuit" in before
+        and "pgd_shared" in before.get("evidence", {})
+        and all(before.get(key) == value for key, value in settings.items())
+    ):
         return before
     return write_evaluation(run, evaluate(run.subject, run.decomposition, sequences, 0.0, seed))
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from spdcli.engine.tables import LOSSES, SOURCES
+from spdcli.measures.evidence_choices import CORNERS
 from spdcli.paper.verdict import Bound, Claim, Evidence, near
 
 CLASSES = ("s1", "m", "s2", "random")
@@ -30,8 +32,9 @@ OWN_CLASS = {"Q0": "m", "K0": "s1", "V0": "s1", "Q1": "s2", "K1": "m"}  # where 
 
 
 def claims() -> list[Claim]:
-    """Every number of Tables 1a, 1b and 1c, then the masked model's accuracy and the mechanism (section 6.1)."""
-    return [*_active_claims(), *_unique_claims(), *_metric_claims(), *_attention_claims()]
+    """Every number of Tables 1a, 1b and 1c, the masked model's accuracy and the mechanism (section 6.1), then what the
+    paper does not look at: reconstruction under stronger evidence than importance masks."""
+    return [*_active_claims(), *_unique_claims(), *_metric_claims(), *_attention_claims(), *_evidence_claims()]
 
 
 def _active_claims() -> list[Claim]:
@@ -61,7 +64,7 @@ def _unique_claims() -> list[Claim]:
 def _metric_claims() -> list[Claim]:
     largest = {"faithfulness": 1e-7, "recon": 1e-3, "recon_layerwise": 1e-3}
     return [
-        Claim(name, _at("metrics", name), PAPER_METRICS[name], Bound(None, bound, stated=True))
+        Claim(name, _at("metrics", name), PAPER_METRICS[name], Bound(None, bound, stated=True), _grade(name))
         for name, bound in largest.items()
     ]
 
@@ -69,7 +72,7 @@ def _metric_claims() -> list[Claim]:
 def _attention_claims() -> list[Claim]:
     no_worse = lambda paper: Bound(None, 2 * paper, stated=False)  # noqa: E731
     layers = [
-        Claim(f"attention KL, layer {layer + 1}", _at("attention_kl", layer), paper, no_worse(paper))
+        Claim(f"attention KL, layer {layer + 1}", _at("attention_kl", layer), paper, no_worse(paper), "importance")
         for layer, paper in enumerate(PAPER_ATTENTION)
     ]
     mean = Claim(
@@ -77,6 +80,7 @@ def _attention_claims() -> list[Claim]:
         lambda evaluation: statistics.mean(evaluation["attention_kl"]),
         PAPER_ATTENTION_MEAN,
         no_worse(PAPER_ATTENTION_MEAN),
+        "importance",
     )
     last = [
         Claim(
@@ -84,10 +88,12 @@ def _attention_claims() -> list[Claim]:
             _at("attention_kl_split", layer, "last"),
             paper,
             no_worse(paper),
+            "importance",
         )
         for layer, paper in enumerate(PAPER_ATTENTION)
     ]
-    accuracy = Claim("accuracy, masked model", _at("accuracy", "masked"), None, Bound(0.999, None, stated=True))
+    right = Bound(0.999, None, stated=True)
+    accuracy = Claim("accuracy, masked model", _at("accuracy", "masked"), None, right, "importance")
     return [*layers, mean, *last, accuracy, *_step_claims()]
 
 
@@ -105,6 +111,24 @@ def _step_claims() -> list[Claim]:
         ):
             rows.append(Claim(f"attention m to s1{name}{words}", read, paper, near(paper, 0.1)))
     return rows
+
+
+def _evidence_claims() -> list[Claim]:
+    small, right = Bound(None, 0.1, stated=False), Bound(0.99, None, stated=False)
+    corners = [
+        Claim(f"KL, {corner.about}", _at("evidence", name), None, small, "corner") for name, corner in CORNERS.items()
+    ]
+    return [
+        *corners,
+        Claim("KL, PGD on shared masks", _at("evidence", "pgd_shared", "kl"), None, small, "adversarial"),
+        Claim("accuracy, PGD on shared masks", _at("evidence", "pgd_shared", "accuracy"), None, right, "adversarial"),
+    ]
+
+
+def _grade(loss: str) -> str:
+    """The grade of a loss as evidence; empty for one that is no reconstruction."""
+    source = LOSSES[loss].source
+    return "" if source is None else SOURCES[source].grade
 
 
 def _at(*path: str | int) -> Callable[[Evidence], float]:

@@ -53,12 +53,17 @@ def near(value: float, tolerance: float) -> Bound:
 
 @dataclass(frozen=True)
 class Claim:
-    """One number: how to read ours from a seed's evidence, the paper's if it has one, and what must hold of ours."""
+    """One number: how to read ours from a seed's evidence, the paper's if it has one, and what must hold of ours.
+
+    `grade` says what it is worth as evidence that slices do what the target does (a key of `engine.tables.GRADES`),
+    where it is any.
+    """
 
     name: str
     read: Callable[[Evidence], float]
     paper: float | None
     bound: Bound
+    grade: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class ClaimRow:
 
     `ours` is the mean over seeds, with its `spread` where there are several; `share` are the seeds on which the bound
     holds. `bound` is the stated one or None, `agreement` the tolerance that stands in where none is stated. `agrees`
-    when at least MAJORITY of the seeds hold it.
+    when at least MAJORITY of the seeds hold it. `grade` is the claim's.
     """
 
     name: str
@@ -86,6 +91,7 @@ class ClaimRow:
     agreement: str | None
     agrees: bool
     share: float
+    grade: str
     spread: Spread | Absent = ABSENT
 
 
@@ -137,5 +143,6 @@ def claim_row(claim: Claim, values: Sequence[float], share: float) -> ClaimRow:
         agreement=None if claim.bound.stated else str(claim.bound),
         agrees=share >= MAJORITY,
         share=share,
+        grade=claim.grade,
         spread=spread,
     )

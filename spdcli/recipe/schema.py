@@ -24,6 +24,7 @@ from spdcli.engine.tables import (
     SCHEDULES,
     STARTS,
 )
+from spdcli.recipe.bounds import Certify
 from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
@@ -267,6 +268,7 @@ class Recipe(Section):
         None, description="How the masks of adversarial losses are found; its defaults if not given."
     )
     decompose: Decompose = Field(description="The training of the decomposition.")
+    certify: Certify | None = Field(None, description="What the finished run must hold.")
 
     @model_validator(mode="after")
     def settings_agree(self) -> Recipe:

@@ -6,6 +6,7 @@
     checkpoint/state.safetensors  the same with optimizer, generators, adversary and step, for `--resume`
     toy/                        the run of `spd train` whose toy is decomposed (induction only)
     eval.json, figures/         what `spd eval` found
+    certificate.json            what `spd certify` found
 
 Every file is written beside and renamed into place.
 """
@@ -31,9 +32,20 @@ from spdcli.recipe.section import Section
 from spdcli.records import plain
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
+CERTIFICATE = "certificate.json"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
 TOY_WEIGHTS = "target.safetensors"
-HELD = (RECIPE, METRICS, EVAL, FIGURES, DECOMPOSITION, "checkpoint", TOY, TOY_WEIGHTS)  # what --force replaces
+HELD = (
+    RECIPE,
+    METRICS,
+    EVAL,
+    CERTIFICATE,
+    FIGURES,
+    DECOMPOSITION,
+    "checkpoint",
+    TOY,
+    TOY_WEIGHTS,
+)  # what --force replaces
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ class Subject:
     the same object each time, so that what is worked out from it once can be kept. `length` is that of the longest
     sequence. `token_text(token)` is a token as text; `routes[m]` says how matrix m is labelled with tokens. `toy` is
     set for the induction toy, `prompts` for every other target; `planted` for one whose slices are known.
-    `stream()` gives the broad text (`data.stream`) if the recipe has any, the same one on every call.
+    `stream()` gives the broad text (`data.stream`) if the recipe has any, the same one on every call; `held_out()`
+    other such text, that nothing is trained on.
     """
 
     target: Target
@@ -53,6 +54,7 @@ class Subject:
     prompts: Prompts | None = None
     stream: Callable[[], Batch] | None = None
     planted: Planted | None = None
+    held_out: Callable[[], Batch] | None = None
 
 
 def choose_device(name: str) -> torch.device:
@@ -144,10 +146,10 @@ def language_subject(recipe: Recipe, device: torch.device, trained: bool = True)
         return fixed if size >= len(whole.tokens) else some_of(whole, size, generator).to(device)
 
     @cache
-    def stream() -> Batch:
+    def stream(held_out: bool = False) -> Batch:
         assert data.stream is not None
         shape = (data.stream_sequences, data.stream_length)
-        drawn = draw_stream(data.stream, language_model.model, language_model.tokenizer, *shape, recipe.seed)
+        drawn = draw_stream(data.stream, language_model.model, language_model.tokenizer, *shape, recipe.seed, held_out)
         return drawn.to(device)
 
     split = recipe.target.split_attention
@@ -159,6 +161,7 @@ def language_subject(recipe: Recipe, device: torch.device, trained: bool = True)
         routes=build_routes(language_model, split),
         prompts=replace(prompts, batch=fixed),
         stream=None if data.stream is None else stream,
+        held_out=None if data.stream is None else partial(stream, True),
     )
 
 

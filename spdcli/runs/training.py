@@ -31,7 +31,8 @@ from spdcli.targets.induction import InductionToy, toy_accuracy
 
 FRESH_SEQUENCES = 20_000  # what a toy's accuracy is measured on
 SURE = 0.999  # share of them that a toy which has learned the task is right on
-CHANGEABLE = ("losses", "adversary", "decompose", "device", "name")  # what a run that goes on may be given anew
+# What a run that goes on may be given anew.
+CHANGEABLE = ("losses", "adversary", "decompose", "device", "name", "certify")
 Store = RunDirectory | MemoryRun
 
 
@@ -258,7 +259,7 @@ def claimed_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
         return RunDirectory.create(path, loaded.recipe, force)
     run = RunDirectory.open(path)
     for key, (before, after) in changed_settings(run, loaded.recipe).items():
-        if key == "device":
+        if key.split(".")[0] in ("device", "certify"):  # neither changes what the run is
             continue
         raise UsageError(
             f"{path} was made with {key} = {before!r}, not {after!r}",

@@ -21,6 +21,7 @@ from spdcli.recipe.schema import GENERATED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HELD_OUT_SEED = 30_000_001  # its own stream: never the text of training
 SEQUENCES_AT_ONCE = 64  # that are sampled, or whose inputs are held, together
 
 
@@ -31,19 +32,20 @@ def draw_stream(
     sequences: int,
     length: int,
     seed: int,
+    held_out: bool = False,
 ) -> Batch:
     """`sequences` of `length` tokens, all looked at: sampled from `model` where `source` is `generated`, else cut from
-    the text file `source`.
+    the text file `source`. With `held_out` others than without: of a file what is left of it, at most as many.
 
     Raises SpdError for a file that cannot be read or is too short, and for a length that the model does not take.
     """
     if length > tokenizer.model_max_length:
         raise SpdError(f"data.stream_length = {length}, but the model takes {tokenizer.model_max_length} tokens")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + HELD_OUT_SEED * (held_out and source == GENERATED))
     if source == GENERATED:
         tokens = sampled(model, tokenizer.all_special_ids, sequences, length, generator)
     else:
-        tokens = cut(Path(source), tokenizer, sequences, length, generator)
+        tokens = cut(Path(source), tokenizer, sequences, length, generator, held_out)
     return Batch.everywhere(tokens)
 
 
@@ -74,21 +76,27 @@ def sampled(
 
 
 def cut(
-    path: Path, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int, generator: torch.Generator
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: int,
+    length: int,
+    generator: torch.Generator,
+    held_out: bool = False,
 ) -> Tensor:
-    """Tokens `[S, T]` of windows of the text in `path` that do not overlap, chosen by the generator."""
+    """Tokens `[S, T]` of windows of the text in `path` that do not overlap, chosen by the generator; with `held_out`
+    the next ones that it would choose, at least one."""
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpdError(f"data.stream: {path}: cannot be read: {error}", "name a text file, or 'generated'") from error
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(tokens) // length
-    if windows < sequences:
+    if windows < sequences + held_out:
         raise SpdError(
-            f"data.stream: {path} has {windows} windows of {length} tokens, not {sequences}",
+            f"data.stream: {path} has {windows} windows of {length} tokens, not {sequences + held_out}",
             "lower data.stream_sequences or data.stream_length, or give a longer text",
         )
-    numbers = torch.randperm(windows, generator=generator)[:sequences]
+    numbers = torch.randperm(windows, generator=generator)[sequences * held_out :][:sequences]
     return torch.tensor(tokens[: windows * length]).view(windows, length)[numbers]
 
 

@@ -150,8 +150,11 @@ def test_the_report_needs_no_console(spd, run, facts):
         report=steps.append,
     )
     data = answer(spd, "report", run, "--facts", facts, *FEW)
-    assert plain(report) == {key: data[key] for key in ("matrix", "facts", "mlp_zeroed", "prompts")}
+    assert plain(report) == {key: data[key] for key in ("matrix", "facts", "mlp_zeroed", "prompts", "evidence")}
     assert [(step.done, step.total) for step in steps] == [(number, 8) for number in range(1, 8)]
+    text = markdown("run", report, ReportSettings(), 3, [])
+    assert "| importance masks, delta 1 everywhere | corner |" in text
+    assert "importance masks (weakest)" in text
 
 
 def test_what_leaks_is_measured_on_other_words(spd, run, facts):

@@ -16,6 +16,7 @@ from spdcli import api, cli
 from spdcli.commands.reproduce_tables import number
 from spdcli.errors import Interrupted
 from spdcli.files import load_tensors
+from spdcli.measures.evidence_choices import CORNERS
 from spdcli.paper.induction_experiment import seed_recipes
 from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, claims
 from spdcli.paper.verdict import Bound, judge
@@ -98,6 +99,7 @@ def papers_evaluation(**changes):
         "circuit": {
             "attention": {key: {"m_to_s1": 1.0, "m_to_s1_unplaced_query": 0.0941} for key in ("target", "masked")}
         },
+        "evidence": dict.fromkeys(CORNERS, 1e-3) | {"pgd_shared": {"kl": 0.05, "accuracy": 1.0}},
     }
     return data | changes
 
@@ -111,7 +113,7 @@ def judged(evaluations):
 def test_every_number_of_the_table_has_a_row():
     verdict, rows = judged([papers_evaluation()])
     names = [row["name"] for row in rows]
-    assert len(names) == len(set(names)) == 24 + 6 + 3 + 3 + 2 + 1 + 6
+    assert len(names) == len(set(names)) == 24 + 6 + 3 + 3 + 2 + 1 + 6 + 7
     assert all(row["agrees"] for row in rows)
     assert verdict.broken == [[]]
     by_name = {row["name"]: row for row in rows}
@@ -123,7 +125,9 @@ def test_every_number_of_the_table_has_a_row():
         "agreement": None,
         "agrees": True,
         "share": 1.0,
+        "grade": "",
     }
+    assert (by_name["recon"]["grade"], by_name["KL, PGD on shared masks"]["grade"]) == ("importance", "adversarial")
     assert by_name["attention KL, mean"]["ours"] == pytest.approx(0.1935)
     assert by_name["attention m to s1 (masked), query unplaced, share left"]["ours"] == pytest.approx(0.0941)
     assert by_name["active K0 at m"]["bound"] is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from slow_evaluation import CPU, FLOAT32, LOSSES, NOISE, TOY, kl, masked, stand_ins, steady_noise, unsettle  # noqa: F401
 
-from spdcli.measures.evaluation_totals import Mean
+from spdcli.measures.mean import Mean
 
 
 def test_a_mean_and_its_error_do_not_depend_on_the_batches():
