@@ -9,12 +9,14 @@ from pathlib import Path
 
 from spdcli.api import finished
 from spdcli.errors import UsageError
+from spdcli.measures.active_counts import active_per_position
 from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.evidence import Evidence
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe, parse_override
 from spdcli.runs.training import claimed_run
 
+TENTH = 0.1  # above it a slice is counted that smooth L0 has not merely left near 0
 AS_IT_IS = "the recipe as it is"
 
 
@@ -23,8 +25,9 @@ class SettingRun:
     """One run: what its `setting` is, where it is, and what it costs and gives.
 
     `seconds` are those of training its `steps`; `active` are active slices a position at the last of them, over all
-    matrices, and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name, and
-    `evidence` what they are worth, as there.
+    matrices; `l0` the same on the sequences that are measured, `l0_above_tenth` of those whose importance is above 0.1;
+    and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name, and `evidence`
+    what they are worth, as there.
     """
 
     setting: str
@@ -32,6 +35,8 @@ class SettingRun:
     steps: int
     seconds: float
     active: float
+    l0: float
+    l0_above_tenth: float
     total_active: int
     metrics: Mapping[str, float]
     standard_error: Mapping[str, float | None]
@@ -48,16 +53,17 @@ def compare_settings(
     device: str | None = None,
     force: bool = False,
     report: Report = silent,
+    equal_time: bool = True,
 ) -> list[SettingRun]:
     """The recipe with `settings`, then with each of `changes` as well, decomposed into directories under `out`.
 
-    Settings are as `--set` takes them. A change that makes steps faster gets a second run, of as many steps as fit the
-    time of the recipe as it is. What is finished is reused; the toy of the first run is that of all. The toy is
-    measured on `sequences` fresh sequences.
+    Settings are as `--set` takes them; a change may be several, with `;` between them. With `equal_time` a change that
+    makes steps faster gets a second run, of as many steps as fit the time of the recipe as it is. What is finished is
+    reused; the toy of the first run is that of all. The toy is measured on `sequences` fresh sequences.
     """
-    overrides = [parse_override(change, "--with") for change in changes]
+    overrides = [[parse_override(one, "--with") for one in together(change)] for change in changes]
     recipes = [
-        load_recipe(recipe, [*settings, one], seed=seed, device=device) for one in overrides
+        load_recipe(recipe, [*settings, *some], seed=seed, device=device) for some in overrides
     ]  # errors come first
     base = load_recipe(recipe, settings, seed=seed, device=device)
     if out.exists() and not out.is_dir():
@@ -68,13 +74,19 @@ def compare_settings(
         shared.append(f"target.path={json.dumps(str((out / 'as-it-is').resolve()))}")
     runs = [first]
     for number, (change, loaded) in enumerate(zip(changes, recipes, strict=True), 1):
-        with_toy = load_recipe(recipe, [*shared, change], seed=seed, device=device)
+        with_toy = load_recipe(recipe, [*shared, *together(change)], seed=seed, device=device)
         runs.append(setting_run(out / f"{number}-equal-steps", change, with_toy, sequences, force, report))
         steps = round(loaded.recipe.decompose.steps * first.seconds / runs[-1].seconds)
-        if steps > loaded.recipe.decompose.steps:
-            longer = load_recipe(recipe, [*shared, change, f"decompose.steps={steps}"], seed=seed, device=device)
-            runs.append(setting_run(out / f"{number}-equal-time", change, longer, sequences, force, report))
+        if equal_time and steps > loaded.recipe.decompose.steps:
+            longer = [*shared, *together(change), f"decompose.steps={steps}"]
+            longer_recipe = load_recipe(recipe, longer, seed=seed, device=device)
+            runs.append(setting_run(out / f"{number}-equal-time", change, longer_recipe, sequences, force, report))
     return runs
+
+
+def together(change: str) -> list[str]:
+    """The settings of one change: `a=1; b=2` are two."""
+    return [part.strip() for part in change.split(";")]
 
 
 def setting_run(
@@ -85,12 +97,16 @@ def setting_run(
     run = finished(claimed_run(folder, loaded, force), loaded, report)
     last = run.home.metrics()[-1]
     evaluation = evaluate_without_circuit(run.subject, run.decomposition, sequences, 0.0, loaded.recipe.seed)
+    thresholds = (0.0, TENTH)
+    l0, above = active_per_position(run.subject, run.decomposition, thresholds, sequences, loaded.recipe.seed)
     return SettingRun(
         setting=setting,
         run=str(folder),
         steps=last["step"],
         seconds=last["seconds"],
         active=sum(last["active"].values()),
+        l0=l0,
+        l0_above_tenth=above,
         total_active=evaluation.total_active,
         metrics=evaluation.metrics,
         standard_error=evaluation.standard_error,

@@ -62,6 +62,28 @@ def test_a_run_at_equal_steps_and_one_in_equal_time(spd, recipe, tmp_path, monke
     assert {name: (out / name / METRICS).stat().st_mtime_ns for name in rows} == before
 
 
+def test_settings_that_belong_together_and_equal_steps_alone(spd, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    setting_run = comparison.setting_run
+
+    def timed(folder, *rest):
+        return replace(setting_run(folder, *rest), seconds=9.0 if folder.name == "as-it-is" else 1.0)
+
+    monkeypatch.setattr(comparison, "setting_run", timed)
+    change = "slices.C=9; losses.faithfulness=0;losses.relative_faithfulness=1"
+    given = ["--with", change, "--equal-steps", "--set", "decompose.steps=4", "--out", out, "--sequences", 8]
+    code, text, _ = spd("compare", recipe, *given, "--json")
+    assert code == 0
+    first, second = json.loads(text)["rows"]
+    assert [row["with"] for row in (first, second)] == ["the recipe as it is", given[1]]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["1-equal-steps", "as-it-is"]
+    losses = RunDirectory.open(out / "1-equal-steps").recipe.losses
+    assert (losses.faithfulness, losses.relative_faithfulness) == (0, 1)
+    for row in (first, second):
+        assert 0 <= row["l0_above_tenth"] <= row["l0"] <= 9 * 6
+    assert first["l0"] > 0
+
+
 def test_a_setting_that_is_none_is_told_before_anything_runs(spd, recipe, tmp_path):
     code, _, err = spd("compare", recipe, "--with", "slices.D=3", "--out", tmp_path / "out")
     assert code == 2

@@ -69,23 +69,28 @@ def cost(data: Data) -> str:
 
 
 def comparison(data: Data) -> str:
-    """`spd.compare/1`: a row a run; L0 is active slices a position."""
+    """`spd.compare/1`: a row a run; L0 is active slices a position, of importance above 0 and above 0.1."""
     rows = [
         [
             row["with"] if row is data["rows"][0] else code(row["with"]),
             row["steps"],
             f"{row['seconds']:.0f}",
             f"{row['seconds'] / row['steps']:.3g}",
-            f"{row['active']:.2f}",
+            f"{row['l0']:.2f}",
+            f"{row['l0_above_tenth']:.2f}",
             row["total_active"],
             *(number(row["metrics"][name]) for name in COMPARED),
             *strong(row),
         ]
         for row in data["rows"]
     ]
-    heads = ["", "steps", "seconds", "s a step", "L0", "active", *map(graded, COMPARED)]
+    counts = ("L0", "above 0.1", "active")
+    heads = ["", "steps", "seconds", "s a step", *counts, *map(graded, COMPARED)]
     heads += ["worst corner", f"PGD, {GRADES['adversarial'].label}"] * ("evidence" in data["rows"][0])
-    return joined(["At equal steps, then at equal time:", table(heads, rows)])
+    times = "At equal steps, then at equal time:"
+    if len({row["steps"] for row in data["rows"]}) == 1:
+        times = "At equal steps:"
+    return joined([times, table(heads, rows)])
 
 
 def graded(loss: str) -> str:

@@ -27,7 +27,16 @@ SHOWN = sorted(losses_where(lambda loss: loss.compared), key=lambda name: not LO
 
 With = Annotated[
     list[str],
-    typer.Option("--with", metavar="KEY=VALUE", help="A setting to compare; may be given again.", show_default=False),
+    typer.Option(
+        "--with",
+        metavar="KEY=VALUE",
+        help="A setting to compare; may be given again. Several that belong together have ; between them.",
+        show_default=False,
+    ),
+]
+EqualTime = Annotated[
+    bool,
+    typer.Option("--equal-time/--equal-steps", help="Whether a setting that makes steps faster gets a second run."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="The directory for the runs and the report.")]
 SequencesOption = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure each run on.")]
@@ -38,6 +47,7 @@ def compare(
     with_: With,
     out: OutFolder = Path("compare"),
     sequences: SequencesOption = 2048,
+    equal_time: EqualTime = True,
     set_: Set = None,
     device: Device = None,
     seed: Seed = None,
@@ -49,8 +59,9 @@ def compare(
     """Decompose by a recipe as it is and with each setting changed, at equal steps and at equal time.
 
     A setting that makes steps faster gets a second run of as many steps as fit the
-    time that the recipe as it is took. What is finished is reused. Compare on a
-    machine that does nothing else: seconds are measured.
+    time that the recipe as it is took, unless --equal-steps says otherwise. What is
+    finished is reused. Compare on a machine that does nothing else: seconds are
+    measured.
     """
     console = make_console(json, quiet, verbose)
     from spdcli.comparison import compare_settings
@@ -59,7 +70,7 @@ def compare(
 
     settings = list(set_ or [])
     with console.progress() as report:
-        runs = compare_settings(recipe, with_, out, settings, sequences, seed, device, force, report)
+        runs = compare_settings(recipe, with_, out, settings, sequences, seed, device, force, report, equal_time)
     rows = [{"with": run.setting, **plain(run)} for run in runs]
     data = {"schema": "spd.compare/1", "recipe": recipe, "settings": settings, "rows": rows}
     write_json(out / REPORT, data)
@@ -68,13 +79,14 @@ def compare(
 
 
 def table(runs: Sequence[SettingRun]) -> Table:
-    """One row a run; L0 is active slices a position, all of them slices that are active somewhere."""
+    """One row a run; L0 is active slices a position, then those of importance above 0.1, then all that are active
+    somewhere."""
     from rich.table import Table
 
     graded = "; ".join(f"{name.replace('_', ' ')}: {grade_of(name)}" for name in SHOWN if grade_of(name))
     rows = Table(title="At equal steps, then at equal time", caption=f"{graded}; {WORST}")
     rows.add_column("", overflow="fold", ratio=1)
-    for heading in ("steps", "seconds", "s/step", "L0", "active"):
+    for heading in ("steps", "seconds", "s/step", "L0", "> 0.1", "active"):
         rows.add_column(heading, justify="right", no_wrap=True)
     for name in SHOWN:
         rows.add_column(name.replace("_", " "), justify="right", width=max(7, *map(len, name.split("_"))))
@@ -86,7 +98,8 @@ def table(runs: Sequence[SettingRun]) -> Table:
             str(run.steps),
             f"{run.seconds:.0f}",
             f"{run.seconds / run.steps:.3g}",
-            f"{run.active:.2f}",
+            f"{run.l0:.2f}",
+            f"{run.l0_above_tenth:.2f}",
             str(run.total_active),
             *(f"{run.metrics[name]:.1e}" for name in SHOWN),
             f"{run.evidence.worst_corner:.1e}",
