@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spdcli.engine.importance import Importances, ImportanceSettings
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.losses import RECONSTRUCTION
 from spdcli.engine.masks import Noise
-from spdcli.engine.step import LossSettings
 from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.engine.tables import LOSSES, SOURCES
 from spdcli.engine.target import Batch, Target

@@ -13,7 +13,8 @@ from spdcli.costs.step_without_numbers import META, Dry, NoNoise
 from spdcli.costs.timing import seconds_of_a_step, seconds_of_a_toy_step
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import Clean, clean_pass
-from spdcli.engine.step import LossSettings, backward_step
+from spdcli.engine.loss_settings import LossSettings
+from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdcli.engine import importance
+from spdcli.engine.direct_losses import direct_terms
 from spdcli.engine.fit import FitSettings, FitState
 from spdcli.engine.forward import Clean, clean_pass, replaced
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
-from spdcli.engine.step import LossSettings, direct_terms
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import ACTIVATIONS
 from spdcli.engine.target import Batch, Target

@@ -11,10 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from spdcli.engine.direct_losses import exact_faithfulness
 from spdcli.engine.forward import Clean, clean_pass
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
-from spdcli.engine.step import LossSettings, Step, backward_step, exact_faithfulness
+from spdcli.engine.step import Step, backward_step
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError

@@ -7,99 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spdcli.engine.adversary import Attack, Consume, attacked
+from spdcli.engine.adversary import Consume, attacked
+from spdcli.engine.direct_losses import direct_terms
 from spdcli.engine.forward import Clean, plan_pass, recording, row_divergences
 from spdcli.engine.hidden import hidden_watch
-from spdcli.engine.losses import (
-    RECONSTRUCTION,
-    Pairs,
-    annealed_value,
-    attention_divergence,
-    faithfulness,
-    frequency,
-    mean_over_matrices,
-    mean_over_weights,
-    minimality,
-    penalties,
-    probed_errors,
-    relative_faithfulness,
-    squared_errors,
-)
+from spdcli.engine.loss_settings import ASCENDED, LossSettings
+from spdcli.engine.losses import attention_divergence
 from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.subcomponents import Decomposition, SliceSet, detached
-from spdcli.engine.tables import PENALTIES, losses_where
-from spdcli.engine.target import Target, sent
+from spdcli.engine.tables import losses_where
+from spdcli.engine.target import Target
 from spdcli.engine.variants import Piece, Variant, chunks, draw_variants
 
 ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the attention loss compares the patterns
-ASCENDED = losses_where(lambda loss: loss.ascended)
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Which losses a step has and how their masks are drawn: a recipe's [losses].
-
-    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
-    a key of `tables.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to `p_final`,
-    or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from `gamma_start` to
-    `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is
-    KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
-    and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
-    plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; None
-    leaves it to the masks' source, whose masks of the delta are drawn as `delta_masks`, a key of `tables.DELTA_MASKS`,
-    says. `attack` finds adversarial masks.
-    """
-
-    coefficients: Mapping[str, float]
-    samples: int = 1
-    p_start: float = 0.9
-    p_final: float = 0.1
-    anneal_p: bool = True
-    epsilon: float = 1e-12
-    penalty: str = "power"
-    gamma_start: float = 1.0
-    gamma_final: float = 0.01
-    frequency_tokens: float = 32768
-    subset: str = "forward"
-    reverse_kl: bool = False
-    layerwise_matrices: int | None = None
-    faithfulness_probes: int | None = None
-    half: bool = False
-    hidden_at: str = "matrix"
-    delta_mask: float | None = None
-    delta_masks: str = "position"
-    attack: Attack = field(default_factory=Attack)
-
-    @property
-    def reconstruction(self) -> list[str]:
-        """The names of the reconstruction losses that are evaluated."""
-        return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
-
-    def on_stream(self, share: float) -> LossSettings:
-        """The losses of a targeted decomposition on broad text, `share` times those on the prompts.
-
-        The delta stays fully on, so that a variant is the target minus what its masks take away: a slice that is not
-        important there must not matter there, and has no way to bring in what the target does not do. Adversaries look
-        for their masks on the prompts alone.
-        """
-        own = ("minimality", "frequency", *(name for name in RECONSTRUCTION if name not in ASCENDED))
-        return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
-
-    @property
-    def anneals(self) -> str:
-        """The name of the penalty's parameter that is annealed: p or gamma."""
-        return PENALTIES[self.penalty].parameter
-
-    def annealed(self, step: int, steps: int) -> float:
-        """The penalty's p or gamma at `step` (from 0)."""
-        if self.anneals == "gamma":
-            return annealed_value(step, steps, self.gamma_start, self.gamma_final)
-        return annealed_value(step, steps, self.p_start, self.p_final) if self.anneal_p else self.p_start
 
 
 def row_costs(target: Target, slices: SliceSet, positions: int, hidden: bool = False) -> list[float]:
@@ -197,30 +122,6 @@ def attention_errors(
         yield piece.variant, total / len(clean.patterns)
 
 
-def exact_faithfulness(target: Target, slices: SliceSet) -> Tensor:
-    """Faithfulness of all decomposed matrices, one number (Eq. 1)."""
-    return faithfulness(_weights_and_slices(target, slices))
-
-
-def exact_relative_faithfulness(target: Target, slices: SliceSet) -> Tensor:
-    """Relative faithfulness, a mean over the decomposed matrices, one number."""
-    return relative_faithfulness(_weights_and_slices(target, slices))
-
-
-def estimated_errors(pairs: Pairs, probes: int, generator: torch.Generator) -> list[Tensor]:
-    """Unbiased estimates of every matrix's ‖W - U V‖², by `probes` random sign vectors a matrix, drawn from `generator`
-    on the CPU."""
-    signs = {}
-    for name, (weight, _, _) in pairs.items():
-        bits = torch.randint(2, (probes, weight.shape[0]), generator=generator)
-        signs[name] = sent((2 * bits - 1).to(weight.dtype), weight.device)
-    return probed_errors(pairs, signs)
-
-
-def _weights_and_slices(target: Target, slices: SliceSet) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    return {name: (target.matrices[name].weight, slices.of(name).U, slices.of(name).V) for name in slices.names}
-
-
 @dataclass(eq=False)
 class Step:
     """What a step tells, on the device still: every loss before its coefficient, and the mean number of active slices
@@ -265,35 +166,6 @@ def backward_step(
     valid = clean.batch.valid
     active = {name: ((g.detach() > 0).sum(-1) * valid).sum() / valid.sum() for name, g in lower.items()}
     return Step({name: term.detach() for name, term in (terms | direct).items()}, active)
-
-
-def direct_terms(
-    target: Target,
-    slices: SliceSet,
-    upper: Mapping[str, Tensor],
-    valid: Tensor,
-    settings: LossSettings,
-    annealed: float,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """The losses of a step that run no variant, by name: those of the weights, and those of the importances g_upper
-    `[B, T, C]` a matrix; arguments as in `backward_step`."""
-    terms: dict[str, Tensor] = {}
-    wanted = {name for name, coefficient in settings.coefficients.items() if coefficient > 0}
-    if wanted & {"faithfulness", "relative_faithfulness"}:
-        pairs, probes = _weights_and_slices(target, slices), settings.faithfulness_probes
-        errors = squared_errors(pairs) if probes is None else estimated_errors(pairs, probes, generator)
-        if "faithfulness" in wanted:
-            terms["faithfulness"] = mean_over_weights(errors, pairs)
-        if "relative_faithfulness" in wanted:
-            terms["relative_faithfulness"] = mean_over_matrices(errors, pairs)
-    if wanted & {"minimality", "frequency"}:
-        costs = penalties(upper, settings.penalty, annealed, settings.epsilon)
-        if "minimality" in wanted:
-            terms["minimality"] = minimality(costs, valid)
-        if "frequency" in wanted:
-            terms["frequency"] = frequency(costs, valid, settings.frequency_tokens)
-    return terms
 
 
 def _plan_terms(

@@ -6,8 +6,8 @@ import torch
 
 from spdcli.engine.adversary import Attack
 from spdcli.engine.fit import FitSettings
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.optimise import OptimiserSettings, warmup_steps
-from spdcli.engine.step import LossSettings
 from spdcli.recipe.schema import Adversary, Optimisation, Recipe
 
 AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster

@@ -10,8 +10,9 @@ from spdcli.costs.one_by_one import fit_one_by_one, one_by_one_step, whole_gates
 from spdcli.engine import importance
 from spdcli.engine.fit import FitSettings, fit, start_fit
 from spdcli.engine.forward import clean_pass
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.optimise import OptimiserSettings
-from spdcli.engine.step import LossSettings, backward_step
+from spdcli.engine.step import backward_step
 from spdcli.engine.variants import draw_variants
 
 TOLERANCE = 1e-9  # float64, after some hundred passes of three blocks are summed

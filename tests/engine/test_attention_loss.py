@@ -7,8 +7,9 @@ import torch
 
 from spdcli.engine.forward import clean_pass, replaced
 from spdcli.engine.importance import Importances, ImportanceSettings
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, importance_masks
-from spdcli.engine.step import LossSettings, backward_step
+from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.errors import RecipeError
 from spdcli.recipe.reading import load_recipe

@@ -10,10 +10,11 @@ import torch
 from twins import decompose, toy_subject
 
 from spdcli.engine import fit as fit_module
+from spdcli.engine.direct_losses import exact_faithfulness
 from spdcli.engine.fit import FitSettings, fit, frequent_slices, start_fit, warm_up_faithfulness
 from spdcli.engine.forward import clean_pass
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.optimise import OptimiserSettings
-from spdcli.engine.step import LossSettings, exact_faithfulness
 from spdcli.engine.target import Batch
 from spdcli.errors import SpdError
 

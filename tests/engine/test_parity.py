@@ -22,9 +22,11 @@ from twins import (
     toy_subject,
 )
 
+from spdcli.engine.direct_losses import exact_faithfulness
 from spdcli.engine.forward import clean_pass, masked_logits
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, importance_masks
-from spdcli.engine.step import LossSettings, backward_step, exact_faithfulness, reconstruction
+from spdcli.engine.step import backward_step, reconstruction
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch, Matrix, Target

@@ -11,9 +11,10 @@ from twins import close, decompose, toy_subject
 
 from spdcli.engine.fit import FitSettings, fit, start_fit
 from spdcli.engine.forward import clean_pass
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings
-from spdcli.engine.step import LossSettings, Step, backward_step
+from spdcli.engine.step import Step, backward_step
 from spdcli.engine.target import Batch
 from spdcli.runs.settings import fit_settings
 from spdcli.runs.subject import language_subject, stream_batches
