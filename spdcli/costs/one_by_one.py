@@ -40,7 +40,8 @@ def one_by_one_step(
     variants: Sequence[Variant],
     noise: Noise,
 ) -> dict[str, Tensor]:
-    """The losses of a step on `variants`, by name; their gradients are added to `.grad` of the parameters."""
+    """The losses of a step on `variants`, by name, but for hidden ones; their gradients are added to `.grad` of the
+    parameters."""
     batch = clean.batch
     lower, upper = decomposition.importance(clean.inputs, clean.padding)
     losses: dict[str, Tensor] = {}
