@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spdcli.engine.direct_losses import exact_faithfulness
 from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.optimise import OptimiserSettings
-from spdcli.engine.step import exact_faithfulness
 from spdcli.engine.subcomponents import SliceSet, start_slices
 from spdcli.engine.top_k import TopKSettings, attributions, fit_top_k, top_k_loss, top_k_masks
 from spdcli.targets.planted_lookup import PlantedLookupShape, planted_lookup
