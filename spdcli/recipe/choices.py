@@ -40,3 +40,5 @@ PRECISIONS: dict[str, Choice] = {
     "tf32": Choice("on a GPU, products by its tensor cores, whose factors have 10 bits"),
     "bf16": Choice("products in the plan's blocks in bfloat16; importances and losses in float32"),
 }
+
+USUAL_DELTA_MASKS = "corner"  # of `tables.DELTA_MASKS`: the only ones that train a delta that is all on, or all off

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, create_model
 
 from spdcli.engine.tables import DELTA_MASKS, HIDDEN_SITES, LOSSES, PENALTIES, SUBSETS
-from spdcli.recipe.choices import DIVERGENCES
+from spdcli.recipe.choices import DIVERGENCES, USUAL_DELTA_MASKS
 from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Losses(Coefficients):
         "forward", description="How often a partial loss draws its subset of the matrices (Eq. 5 and 6: forward)."
     )
     delta_masks: Annotated[str, OneOf(DELTA_MASKS)] = Field(
-        "position", description="slices.delta: how the masks of the delta are drawn."
+        USUAL_DELTA_MASKS, description="slices.delta: how the masks of the delta are drawn."
     )
     kl: Annotated[str, OneOf(DIVERGENCES)] = Field(
         "target_to_variant", description="The order of the two distributions in every KL of outputs."

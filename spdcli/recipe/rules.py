@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
-from spdcli.engine.tables import DELTA_MASKS, IMPORTANCE_FUNCTIONS, STARTS, losses_where
+from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
+from spdcli.recipe.choices import USUAL_DELTA_MASKS
 from spdcli.recipe.contradiction import Contradiction, Sections
 from spdcli.recipe.planted_rules import maker_of_sequences, planted_fits
 
 HOLDING = losses_where(lambda loss: loss.holds)  # the losses that hold slices to the target
 LAYERWISE = losses_where(lambda loss: loss.scope == "each")
 SAMPLED = losses_where(lambda loss: loss.sampled)
-MASKED = losses_where(lambda loss: loss.in_grid and not loss.ascended)
 ASCENDED = losses_where(lambda loss: loss.ascended)
 ATTENDED = losses_where(lambda loss: loss.attended)
 BEGUN_LENGTH = 5  # a begin token, an ordinary one, s, m and s
@@ -207,16 +207,15 @@ def _attention_fits(recipe: Sections) -> Iterator[Contradiction]:
 
 def _delta_masks_fit(recipe: Sections) -> Iterator[Contradiction]:
     losses, how = recipe["losses"], recipe["losses"]["delta_masks"]
-    if how == "position":
+    if how == USUAL_DELTA_MASKS:
         return
     key = "losses.delta_masks"
     if not recipe["slices"]["delta"]:
         yield Contradiction(
             (key, "slices.delta"), f"[losses] delta_masks = '{how}' draws the delta's masks, and [slices] delta = false"
         )
-    masked = MASKED if DELTA_MASKS[how].everywhere else SAMPLED
-    if not any(losses[name] for name in masked):
-        yield Contradiction((key,), f"[losses] delta_masks = '{how}' is for {', '.join(masked)}, and all are 0")
+    if not any(losses[name] for name in SAMPLED):
+        yield Contradiction((key,), f"[losses] delta_masks = '{how}' is for {', '.join(SAMPLED)}, and all are 0")
 
 
 def _adversary_fits(recipe: Sections) -> Iterator[Contradiction]:

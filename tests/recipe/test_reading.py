@@ -501,7 +501,7 @@ def test_a_directory_may_be_called_like_a_shipped_recipe(tmp_path: Path, monkeyp
     assert load_recipe("smollm2").recipe.name == "smollm2"
 
 
-@pytest.mark.parametrize(("how", "losses"), [("forward", "recon"), ("corner", "adversarial_recon")])
+@pytest.mark.parametrize(("how", "losses"), [("forward", "recon"), ("position", "adversarial_recon")])
 def test_delta_masks_need_a_loss_that_draws_them(how: str, losses: str) -> None:
     chosen = [f"losses.{name}=0" for name in ("recon", "recon_partial", "stochastic_recon_partial")]
     with pytest.raises(RecipeError) as caught:
