@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
-SCORES = (6.0, 6.0)  # by layer, of the one key that a query looks for; all others are at 0
+# By layer, of the one key that a query looks for; all others are at 0. With 6 in the first layer too, half a query
+# would do as well as a whole one (a KL of 3e-5), and two slices could share what each of them does.
+SCORES = (4.0, 6.0)
 LOGIT = 6.0  # of the answer; all others are at 0
 
 

@@ -36,6 +36,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+ENOUGH = 5e-3  # nats: a query whose key is at 4, and others at 0, leaves some of its attention to them
+
+
 def divergence(planted, clean, masks):
     """KL(target || the planted slices masked by `masks`) at every position looked at."""
     slices = SliceSet(dict(planted.slices), delta=False)
@@ -50,7 +53,7 @@ def test_the_needed_slices_are_enough_and_each_of_them_is_needed(name, seed):
     batch = planted.draw(256, generator(1))
     clean = clean_pass(planted.target, batch, planted.target.matrices)
     needed = {name: where.float() for name, where in planted.needed(batch).items()}
-    assert divergence(planted, clean, needed).max() < 2e-3
+    assert divergence(planted, clean, needed).max() < ENOUGH
     sequence = batch.looked.nonzero()[:, 0]
     for matrix, where in needed.items():
         for number in range(where.shape[-1]):
@@ -58,7 +61,7 @@ def test_the_needed_slices_are_enough_and_each_of_them_is_needed(name, seed):
             worst = torch.zeros(256).scatter_reduce(0, sequence, divergence(planted, clean, without), "amax")
             needing = where[..., number].any(1)
             assert worst[needing].min() > 0.3, f"{matrix}:{number}"
-            assert (worst[~needing] < 2e-3).all(), f"{matrix}:{number}"
+            assert (worst[~needing] < ENOUGH).all(), f"{matrix}:{number}"
 
 
 @pytest.mark.parametrize("name", TARGETS)
