@@ -37,7 +37,7 @@ def planted_subject(recipe: Recipe, device: torch.device) -> Subject:
     def draw(count: int, generator: torch.Generator) -> Batch:
         return planted.draw(count, generator).to(device)
 
-    shown = draw(SHOWN, torch.Generator().manual_seed(recipe.seed))
+    shown = planted.draw(SHOWN, torch.Generator().manual_seed(recipe.seed))
     words = NumberTokenizer(len(target.unembedding), planted.length)
     if shown.answers is None:
         prompts = numbered_prompts(replace(shown, answers=shown.tokens[:, -1]), words, str)
@@ -51,6 +51,6 @@ def planted_subject(recipe: Recipe, device: torch.device) -> Subject:
         length=planted.length,
         token_text=str,
         routes={matrix: plain_route(target, matrix) for matrix in target.matrices},
-        prompts=prompts,
+        prompts=replace(prompts, batch=prompts.batch.to(device)),
         planted=planted,
     )

@@ -148,7 +148,7 @@ def draw_sequences(shape: PlantedInductionShape, count: int, generator: torch.Ge
     """`count` sequences of ordinary tokens, in which every trigger stands once, followed by its m, and once more among
     the last tokens, in random order.
 
-    The classes are s1, m, s2 and random; the s2 are looked at.
+    The classes are s1, m, s2 and random; the s2 are looked at. `answers` are the m of the last of them.
     """
     length, triggers, places = shape.length, shape.triggers, shape.places
     tokens = torch.randint(shape.tokens, (count, length), generator=generator)
@@ -160,7 +160,9 @@ def draw_sequences(shape: PlantedInductionShape, count: int, generator: torch.Ge
     classes["m"] = classes["s1"].roll(1, 1)
     classes["s2"] = (torch.arange(length) >= length - triggers).expand(count, -1)
     classes["random"] = ~(classes["s1"] | classes["m"] | classes["s2"])
-    return replace(Batch.everywhere(tokens), looked=classes["s2"], classes=classes)
+    asked = classes["s1"] & (tokens == tokens[:, -1:])
+    answers = tokens[torch.arange(count), asked.int().argmax(1) + 1]
+    return replace(Batch.everywhere(tokens), looked=classes["s2"], answers=answers, classes=classes)
 
 
 def spread_places(count: int, chosen: int, places: int, generator: torch.Generator) -> Tensor:

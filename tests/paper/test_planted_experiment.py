@@ -84,13 +84,23 @@ def test_a_short_run_is_scored_beside_the_baselines_and_reused(monkeypatch, caps
     assert "greedy_svd" in out
 
 
+@pytest.mark.parametrize("name", ["planted-induction", "planted-lookup"])
+def test_what_a_planted_run_will_cost_is_told_before(monkeypatch, capsys, name):
+    spd = spd_here(monkeypatch, capsys)
+    code, out, err = spd("plan", name, "--json")
+    assert code == 0, err
+    assert json.loads(out)["parameters"]["slices"] > 0
+
+
 def test_eval_tells_what_is_found_of_a_planted_run(monkeypatch, capsys, tmp_path):
     spd = spd_here(monkeypatch, capsys)
     settings = [word for setting in (*SHORT, "slices.C=3") for word in ("--set", setting)]
     assert spd("decompose", "planted-induction", "-o", tmp_path / "run", *settings)[0] == 0
     code, out, _ = spd("eval", tmp_path / "run", "--sequences", 4, "--json")
     assert code == 0
-    recovery = json.loads(out)["recovery"]
+    data = json.loads(out)
+    assert data["accuracy"]["target"] == 1
+    recovery = data["recovery"]
     assert list(recovery["matrices"]) == ["Q0", "K0", "V0", "Q1", "K1", "V1"]
     assert recovery["total"]["planted"] == sum(one["planted"] for one in recovery["matrices"].values()) == 20
     assert spd("eval", tmp_path / "run", "--sequences", 4)[0] == 0

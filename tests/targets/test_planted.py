@@ -97,6 +97,7 @@ def test_induction_answers_every_trigger_with_its_own_m():
     for tokens, guesses in zip(batch.tokens.tolist(), best.tolist(), strict=True):
         for place in (8, 9, 10):
             assert guesses[place] == tokens[tokens.index(tokens[place]) + 1]
+    assert best[:, -1].equal(batch.answers)
 
 
 def test_what_a_sequence_of_induction_needs():
