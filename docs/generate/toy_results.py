@@ -87,7 +87,10 @@ def circuit(data: Data) -> str:
         for key, (label, theirs) in STEPS.items()
     ]
     shown = table(["attention", "target", "active slices alone", "paper"], rows)
-    return joined([f"The circuit, over {data['sequences']} sequences:", shown])
+    words = "KL (nats) of the target without a matrix there, which is where slices can have to be active:"
+    lost = [[name, *map(number, losses.values())] for name, losses in data["needs"].items()] if "needs" in data else []
+    needed = joined([words, table(["matrix", *next(iter(data["needs"].values()))], lost)]) if lost else ""
+    return joined([f"The circuit, over {data['sequences']} sequences:", shown, needed])
 
 
 def gate_knowledge(controls: Data) -> str:
@@ -154,14 +157,14 @@ def reproduction(data: Data) -> str:
 def variants(data: Data) -> str:
     """`spd reproduce variants`."""
     names = ["positions", "bos", "O"]
-    target_heads = [*names, "accuracy", "m to s1", "query unplaced", "s2 to m", "W_Q0", "W_K0"]
+    target_heads = [*names, "accuracy", "m to s1", "query unplaced", "s2 to m", "W_Q0", "W_K0", "KL without Q0 at m"]
     own_heads = [*names, *data["variants"][0]["active"], "recon", "layerwise", "minutes"]
     target_rows, own_rows = [], []
     for one in data["variants"]:
         switches = [one["positions"], *("yes" if one[key] else "" for key in ("begin_token", "output_projection"))]
         attention = [number(one[key]) for key in ("m_to_s1", "m_to_s1_unplaced_query", "s2_to_m")]
         values = [" ".join(f"{value:.2g}" for value in one["singular_values"][matrix]) for matrix in ("Q0", "K0")]
-        target_rows.append([*switches, f"{one['accuracy']:.2%}", *attention, *values])
+        target_rows.append([*switches, f"{one['accuracy']:.2%}", *attention, *values, number(one["needs"]["Q0"])])
         counts = [f"{one['unique'][matrix]} ({number(value)})" for matrix, value in one["active"].items()]
         metrics_ = [number(one["metrics"][key]) for key in ("recon", "recon_layerwise")]
         own_rows.append([*switches, *counts, *metrics_, f"{one['minutes']:.1f}"])

@@ -164,7 +164,7 @@ def circuit_tables(circuit: Circuit) -> list[Table | str]:
     for key, (label, paper) in STEPS.items():
         target, masked = (getattr(one, key) for one in (circuit.attention.target, circuit.attention.masked))
         attention.add_row(label, f"{target:.4f}", f"{masked:.4f}", _paper(paper))
-    return [attention, *_slice_lines(circuit), controls_table(circuit.controls)]
+    return [attention, needs_table(circuit), *_slice_lines(circuit), controls_table(circuit.controls)]
 
 
 def controls_table(controls: Mapping[str, Control]) -> Table:
@@ -181,6 +181,19 @@ def controls_table(controls: Mapping[str, Control]) -> Table:
         layers += [""] * (2 - len(layers))
         each = "  ".join(f"{matrix} {100 * one.accuracy:.0f}" for matrix, one in control.matrices.items())
         table.add_row(name.replace("_", " "), f"{control.all.accuracy:.2%}", *steps, *layers, each)
+    return table
+
+
+def needs_table(circuit: Circuit) -> Table:
+    """What the target loses when a matrix writes nothing at a position class."""
+    from rich.table import Table
+
+    table = Table(title="KL (nats) of the target without a matrix there: where it is needed")
+    table.add_column("")
+    for kind in next(iter(circuit.needs.values())):
+        table.add_column(kind, justify="right")
+    for name, losses in circuit.needs.items():
+        table.add_row(name, *(f"{loss:.1e}" for loss in losses.values()))
     return table
 
 

@@ -99,7 +99,7 @@ def variant_tables(experiment: ToyVariants) -> list[Table]:
     target = Table(title="The toy's variants: attention, and the largest singular values of W")
     ours = Table(title="Their decompositions: unique slices, and in brackets active ones where the paper has them")
     for table, headings in (
-        (target, ("accuracy", "m to s1", "query unplaced", "s2 to m", "Q0", "K0")),
+        (target, ("accuracy", "m to s1", "query unplaced", "s2 to m", "Q0", "K0", "without Q0 at m")),
         (ours, (*experiment.variants[0].active, "recon", "layerwise")),
     ):
         for heading in ("variant", *headings):
@@ -108,7 +108,7 @@ def variant_tables(experiment: ToyVariants) -> list[Table]:
         name = one.positions + ", begin" * one.begin_token + ", output" * one.output_projection
         attention = [number(value) for value in (one.m_to_s1, one.m_to_s1_unplaced_query, one.s2_to_m)]
         values = [" ".join(f"{value:.2g}" for value in one.singular_values[matrix]) for matrix in ("Q0", "K0")]
-        target.add_row(name, f"{one.accuracy:.2%}", *attention, *values)
+        target.add_row(name, f"{one.accuracy:.2%}", *attention, *values, number(one.needs["Q0"]))
         counts = [f"{one.unique[matrix]} ({value:.2g})" for matrix, value in one.active.items()]
         ours.add_row(name, *counts, number(one.metrics["recon"]), number(one.metrics["recon_layerwise"]))
     return [target, ours]

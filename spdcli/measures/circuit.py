@@ -4,6 +4,7 @@
     offsets     which slice of K0 aligns token n with position n + 1: `circuit_offsets.py`
     identity    how many directions of V1 it takes to tell the tokens apart: `circuit_identity.py`
     importance  where the gates turn slices on, by position class and by distance from s1
+    needs       where the target needs each matrix: `circuit_needs.py`
     controls    what is left of it when the gates know less: `gate_knowledge.py`
 
 Letters: B sequences, T positions, D width, C slices, N vocabulary. Everything here is about the paper's toy:
@@ -22,6 +23,7 @@ from torch import Tensor
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit_data import REACH, SEQUENCES, CircuitData, circuit_data
 from spdcli.measures.circuit_identity import Identity, identity
+from spdcli.measures.circuit_needs import needs
 from spdcli.measures.circuit_offsets import Offsets, offset_profiles
 from spdcli.measures.gate_knowledge import Control, gate_controls
 from spdcli.measures.target_and_masked import TargetAndMasked, attention_patterns
@@ -60,7 +62,8 @@ class ImportanceProfile:
 class Circuit:
     """The mechanism as numbers, on so many fresh `sequences`: `circuit` in `spd.eval/1`.
 
-    `offsets` is None unless Q0 and K0 are decomposed, `identity` unless V1 is. `controls` is by name of the control.
+    `offsets` is None unless Q0 and K0 are decomposed, `identity` unless V1 is. `needs` by matrix and position class are KLs
+    in nats, `controls` is by name of the control.
     """
 
     sequences: int
@@ -68,6 +71,7 @@ class Circuit:
     offsets: Offsets | None
     identity: Identity | None
     importance: ImportanceProfile
+    needs: Mapping[str, Mapping[str, float]]
     controls: Mapping[str, Control]
 
 
@@ -104,6 +108,7 @@ def measure_circuit(data: CircuitData, seed: int) -> Circuit:
         offsets=offset_profiles(data) if {"Q0", "K0"} <= set(decomposed) else None,
         identity=identity(data) if "V1" in decomposed else None,
         importance=importance_profile(data),
+        needs=needs(data),
         controls=gate_controls(data, seed),
     )
 

@@ -36,7 +36,8 @@ class ToyVariant:
     `accuracy` is the toy's on fresh sequences; `m_to_s1` and `s2_to_m` its attention in the circuit's two steps, and
     `m_to_s1_unplaced_query` the first without position encodings in m's query. `singular_values` are the largest ones
     of W by matrix. `unique` slices by matrix; `active` ones at the position class that the paper found the matrix's
-    slices at; `metrics` as in `spd.eval/1`; `minutes` that the decomposition trained.
+    slices at, and `needs` is the KL (nats) of the target without the matrix there; `metrics` as in `spd.eval/1`;
+    `minutes` that the decomposition trained.
     """
 
     positions: str
@@ -50,6 +51,7 @@ class ToyVariant:
     singular_values: Mapping[str, Sequence[float]]
     unique: Mapping[str, int]
     active: Mapping[str, float]
+    needs: Mapping[str, float]
     metrics: Mapping[str, float]
     minutes: float
 
@@ -97,6 +99,7 @@ def _measured(run: LoadedRun, sequences: int) -> ToyVariant:
     assert toy is not None
     evaluation = evaluation_of(run, sequences)
     attention = evaluation["circuit"]["attention"]["target"]
+    places = {**OWN_CLASS, "V1": "m"}
     weights = {name: run.subject.target.matrices[name].weight for name in ("Q0", "K0")}
     return ToyVariant(
         positions=toy.shape.positions,
@@ -109,7 +112,8 @@ def _measured(run: LoadedRun, sequences: int) -> ToyVariant:
         s2_to_m=attention["s2_to_m"],
         singular_values={name: torch.linalg.svdvals(w)[:LARGEST].tolist() for name, w in weights.items()},
         unique=evaluation["unique"],
-        active={name: evaluation["active"][name][kind] for name, kind in {**OWN_CLASS, "V1": "m"}.items()},
+        active={name: evaluation["active"][name][kind] for name, kind in places.items()},
+        needs={name: evaluation["circuit"]["needs"][name][kind] for name, kind in places.items()},
         metrics=evaluation["metrics"],
         minutes=run.home.metrics()[-1]["seconds"] / 60,
     )

@@ -10,6 +10,7 @@ from small_runs import loud_toy, toy_recipe
 from spdcli.measures.circuit import circuit_attention, example, importance_profile, measure_circuit
 from spdcli.measures.circuit_data import circuit_data, has_circuit
 from spdcli.measures.circuit_identity import identity
+from spdcli.measures.circuit_needs import needs
 from spdcli.measures.circuit_offsets import by_offset, offset_profiles
 from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.gate_knowledge import CONTROLS, blind_gates, gate_controls, performance, without_context
@@ -197,6 +198,27 @@ def test_a_begin_token_is_of_no_class_and_the_whole_circuit_is_measured(tmp_path
         tokens = data.toy.embed.weight @ data.decomposition.of("K0").U[:, 1]
         entry = next(one for one in circuit.offsets.slices if one.slice == "K0:1")
         assert entry.reads.s == pytest.approx(tokens[5].item())
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_what_the_target_loses_without_a_matrix_by_hand(tmp_path, place):
+    data = small_circuit(tmp_path, f"target.positions='{place}'")
+    toy, tokens = data.toy, data.clean.batch.tokens
+    for name, kind in (("Q0", "m"), ("V0", "s1"), ("K1", "random"), ("Q1", "s2")):
+        hidden, positions = toy.embed(tokens), toy.positions[None, : tokens.shape[1]]
+        for layer, block in enumerate(toy.blocks):
+            read = hidden if place == "after" else hidden + positions
+            q, k, v = block.q(read), block.k(read), block.v(hidden)
+            written = {f"Q{layer}": q, f"K{layer}": k, f"V{layer}": v}
+            if name in written:
+                written[name][data.clean.batch.classes[kind]] = 0
+            if place == "after":
+                q, k = q + positions, k + positions
+            hidden = hidden + (block.scores(q, k).softmax(-1) @ block.split(v))[:, 0]
+        log_q, log_p = (toy.unembed(hidden)[:, -1].log_softmax(-1), toy.logits(tokens).log_softmax(-1))
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        assert needs(data)[name][kind] == pytest.approx(expected.item(), **FLOAT32)
+        assert expected > 1e-6
 
 
 def test_importance_by_class_and_by_distance_by_hand(tmp_path):
