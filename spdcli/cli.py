@@ -78,7 +78,8 @@ COMMANDS = (
         reproduce,
         BUILD,
         "spd reproduce induction --seeds 5 --out five\nspd reproduce induction --seeds 3 --same-toy --out same\n"
-        "spd reproduce facts --seeds 3 --out facts\nspd reproduce planted --seeds 5 --out planted",
+        "spd reproduce facts --seeds 3 --out facts\nspd reproduce planted --seeds 5 --out planted\n"
+        "spd reproduce tms --seeds 3 --out tms",
     ),
     (
         "compare",

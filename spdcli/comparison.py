@@ -11,9 +11,12 @@ from spdcli.api import finished
 from spdcli.errors import UsageError
 from spdcli.measures.active_counts import active_per_position
 from spdcli.measures.evaluation import evaluate_without_circuit
+from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.evidence import Evidence
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe, parse_override
+from spdcli.recipe.schema import ToyTarget
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.training import claimed_run
 
 TENTH = 0.1  # above it a slice is counted that smooth L0 has not merely left near 0
@@ -27,7 +30,7 @@ class SettingRun:
     `seconds` are those of training its `steps`; `active` are active slices a position at the last of them, over all
     matrices; `l0` the same on the sequences that are measured, `l0_above_tenth` of those whose importance is above 0.1;
     and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name, and `evidence`
-    what they are worth, as there.
+    what they are worth, as there (none of a toy of sparse features).
     """
 
     setting: str
@@ -40,7 +43,7 @@ class SettingRun:
     total_active: int
     metrics: Mapping[str, float]
     standard_error: Mapping[str, float | None]
-    evidence: Evidence
+    evidence: Evidence | Absent = ABSENT
 
 
 def compare_settings(
@@ -70,7 +73,7 @@ def compare_settings(
         raise UsageError(f"{out} is a file, not a directory", "name another with --out")
     first = setting_run(out / "as-it-is", AS_IT_IS, base, sequences, force, report)
     shared = list(settings)
-    if base.recipe.target.kind == "induction" and base.recipe.target.path is None:
+    if isinstance(base.recipe.target, ToyTarget) and base.recipe.target.path is None:
         shared.append(f"target.path={json.dumps(str((out / 'as-it-is').resolve()))}")
     runs = [first]
     for number, (change, loaded) in enumerate(zip(changes, recipes, strict=True), 1):
@@ -110,5 +113,5 @@ def setting_run(
         total_active=evaluation.total_active,
         metrics=evaluation.metrics,
         standard_error=evaluation.standard_error,
-        evidence=evaluation.evidence,
+        evidence=evaluation.evidence if isinstance(evaluation, Evaluation) else ABSENT,
     )

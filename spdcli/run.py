@@ -17,6 +17,7 @@ from spdcli.edits.choices import OTHERS, TOGETHER, USUAL_OTHERS, USUAL_TOGETHER
 from spdcli.edits.edit_reports import SuppressionReport, report_suppression
 from spdcli.edits.exam import Exam, open_exam
 from spdcli.edits.facts_file import Facts, load_facts
+from spdcli.edits.feature_ablation import FeatureAblation, ablate_features
 from spdcli.edits.script import load_script
 from spdcli.edits.suppression import find_matrix, find_slices, suppression
 from spdcli.edits.zeroing import zeroed_parts
@@ -27,6 +28,7 @@ from spdcli.location.report import ReportSettings, RunReport, report_facts
 from spdcli.location.tracing import Trace, TraceSettings, trace
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.evidence_choices import ADVERSARIES, STARTS, USUAL_ADVERSARY, MaskSearch
+from spdcli.measures.feature_evaluation import FeatureEvaluation
 from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.measures.inspection import Inspection, Query, inspect_texts
 from spdcli.measures.language_evaluation import LanguageEvaluation
@@ -36,6 +38,7 @@ from spdcli.progress import Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.subject import require_tokens
 from spdcli.targets.masking import importance_masks_of, masked_module
 
 BUILTIN_FACTS = "builtin"  # those that come with spd
@@ -115,7 +118,7 @@ class Run(LoadedRun):
         seed: int | None = None,
         adversary: str = USUAL_ADVERSARY,
         starts: int = STARTS,
-    ) -> ToyEvaluation | LanguageEvaluation:
+    ) -> ToyEvaluation | FeatureEvaluation | LanguageEvaluation:
         """What the decomposition is worth, as `spd eval`: active and unique slices, reconstruction, attention, circuit.
 
         A toy is measured on `sequences` fresh sequences, a language model on its prompts, a module of your own on its
@@ -228,17 +231,20 @@ class Run(LoadedRun):
         prompts: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
         progress: Report = silent,
-    ) -> AblationReport:
+    ) -> AblationReport | FeatureAblation:
         """What is lost with the mask of `slices` at 0 in the decomposed model, as `spd ablate`, the masks of the others
         `others`: on, importance, or sampled (so many `samples`).
 
-        Or without slices, with whole `matrices` of the target, or `mlps` (layers such as "0", or "all"), at 0.
+        Or without slices, with whole `matrices` of the target, or `mlps` (layers such as "0", or "all"), at 0. Of a toy
+        of sparse features it is told what every feature loses.
         """
         addresses = find_slices(self.decomposition, slices)
         zeroed = zeroed_parts(self.subject.target, matrices, mlps)
         if not (addresses or zeroed):
             raise UsageError("nothing to ablate", "give slices, matrices or mlps")
         masking = Masking(_one_of(OTHERS, others), samples, self.recipe.seed)
+        if self.subject.feature_toy is not None:
+            return ablate_features(self.subject, self.decomposition, addresses, zeroed, masking)
         exam = self._exam(prompts, facts, progress)
         return ablate(self.subject, self.decomposition, exam, addresses, zeroed, masking)
 
@@ -272,6 +278,7 @@ class Run(LoadedRun):
 
         `subjects` are the words to corrupt; those that the shipped facts name need not be told.
         """
+        require_tokens(self.subject)
         if self.subject.prompts is None:
             raise UsageError("causal tracing needs a language model", "spd eval explains the toy")
         texts = prompts or self.subject.prompts.texts
@@ -299,8 +306,8 @@ class Run(LoadedRun):
         UsageError for a directory that holds another run, unless `force` replaces it.
         """
         directory = RunDirectory.create(Path(path), self.recipe, force)
-        if self.subject.toy is not None:
-            save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.toy.state_dict())
+        if self.subject.trained_toy is not None:
+            save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.trained_toy.state_dict())
         directory.save_decomposition(self.decomposition)
         return directory
 

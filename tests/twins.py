@@ -29,6 +29,7 @@ from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.engine.tables import LOSSES, SOURCES
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Piece, Variant
+from spdcli.targets.feature_toys import TMS, ResidMLP, ResidMLPShape, TMSShape, feature_target
 from spdcli.targets.induction import InductionToy, ToyShape, toy_target
 
 ROUNDING = 1e-10  # float64 has 16 digits; sums of some hundred terms of mixed sign lose a few of them
@@ -107,7 +108,8 @@ COEFFICIENTS = dict(zip(DRAWN, cycle((0.5, 0.3, 2, 1, 0.7, 3)), strict=False)) |
 
 @dataclass(eq=False)
 class Subject:
-    """A tiny target in float64; `logits` runs the whole model on one unpadded sequence `[1, n]`: `[n, N]`."""
+    """A tiny target in float64; `logits` runs the whole model on one unpadded sequence `[1, n]`: `[n, N]`, which are
+    output vectors where the target gives no logits."""
 
     target: Target
     logits: Callable[[Tensor], Tensor]
@@ -121,6 +123,16 @@ def toy_subject(sequences: int = 3, length: int = 7, **shape) -> Subject:
     tokens = torch.randint(11, (sequences, length))
     valid = torch.ones_like(tokens, dtype=torch.bool)
     return Subject(toy_target(toy), lambda t: toy(t)[0], Batch(tokens, valid, valid))
+
+
+def feature_subject(kind: str) -> Subject:
+    """A random toy of 6 sparse features on 4 inputs of 3 positions: `tms` with an identity, `resid_mlp` twice."""
+    torch.manual_seed(7)
+    toy = {
+        "tms": lambda: TMS(TMSShape(features=6, hidden=3, identity=True)),
+        "resid_mlp": lambda: ResidMLP(ResidMLPShape(features=6, d_model=8, d_mlp=5, layers=2)),
+    }[kind]().double()
+    return Subject(feature_target(toy), lambda x: toy(x)[0], Batch.everywhere(torch.randn(4, 3, 6).double()))
 
 
 def language_subject(folder: Path, split_attention: bool = False) -> Subject:
@@ -257,7 +269,7 @@ def swapped(target: Target, decomposition: Decomposition, masks: Masks):
 
 def filled(variant: Variant, name: str, kind: str, width: int, batch: Batch, noise: Noise) -> Tensor:
     """The numbers `[B, T, width]` by which a variant's source moves its masks, or the delta's masks."""
-    out = torch.full((*batch.tokens.shape, width), torch.nan, dtype=torch.float64)
+    out = torch.full((*batch.valid.shape, width), torch.nan, dtype=torch.float64)
     SOURCES[variant.source].load()(out, Piece(variant, 0, len(out)), name, kind, noise)
     return out
 
@@ -285,7 +297,6 @@ def one_by_one(
         tokens = batch.tokens[b, real][None]
         inputs, logits = matrix_inputs(subject, tokens, decomposition.names)
         clean_outputs, clean_states = heard(subject, tokens, decomposition.names)
-        log_p = logits.log_softmax(-1)
         lower, upper = decomposition.importance(inputs)
         costs.append(torch.cat([penalty(g[0], p) for g in upper.values()], -1))
         for variant in variants:
@@ -304,7 +315,7 @@ def one_by_one(
                     where = variant.routed[name][b, real]
                 masks[name] = (m, d, where)
             with swapped(target, decomposition, masks):
-                log_q = subject.logits(tokens).log_softmax(-1)
+                changed = subject.logits(tokens)
                 if variant.hidden:
                     outputs, states = heard(subject, tokens, variant.matrices)
                     if settings.hidden_at == "matrix":
@@ -320,8 +331,12 @@ def one_by_one(
                             for at in {target.matrices[name].block for name in variant.matrices}
                         ]
                     hidden_errors[variant].append(torch.cat(errors).square())
-            first, second = (log_q, log_p) if settings.reverse_kl else (log_p, log_q)
-            divergence = (first.exp() * (first - second)).sum(-1)
+            if target.output_loss == "mse":
+                divergence = ((changed - logits) ** 2).mean(-1)
+            else:
+                log_p, log_q = logits.log_softmax(-1), changed.log_softmax(-1)
+                first, second = (log_q, log_p) if settings.reverse_kl else (log_p, log_q)
+                divergence = (first.exp() * (first - second)).sum(-1)
             divergences[variant].append(divergence[batch.looked[b, real]])
     by_loss = defaultdict(list)
     for variant, pieces in divergences.items():

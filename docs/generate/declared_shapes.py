@@ -37,7 +37,9 @@ def _learning() -> dict[str, Keys]:
     step: Keys = {"step": int, "losses": Losses, "total": float, "active": Losses, "gradients": Losses}
     rates: Keys = {"rate": float, "p": float | None, "gamma?": float | None, "seconds": float}
     return {
-        "spd train": _said("train", RUN, {"loss": float, "accuracy": float, "steps": int}),
+        "spd train": _said(
+            "train", RUN, {"loss": float, "accuracy": float | None, "error": float | None, "steps": int}
+        ),
         "spd decompose": _said("decompose", RUN, step, rates),
     }
 
@@ -48,6 +50,7 @@ def _looking() -> dict[str, Keys]:
     from spdcli.location.locate import PromptSearch
     from spdcli.location.report import RunReport
     from spdcli.location.tracing import Trace
+    from spdcli.measures.feature_evaluation import FeatureEvaluation
     from spdcli.measures.inspection import Inspection
     from spdcli.measures.language_evaluation import LanguageEvaluation
     from spdcli.measures.svd import RankCurves
@@ -59,6 +62,7 @@ def _looking() -> dict[str, Keys]:
         "spd eval, toy": _said("eval", RUN, target, keys_of(ToyEvaluation)),
         "spd eval, language model": _said("eval", RUN, target, keys_of(LanguageEvaluation)),
         "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate)),
+        "spd eval, sparse features": _said("eval", RUN, target, keys_of(FeatureEvaluation)),
         "spd inspect": _said("inspect", RUN, keys_of(Inspection)),
         "spd svd": _said("svd", RUN, keys_of(RankCurves)),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),
@@ -71,12 +75,14 @@ def _changing() -> dict[str, Keys]:
     from spdcli.edits.ablation import AblationReport
     from spdcli.edits.edit_reports import PatchReport, SuppressionReport
     from spdcli.edits.expectations import ScriptReport
+    from spdcli.edits.feature_ablation import FeatureAblation
 
     return {
         "spd suppress": _said("suppress", RUN, keys_of(SuppressionReport), FILES),
         "spd suppress --script": _said("suppress", RUN, keys_of(ScriptReport), FILES),
         "spd suppress --apply": _said("suppress", RUN, keys_of(PatchReport), FILES),
         "spd ablate": _said("suppress", RUN, keys_of(AblationReport), {"saved": None, "figures": [Path]}),
+        "spd ablate, sparse features": _said("ablate.features", RUN, keys_of(FeatureAblation)),
     }
 
 
@@ -87,6 +93,7 @@ def _costs() -> dict[str, Keys]:
     from spdcli.machine import Machine
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.parts_experiment import PartsExperiment
     from spdcli.paper.planted_experiment import PlantedExperiment
     from spdcli.paper.toy_variants import ToyVariants
 
@@ -99,6 +106,8 @@ def _costs() -> dict[str, Keys]:
         "spd reproduce variants": _said("variants", keys_of(ToyVariants)),
         "spd reproduce facts": _said("reproduce", keys_of(FactExperiment)),
         "spd reproduce planted": _said("reproduce", keys_of(PlantedExperiment)),
+        "spd reproduce tms": _said("reproduce", keys_of(PartsExperiment)),
+        "spd reproduce resid-mlp": _said("reproduce", keys_of(PartsExperiment)),
         "spd plan": _said("plan", keys_of(Estimate)),
         "spd compare": _said("compare", {"recipe": str, "settings": [str], "rows": rows}),
         "spd bench": _said("bench", bench),

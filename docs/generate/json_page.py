@@ -51,7 +51,8 @@ def output_name(command: str, data: Mapping[str, Any]) -> str:
     words = command.split()
     verb = " ".join(words[:3] if words[1] in ("facts", "reproduce", "recipe") else words[:2])
     option = next((f" {word}" for word in words if word in ("--script", "--apply")), "")
-    kind = {"induction": ", toy", "huggingface": ", language model"}.get(str(data.get("target", "")), "")
+    kinds = {"induction": ", toy", "huggingface": ", language model"}
+    kind = (kinds | dict.fromkeys(("tms", "resid_mlp"), ", sparse features")).get(str(data.get("target", "")), "")
     return f"{verb}{option}{kind}"
 
 

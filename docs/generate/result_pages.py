@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from generate import cost_results, edit_results, evidence_results, fact_results, planted_results, toy_results
+from generate import (
+    cost_results,
+    edit_results,
+    evidence_results,
+    fact_results,
+    feature_results,
+    planted_results,
+    toy_results,
+)
 from generate.markdown import duration, fenced, joined
 from generate.recorded import Page, Recording, Result, pages, recording, results, sentence
 
@@ -69,15 +77,19 @@ def body(result: Mapping[str, Any]) -> str:
 
 
 def evaluation(result: Mapping[str, Any]) -> str:
-    """`spd eval` of a toy or of a language model."""
+    """`spd eval` of a toy, of sparse features or of a language model."""
+    if "parts" in result:
+        return feature_results.evaluation(result)
     toy = result["target"] == "induction"
     return toy_results.evaluation(result) if toy else fact_results.evaluation(result)
 
 
 def reproduction(result: Mapping[str, Any]) -> str:
-    """`spd reproduce induction`, `facts` or `planted`."""
+    """`spd reproduce induction`, `facts`, `planted`, `tms` or `resid-mlp`."""
     if "recovery" in result:
         return planted_results.reproduction(result)
+    if "recipes" in result:
+        return feature_results.reproduction(result)
     return fact_results.reproduction(result) if "methods" in result else toy_results.reproduction(result)
 
 

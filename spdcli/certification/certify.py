@@ -20,6 +20,7 @@ from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import Source
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.subject import require_tokens
 
 CURVE = MaskSearch("curve")
 MATCHING_SEQUENCES = 1024  # of the toy, on which a slice counts as active
@@ -48,13 +49,15 @@ def certify(
     """The certificate of a run, held against `bounds` by the names of `recipe.bounds.BOUNDS`.
 
     `against` are other runs of the same target; `script` is an edit script, whose expectations are rows with bounds of
-    their own, and `facts` those that it may ask.
+    their own, and `facts` those that it may ask. UsageError for a toy of sparse features.
     """
     subject, decomposition = run.subject, run.decomposition
+    require_tokens(subject)
     report(Progress("measuring, and seeking masks that break it"))
     evaluation = evaluate_without_circuit(
         subject, decomposition, settings.sequences, settings.threshold, settings.seed, settings.adversary
     )
+    assert isinstance(evaluation, ToyEvaluation | LanguageEvaluation)
     measured = {**of_evaluation(evaluation), **held_out(subject, decomposition, report)}
     measured |= of_others(run, against, settings)
     rows = judged(measured, bounds)

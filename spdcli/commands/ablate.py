@@ -86,6 +86,15 @@ def ablate(
     slices = find_slices(loaded.decomposition, slice or [])
     zeroed = zeroed_parts(loaded.subject.target, matrix or [], mlp or [])
     masking = Masking(others or USUAL_OTHERS, samples, seed)
+    if loaded.subject.feature_toy is not None:
+        if mlp or options.prompts or options.named:
+            raise UsageError("of a toy of sparse features every feature is looked at", "give --slice or --matrix alone")
+        from spdcli.commands.feature_tables import ablation_table
+        from spdcli.edits.feature_ablation import ablate_features
+
+        lost = ablate_features(loaded.subject, loaded.decomposition, slices, zeroed, masking)
+        console.show({"schema": "spd.ablate.features/1", "run": run, **plain(lost)}, ablation_table(lost))
+        return
     if slices and masking.others == "on" and not loaded.decomposition.delta:
         console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
     exam = options.open(console, loaded.subject, seed, loaded.decomposition if slices else None)

@@ -102,7 +102,7 @@ def table(runs: Sequence[SettingRun]) -> Table:
             f"{run.l0_above_tenth:.2f}",
             str(run.total_active),
             *(f"{run.metrics[name]:.1e}" for name in SHOWN),
-            f"{run.evidence.worst_corner:.1e}",
-            f"{run.evidence.pgd_shared.kl:.1e}" if run.evidence.pgd_shared else "",
+            f"{run.evidence.worst_corner:.1e}" if run.evidence else "",
+            f"{run.evidence.pgd_shared.kl:.1e}" if run.evidence and run.evidence.pgd_shared else "",
         )
     return rows

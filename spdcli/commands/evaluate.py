@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spdcli.measures.circuit import Circuit
+    from spdcli.measures.evaluation import AnyEvaluation
     from spdcli.measures.evaluation_totals import Evaluation
     from spdcli.measures.gate_knowledge import Control
     from spdcli.measures.language_evaluation import LanguageEvaluation
@@ -80,7 +81,8 @@ def evaluate(
     Reconstruction is told by how strong the evidence is: under importance masks, random
     ones, with the delta at 0, ½ and 1, and under the worst masks that a search by gradient
     finds (PGD). The toy is measured on fresh sequences and set beside the paper, its circuit explained
-    (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts.
+    (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts;
+    of a toy of sparse features it is told whether its known parts were found.
     """
     console = make_console(json, quiet, verbose)
     from spdcli.figures.run_files import write_evaluation
@@ -96,10 +98,15 @@ def evaluate(
     console.result(run / EVAL)
 
 
-def render(evaluation: ToyEvaluation | LanguageEvaluation, subject: Subject) -> list[Table | str]:
+def render(evaluation: AnyEvaluation, subject: Subject) -> list[Table | str]:
     """What a person sees of an evaluation."""
+    from spdcli.measures.feature_evaluation import FeatureEvaluation
     from spdcli.measures.language_evaluation import LanguageEvaluation
 
+    if isinstance(evaluation, FeatureEvaluation):
+        from spdcli.commands.feature_tables import feature_tables
+
+        return feature_tables(evaluation)
     if evaluation.recovery:
         return [recovery_table(evaluation.recovery), _losses(evaluation), *evidence_tables(evaluation.evidence)]
     if isinstance(evaluation, LanguageEvaluation):

@@ -127,14 +127,17 @@ def summary(recipe: Recipe) -> list[str]:
 
 
 def _target(recipe: Recipe) -> str:
+    from spdcli.recipe.wording import shown
+
     target = recipe.target
     if target.kind == "huggingface":
         return f"{target.model}, {target.dtype}"
     if target.kind == "module":
         return "a module of your own, which Python gives"
     if target.kind != "induction":
-        sizes = ", ".join(f"{name} {size}" for name, size in target.model_dump(exclude={"kind"}).items())
-        return f"{target.kind}: {sizes}"
+        sizes = target.model_dump(exclude={"kind", "path"})
+        place = getattr(target, "path", None) or target.kind
+        return f"{place}: {', '.join(f'{name} {shown(size)}' for name, size in sizes.items())}"
     return f"{target.path or 'induction toy'}: {target.layers} layers, {target.heads} heads, width {target.d_model}"
 
 

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from spdcli.errors import SpdError
 
 Experiment = Annotated[
-    Literal["induction", "variants", "facts", "planted"],
-    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts|planted"),
+    Literal["induction", "variants", "facts", "planted", "tms", "resid-mlp"],
+    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts|planted|tms|resid-mlp"),
 ]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="A recipe file, or a shipped recipe's name; induction-quick, smollm2-facts, or both planted ones "
-        "if not given.",
+        help="A recipe file, or a shipped recipe's name; induction-quick, smollm2-facts, or all of planted, tms or "
+        "resid-mlp if not given.",
         show_default=False,
     ),
 ]
@@ -66,6 +66,9 @@ def reproduce(
     planted: targets put together by hand, decomposed into OUT/TARGET/seed-N, and how much of their
     known slices is found, beside what singular value decompositions find.
 
+    tms, resid-mlp: toys of sparse features whose parts are known, into OUT/RECIPE/seed-N, and
+    whether the slices are those parts.
+
     What is finished is reused while its recipe is the same, so that the same command goes on
     after an interruption. Exit code 1 when fewer than 80 % of the seeds meet every stated bound.
     """
@@ -79,7 +82,9 @@ def reproduce(
         raise UsageError("--same-toy is for the induction experiment")
     if pair and experiment != "facts":
         raise UsageError("--pair is for the facts experiment")
-    if experiment == "facts":
+    if experiment in ("tms", "resid-mlp"):
+        failure = parts(console, experiment, recipe, out, seeds, sequences, *common)
+    elif experiment == "facts":
         failure = facts(console, recipe or "smollm2-facts", out, seeds, pair, *common)
     elif experiment == "variants":
         failure = None
@@ -139,6 +144,29 @@ def variants(
     with console.progress() as report:
         experiment = toy_variants(recipe, out, sequences, settings, device, force, report)
     console.show({"schema": SCHEMA, **plain(experiment)}, *variant_tables(experiment))
+
+
+def parts(
+    console: Console,
+    experiment: str,
+    recipe: str | None,
+    out: Path,
+    seeds: int,
+    inputs: int,
+    settings: list[str],
+    device: str | None,
+    force: bool,
+) -> SpdError | None:
+    """An experiment on toys whose parts are known; the failure if there is one."""
+    from spdcli.commands.reproduce_tables import parts_tables
+    from spdcli.paper.parts_experiment import reproduce_parts
+    from spdcli.paper.verdict import SCHEMA
+    from spdcli.records import plain
+
+    with console.progress() as report:
+        outcome, verdict = reproduce_parts(experiment, recipe, out, seeds, inputs, settings, device, force, report)
+    console.show({"schema": SCHEMA, **plain(outcome)}, *parts_tables(outcome))
+    return verdict.failure("spd eval RUN shows more of a seed")
 
 
 def induction(

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from spdcli.engine.tables import GRADES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from spdcli.paper.fact_claims import MethodRow, Range
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
+    from spdcli.paper.parts_experiment import PartsExperiment
     from spdcli.paper.planted_experiment import PlantedExperiment
     from spdcli.paper.toy_variants import ToyVariants
     from spdcli.paper.verdict import ClaimRow
@@ -38,7 +41,7 @@ NAMES = {
 def induction_tables(experiment: InductionExperiment) -> list[Table | str]:
     """Ours beside the paper's (Table 1), then seed by seed."""
     parts: list[Table | str] = [
-        claim_table(experiment),
+        claim_table("Table 1", experiment.rows, len(experiment.seeds)),
         "Bounds in brackets are not stated ones: they say what counts as agreeing.",
     ]
     for seed in experiment.seeds:
@@ -53,18 +56,27 @@ def induction_tables(experiment: InductionExperiment) -> list[Table | str]:
     return parts
 
 
-def claim_table(experiment: InductionExperiment) -> Table:
-    """Every number of Table 1; of several seeds with its spread."""
+def parts_tables(experiment: PartsExperiment) -> list[Table | str]:
+    """Ours beside the published numbers, then seed by seed."""
+    seeds = len(experiment.seeds) // len(experiment.recipes)
+    parts: list[Table | str] = [claim_table("Known parts", experiment.rows, seeds)]
+    for seed in experiment.seeds:
+        verdict = "meets every bound" if seed.passed else f"breaks {', '.join(seed.broken)}"
+        own = ", ".join(f"{count} in {name}" for name, count in seed.own.items())
+        parts.append(f"{seed.recipe}, seed {seed.seed}, {verdict}; features with a slice of their own: {own}")
+    return parts
+
+
+def claim_table(title: str, rows: Sequence[ClaimRow], seeds: int) -> Table:
+    """Ours and the paper's, a row a claim; of several seeds with their spread."""
     from rich.table import Table
 
-    several = len(experiment.seeds) > 1
-    table = Table(
-        title=f"Table 1: ours{', mean of ' + str(len(experiment.seeds)) + ' seeds' if several else ''}, and the paper's"
-    )
+    several = seeds > 1
+    table = Table(title=f"{title}: ours{', mean of ' + str(seeds) + ' seeds' if several else ''}, and the paper's")
     headings = ["", "evidence", "ours", *(["spread", "least", "most"] if several else []), "paper", "bound", "agrees"]
     for heading in [*headings, *(["seeds"] if several else [])]:
         table.add_column(heading, justify="left" if heading in ("", "evidence") else "right")
-    for row in experiment.rows:
+    for row in rows:
         spread = [number(value) for value in (row.spread.std, row.spread.min, row.spread.max)] if row.spread else []
         share = [f"{row.share:.0%}"] if several else []
         paper = "" if row.paper is None else number(row.paper)

@@ -88,7 +88,8 @@ def rank_table(curves: RankCurves) -> Table:
     """What each method has left at the tolerance, a row a matrix."""
     from rich.table import Table
 
-    table = Table(title=f"Left at a KL of at most {curves.tolerance:g} over {curves.looked_at} predictions")
+    bound = f"{curves.measure} of at most {curves.tolerance:g}"
+    table = Table(title=f"Left at a {bound} over {curves.looked_at} predictions")
     table.add_column("")
     for method in curves.result:
         table.add_column(curves.legend[method].replace(": ", ":\n"), justify="right")
@@ -99,7 +100,7 @@ def rank_table(curves: RankCurves) -> Table:
     table.add_row("total", *(_rank(result.total_rank if result else None) for result in results))
     lowest = [min(point.kl for point in curve) for curve in curves.curves.values()]
     kls = (f"{r.kl:.1e}" if r else f"{low:.1e} at best" for r, low in zip(results, lowest, strict=True))
-    table.add_row("KL", *kls)
+    table.add_row(curves.measure, *kls)
     return table
 
 

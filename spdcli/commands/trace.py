@@ -117,6 +117,7 @@ class Traceable:
 
 def open_traceable(model: str, texts: list[str], begin_token: bool, device: str | None) -> Traceable:
     """The run or the model that `model` names, and `texts`, or the run's own prompts where there are none."""
+    from spdcli.recipe.choices import TOYS
     from spdcli.runs.directory import FIGURES, RECIPE, RunDirectory
     from spdcli.runs.subject import choose_device, open_subject
     from spdcli.targets.huggingface import build_target, load_model
@@ -124,8 +125,9 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
     if (Path(model) / RECIPE).exists():
         recipe = RunDirectory.open(Path(model)).recipe
         if recipe.data is None:
-            kind = "a module of your own" if recipe.target.kind == "module" else "the induction toy"
-            raise UsageError(f"{model}: its target is {kind}, and causal tracing needs a language model")
+            kind = TOYS.get(recipe.target.kind)
+            own = "a module of your own" if kind is None else kind.about
+            raise UsageError(f"{model}: its target is {own}, and causal tracing needs a language model")
         subject = open_subject(recipe, choose_device(device or recipe.device))
         assert subject.prompts is not None
         tokenizer, begin = subject.prompts.tokenizer, begin_token or recipe.data.begin_token

@@ -29,7 +29,7 @@ def train(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train the induction toy of a recipe (section 5.1, Table 3) into a run directory.
+    """Train the toy of a recipe (section 5.1, Table 3) into a run directory.
 
     Writes the toy's weights, a record a logged step, and the loss curve (Figure 5).
     """
@@ -38,7 +38,6 @@ def train(
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
     from spdcli.api import train_toy
-    from spdcli.runs.training import FRESH_SEQUENCES
 
     with console.progress() as progress:
         trained = train_toy(loaded, out, progress=progress, force=force)
@@ -49,9 +48,9 @@ def train(
             "run": out,
             "loss": last["loss"],
             "accuracy": trained.accuracy,
+            "error": trained.error,
             "steps": last["step"],
         },
-        f"loss {last['loss']:.2e} after {last['step']} steps, "
-        f"right on {trained.accuracy:.2%} of {FRESH_SEQUENCES} fresh sequences",
+        f"loss {last['loss']:.2e} after {last['step']} steps, {trained.quality}",
     )
     console.result(out)

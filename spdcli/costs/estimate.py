@@ -20,7 +20,7 @@ from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch
 from spdcli.machine import STATES, Machine, describe, free_bytes, state_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
-from spdcli.recipe.schema import InductionTarget, Recipe
+from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.settings import fit_settings
 from spdcli.runs.subject import Subject, stream_batches
@@ -129,7 +129,7 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
 def toy_steps(recipe: Recipe) -> int:
     """Steps by which the toy is trained before it is decomposed; 0 for a target that is there already."""
     target = recipe.target
-    if not isinstance(target, InductionTarget) or target.path is not None:
+    if not isinstance(target, ToyTarget) or target.path is not None:
         return 0
     assert recipe.train is not None
     return recipe.train.steps

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from spdcli.engine.target import Batch
-from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, Recipe
-from spdcli.runs.subject import Subject, language_subject, open_subject, toy_shape, toy_subject
-from spdcli.targets.induction import InductionToy
+from spdcli.recipe.schema import HuggingFaceTarget, Recipe, ToyTarget
+from spdcli.runs.subject import Subject, empty_toy, language_subject, open_subject, toy_subject
 from spdcli.targets.prompts import Prompts
 
 
@@ -20,9 +19,9 @@ def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
 
     The prompts of a language model are read; its broad text is random tokens.
     """
-    if isinstance(recipe.target, InductionTarget):
+    if isinstance(recipe.target, ToyTarget):
         with device:
-            toy = InductionToy(toy_shape(recipe.target))
+            toy = empty_toy(recipe.target)
         return toy_subject(recipe, toy.eval())
     if recipe.target.kind.startswith("planted"):
         return open_subject(recipe, device)

@@ -16,7 +16,7 @@ from spdcli.edits.suppression import Edit
 from spdcli.engine.target import Target
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import save_tensors
-from spdcli.recipe.schema import Recipe
+from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.runs.directory import TOY, TOY_WEIGHTS
 from spdcli.runs.subject import Subject
 
@@ -50,14 +50,14 @@ def recipe_on(recipe: Recipe, base: Path | None) -> Recipe:
         return recipe
     if not base.is_dir():
         raise SpdError(f"--base {base}: no such directory", "give a directory that --save wrote, or a checkpoint")
-    key = "path" if recipe.target.kind == "induction" else "model"
+    key = "path" if isinstance(recipe.target, ToyTarget) else "model"
     target = recipe.target.model_copy(update={key: str(base.resolve())})
     return recipe.model_copy(update={"target": target})
 
 
 def base_of(recipe: Recipe, run: Path) -> Path:
     """The directory that the target of a run came from; a path that does not exist where that is none, as a hub id."""
-    if recipe.target.kind == "induction":
+    if isinstance(recipe.target, ToyTarget):
         return Path(recipe.target.path or run / TOY)
     return Path(recipe.target.model) if recipe.target.kind == "huggingface" else run
 
@@ -91,8 +91,8 @@ def save_checkpoint(
 
     def write(beside: Path) -> None:
         with edited(subject.target, weights):
-            if subject.toy is not None:
-                save_tensors(beside / TOY_WEIGHTS, subject.toy.state_dict())
+            if subject.trained_toy is not None:
+                save_tensors(beside / TOY_WEIGHTS, subject.trained_toy.state_dict())
             else:
                 _save_language_model(subject, beside)
         write_json(beside / RECORD, record)

@@ -15,7 +15,7 @@ from spdcli.edits.prompts_and_answers import Questions, pick, prompt_questions
 from spdcli.engine.target import Target
 from spdcli.errors import UsageError
 from spdcli.progress import Progress, Report, silent
-from spdcli.runs.subject import Subject
+from spdcli.runs.subject import Subject, require_tokens
 from spdcli.targets.prompts import encode
 
 
@@ -55,6 +55,7 @@ def facts_beside(subject: Subject, facts: Facts, own: Sequence[str], report: Rep
     Facts that are longer than the model takes are left out, with a warning. None when no fact is left; UsageError for
     the toy, which knows none.
     """
+    require_tokens(subject)
     if subject.prompts is None:
         raise UsageError("the induction toy knows no facts", "leave --facts out")
     tokenizer, begin = subject.prompts.tokenizer, subject.prompts.begin_token

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
-from spdcli.runs.subject import Subject
+from spdcli.runs.subject import Subject, require_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,7 @@ class Questions:
 
 def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
     """The run's own prompts; for the toy `sequences` fresh sequences, whose answer is m."""
+    require_tokens(subject)
     if subject.prompts is not None:
         return _language_questions(subject, subject.prompts)
     generator = torch.Generator().manual_seed(seed)
@@ -53,6 +54,7 @@ def given_questions(subject: Subject, prompts: Sequence[str]) -> Questions:
     They begin as the run's own prompts do, with or without a begin-of-sequence token. For the toy a text is a sequence
     such as `3 s 17 4 s`, fed whole; its answer m follows the first s.
     """
+    require_tokens(subject)
     if subject.prompts is not None:
         from spdcli.targets.prompts import encode
 

@@ -1,6 +1,6 @@
 """Runs a target once and listens in; then pushes a plan's rows through its blocks, once (Algorithm 3, lines 2 and 5).
 
-    clean pass   the target on B sequences, no gradient: every block's entry, every matrix's input, log p
+    clean pass   the target on B sequences, no gradient: every block's entry, every matrix's input, its outputs
     plan pass    rows of many variants together. Each enters at its first changed block as a copy of the clean
                  hidden state there; in a block, a decomposed matrix's output is replaced on the rows that have masks
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spdcli.engine.hidden import HiddenWatch, last_block
-from spdcli.engine.losses import unembed_kl
 from spdcli.engine.product import MaskedRows, replaced_product
 from spdcli.engine.subcomponents import SliceSet
+from spdcli.engine.tables import OUTPUT_LOSSES
 from spdcli.engine.target import Batch, LookedAt, Matrix, Target
 from spdcli.engine.variants import Piece, Variant
 
@@ -33,18 +33,24 @@ class Clean:
     """What the target does on a batch of B sequences of T positions.
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got, `exit` `[B,
-    T, D]` leaves the last one, `inputs[m]` `[B, T, I]` is what matrix m reads, `log_probs` `[n, N]` are the target's
-    predictions at the n positions looked at, which `at` has. `patterns[b]` `[B, H, T, T]` are block b's attention log-
-    probabilities; the list is empty unless `clean_pass` was told to keep them.
+    T, D]` leaves the last one, `inputs[m]` `[B, T, I]` is what matrix m reads, `outputs` `[n, N]` what the target says
+    at the n positions looked at, which `at` has: log-probabilities of the next token, or vectors
+    (`Target.output_loss`). `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities; the list is empty
+    unless `clean_pass` was told to keep them.
     """
 
     batch: Batch
     entries: list[Tensor]
     calls: list[tuple[tuple, dict]]
     inputs: dict[str, Tensor]
-    log_probs: Tensor
+    outputs: Tensor
     exit: Tensor
     patterns: list[Tensor] = field(default_factory=list)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """`outputs` of a target that predicts tokens."""
+        return self.outputs
 
     @property
     def at(self) -> LookedAt:
@@ -83,12 +89,14 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
     finally:
         for handle in handles:
             handle.remove()
-    log_probs = _logits_at(target, last[0], batch.looked_at.spots).log_softmax(-1)
-    return Clean(batch, entries, calls, inputs, log_probs, last[0], recorded)
+    outputs = outputs_after(target, last[0], batch.looked_at.spots)
+    if OUTPUT_LOSSES[target.output_loss].distributions:
+        outputs = outputs.log_softmax(-1)
+    return Clean(batch, entries, calls, inputs, outputs, last[0], recorded)
 
 
-def _logits_at(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:
-    """Logits `[n, N]` at `spots` of the last block's output `[B, T, D]`."""
+def outputs_after(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:
+    """Logits, or output vectors, `[n, N]` at `spots` of the last block's output `[B, T, D]`."""
     finished = target.finish(hidden.flatten(0, 1).index_select(0, spots))
     return F.linear(finished, target.unembedding, target.unembedding_bias)
 
@@ -207,12 +215,12 @@ def plan_pass(
 def row_divergences(
     target: Target, clean: Clean, chunk: Sequence[Piece], hidden: Tensor, reverse: bool
 ) -> list[Tensor]:
-    """KL to the target at every looked-at position, in nats: a tensor a piece, `[k]` for its k positions in order.
+    """How far every looked-at position is from the target: a tensor a piece, `[k]` for its k positions in order.
 
-    `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives. It is KL(target ‖ variant), or
-    with `reverse` KL(variant ‖ target).
+    `hidden` `[R, T, D]`, or `[R, 1, D]` at the last position, is what `plan_pass` gives. It is the target's own
+    `output_loss`: KL(target ‖ variant) in nats, with `reverse` KL(variant ‖ target), or a squared error.
     """
-    at, positions, length = clean.at, hidden.shape[1], clean.batch.tokens.shape[1]
+    at, positions, length = clean.at, hidden.shape[1], clean.batch.valid.shape[1]
     looked = at.spots - (length - positions) * (at.spots // length + 1)  # places in the flat [B * positions]
     spots, index, first = [], [], 0
     for piece in chunk:
@@ -221,8 +229,9 @@ def row_divergences(
         index.append(torch.arange(part.start, part.stop, device=hidden.device))
         first += len(piece)
     finished = target.finish(hidden.flatten(0, 1).index_select(0, torch.cat(spots)))
-    divergence = unembed_kl(
-        finished, target.unembedding, target.unembedding_bias, clean.log_probs, torch.cat(index), reverse
+    distance = OUTPUT_LOSSES[target.output_loss].load()
+    divergence = distance(
+        finished, target.unembedding, target.unembedding_bias, clean.outputs, torch.cat(index), reverse
     )
     return list(divergence.split([len(numbers) for numbers in index]))
 
@@ -236,4 +245,4 @@ def masked_logits(target: Target, slices: SliceSet, clean: Clean, masks: Mapping
     entry = min((target.matrices[name].block for name in masks), default=len(target.blocks) - 1)
     whole = Piece(Variant("", "importance", frozenset(masks), entry, 1.0), 0, len(clean.batch.tokens))
     hidden = plan_pass(target, slices, clean, [whole], masks)
-    return _logits_at(target, hidden, clean.at.spots)
+    return outputs_after(target, hidden, clean.at.spots)

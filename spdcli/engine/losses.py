@@ -1,4 +1,5 @@
-"""The losses as pure functions: faithfulness and minimality (Eq. 1), the KLs of outputs (Eq. 2 to 8) and of attention.
+"""The losses as pure functions: faithfulness and minimality (Eq. 1), the KLs of outputs (Eq. 2 to 8) and of attention;
+of outputs that are vectors, a squared error in the place of their KL.
 
 Which losses there are is told by `tables.LOSSES`. Every reconstruction loss is one cell of a grid there, mask source x
 scope: `variants.draw_variants` says which matrices its variants replace, `masks.chunk_masks` by what masks.
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spdcli.engine.tables import PENALTIES, losses_where
 
@@ -255,3 +257,18 @@ def unembed_kl(
     """
     chunk = max(1, chunk_elements // unembedding.shape[0])
     return _UnembedKl.apply(hidden, unembedding, bias, target, index, reverse, chunk)
+
+
+def unembed_mse(
+    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, target: Tensor, index: Tensor, reverse: bool = False
+) -> Tensor:
+    """Mean squared error between the target's output vectors and what `hidden` unembeds to, `[n]`.
+
+    hidden `[n, D]` after the final norm, unembedding `[N, D]`, target `[m, N]` vectors, `index` `[n]` says which of
+    them each row answers to; a mean over the N numbers of a vector. It is the same both ways: `reverse` is for KLs.
+
+    >>> one = torch.eye(2)
+    >>> unembed_mse(torch.tensor([[3.0, 1.0]]), one, None, torch.tensor([[1.0, 1.0]]), torch.tensor([0])).item()
+    2.0
+    """
+    return (F.linear(hidden, unembedding, bias) - target.index_select(0, index)).square().mean(-1)

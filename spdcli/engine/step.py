@@ -57,7 +57,8 @@ def reconstruction(
     look: Callable[[Variant, slice, Tensor], Tensor | None] | None = None,
     hidden_at: str = "matrix",
 ) -> None:
-    """Run all `variants` on the batch of a clean pass, in chunks of at most `budget` bytes, and hand over their KLs.
+    """Run all `variants` on the batch of a clean pass, in chunks of at most `budget` bytes, and hand over their KLs, or
+    what else the target's `output_loss` is.
 
     Goes in: importances `g[m]` `[B, T, C]`, which masks start from (fixed variants need none), and `noise` for the
     sources that draw. Comes out, through `consume(variant, sequences, divergence)`: for some of a variant's sequences,
@@ -71,7 +72,7 @@ def reconstruction(
     key of `tables.HIDDEN_SITES`, of the variants of hidden losses (see `hidden.HiddenWatch.errors`), which need no KL.
     With `half` the blocks multiply in bfloat16.
     """
-    sequences, positions = clean.batch.tokens.shape
+    sequences, positions = clean.batch.valid.shape
     states = [*clean.entries, clean.exit]
     for chunk in chunks(variants, sequences, row_costs(target, slices, positions, look is not None), budget):
         masks = chunk_masks(chunk, slices, g, noise)
@@ -185,7 +186,7 @@ def _plan_terms(
     attention = settings.coefficients.get("attention", 0)
     names = [*losses, "attention"] if attention > 0 else losses
     sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in names}
-    sequences, looked = len(clean.batch.tokens), clean.log_probs.shape[0]
+    sequences, looked = len(clean.batch.tokens), clean.outputs.shape[0]
 
     def add(name: str, share: Tensor) -> Tensor:
         sums[name] += share.detach()
@@ -202,7 +203,7 @@ def _plan_terms(
         return add(variant.hidden, errors.sum() * (variant.weight / sequences))
 
     blocks = {name: target.matrices[name].block for name in decomposition.names}
-    shape = (sequences, clean.batch.tokens.shape[1])
+    shape = (sequences, clean.batch.valid.shape[1])
     variants = draw_variants(
         losses,
         blocks,
@@ -255,5 +256,5 @@ def _attacked(
         )
 
     widths = {name: leaf.shape[-1] for name, leaf in g.items()}
-    shape, like = clean.batch.tokens.shape, next(iter(g.values()))
+    shape, like = clean.batch.valid.shape, next(iter(g.values()))
     return attacked(variants, settings.attack, widths, (shape[0], shape[1]), noise, like, run, kept)

@@ -302,6 +302,23 @@ PENALTIES: dict[str, Penalty] = {
 
 
 @dataclass(frozen=True)
+class OutputLoss(Choice):
+    """How far a variant's outputs are from the target's, by what a target gives: logits of tokens, or vectors.
+
+    `code` takes hidden states to one number a position, as `losses.unembed_kl` does. `distributions`: outputs are the
+    log-probabilities of the next token; else they are the output vectors themselves.
+    """
+
+    distributions: bool = False
+
+
+OUTPUT_LOSSES: dict[str, OutputLoss] = {
+    "kl": OutputLoss("KL(target ‖ variant) of the next token, in nats", "spdcli.engine.losses:unembed_kl", True),
+    "mse": OutputLoss("squared error of the output, a mean over its numbers", "spdcli.engine.losses:unembed_mse"),
+}
+
+
+@dataclass(frozen=True)
 class ImportanceFunction(Choice):
     """A kind of importance function (section 4.1).
 

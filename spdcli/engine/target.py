@@ -72,10 +72,10 @@ class LookedAt:
 class Batch:
     """B sequences of T tokens to run a target on.
 
-    `tokens` `[B, T]` are token ids. `valid` `[B, T]` is False at padding, which is always at the end. `looked` `[B, T]`
-    is True at the positions whose next-token distribution the losses compare. `answers` `[B]` are the tokens that
-    should follow, where there is one for every sequence. `classes[name]` `[B, T]` is True at the toy's positions of
-    that class: s1, m, s2, random.
+    `tokens` `[B, T]` are token ids; of a target that reads vectors, `[B, T, N]` are the vectors. `valid` `[B, T]` is
+    False at padding, which is always at the end. `looked` `[B, T]` is True at the positions whose next-token
+    distribution, or output vector, the losses compare. `answers` `[B]` are the tokens that should follow, where there
+    is one for every sequence. `classes[name]` `[B, T]` is True at the toy's positions of that class: s1, m, s2, random.
     """
 
     tokens: Tensor
@@ -87,7 +87,7 @@ class Batch:
     @classmethod
     def everywhere(cls, tokens: Tensor) -> Batch:
         """Sequences without padding, looked at in every position."""
-        real = torch.ones_like(tokens, dtype=torch.bool)
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return cls(tokens, real, real)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -137,6 +137,8 @@ class Target:
     does not matter. A block takes a hidden state `[R, T, D]` first and gives one, alone or first in a tuple. `finish`
     is the final norm, `[..., D]` to the same (identity where there is none); logits are what it gives, times
     `unembedding` `[N, D]` transposed, plus `unembedding_bias` `[N]`. `embedding` `[N, D]` has a row a token.
+    `output_loss`, a key of `tables.OUTPUT_LOSSES`, says how variants are compared with it: a target whose outputs are
+    vectors of N features, and no logits, has `mse`, and reads such vectors in place of tokens.
 
     `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts of one module are
     neighbours and together cover all its columns. While `record_patterns()` is open, every block that runs appends its
@@ -156,6 +158,7 @@ class Target:
     record_patterns: Callable[[], AbstractContextManager[list[Tensor]]] | None = None
     last_block: Callable[..., Tensor] | None = None
     parts: Mapping[str, list[nn.Module]] = field(default_factory=dict)
+    output_loss: str = "kl"
 
     @property
     def device(self) -> torch.device:

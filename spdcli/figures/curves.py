@@ -24,12 +24,16 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
 
 
 def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
-    """The toy's loss and accuracy against the step (Figure 5, A.2.2): a plateau, then the phase change."""
+    """The toy's loss against the step, and the accuracy of one that predicts tokens (Figure 5, A.2.2): a plateau, then
+    the phase change."""
     figure = Figure(figsize=(6, 3.2))
     loss_axes = figure.subplots()
     steps = [record["step"] for record in records]
+    predicts = "accuracy" in records[0]
     loss_axes.plot(steps, [record["loss"] for record in records], color="black", label="loss (last token)")
-    loss_axes.set(xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
+    loss_axes.set(xlabel="step", ylabel="cross-entropy (nats)" if predicts else "squared error", yscale="log")
+    if not predicts:
+        return save(figure, directory, "training")
     accuracy_axes = loss_axes.twinx()
     accuracy_axes.plot(steps, [record["accuracy"] for record in records], color="0.5", linestyle="--", label="accuracy")
     accuracy_axes.set(ylabel="accuracy", ylim=(-0.02, 1.02))
@@ -63,7 +67,8 @@ def save_rank_curves(rank_curves: RankCurves, directory: Path) -> list[Path]:
         )
     if rank_curves.tolerance > 0:
         axes.axhline(rank_curves.tolerance, color="0.7", linewidth=0.8, label="tolerance")
-    axes.set(xlabel="rank", ylabel="KL from the target (nats)", yscale="log")
+    unit = " (nats)" if rank_curves.measure == "KL" else ""
+    axes.set(xlabel="rank", ylabel=f"{rank_curves.measure} from the target{unit}", yscale="log")
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=max(RANK_FLOOR, axes.get_ylim()[0]))

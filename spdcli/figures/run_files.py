@@ -7,8 +7,10 @@ from typing import Any
 from spdcli.disk import write_json
 from spdcli.figures.circuit import save_circuit
 from spdcli.figures.curves import save_rank_curves
+from spdcli.figures.features import save_features
 from spdcli.measures.circuit import circuit_example
-from spdcli.measures.language_evaluation import LanguageEvaluation
+from spdcli.measures.evaluation import AnyEvaluation
+from spdcli.measures.feature_evaluation import FeatureEvaluation, feature_importances
 from spdcli.measures.svd import RankCurves
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.records import plain
@@ -19,15 +21,20 @@ SVD = f"{FIGURES}/svd.json"
 SVD_FIGURE = f"{FIGURES}/svd.png"
 
 
-def write_evaluation(run: LoadedRun, evaluation: ToyEvaluation | LanguageEvaluation) -> dict[str, Any]:
-    """Writes `spd.eval/1` into the run's eval.json, and for a toy whose circuit was measured its figures (Figure 1 and
-    section 6.1); returns the JSON object."""
+def write_evaluation(run: LoadedRun, evaluation: AnyEvaluation) -> dict[str, Any]:
+    """Writes `spd.eval/1` into the run's eval.json; returns the JSON object.
+
+    For a toy whose circuit was measured its figures are drawn (Figure 1 and section 6.1), for a feature toy what every
+    slice answers to.
+    """
     head = {"schema": "spd.eval/1", "run": str(run.home.path), "target": run.recipe.target.kind}
     data = head | plain(evaluation)
     if isinstance(evaluation, ToyEvaluation) and evaluation.circuit:
         example = circuit_example(run.subject, run.decomposition, evaluation.threshold, evaluation.seed)
         names = [run.subject.token_text(token) for token in example.tokens]
         save_circuit(evaluation.circuit, example, names, run.home / FIGURES)
+    if isinstance(evaluation, FeatureEvaluation):
+        save_features(feature_importances(run.subject, run.decomposition), run.home / FIGURES)
     write_json(run.home / EVAL, data)
     return data
 

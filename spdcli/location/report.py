@@ -39,7 +39,7 @@ from spdcli.measures.language_evaluation import evaluate_language_model
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.schema import GENERATED, Data
 from spdcli.records import ABSENT, Absent
-from spdcli.runs.subject import Subject
+from spdcli.runs.subject import Subject, require_tokens
 from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.prompts import encode
 
@@ -155,6 +155,7 @@ def report_facts(
     `subjects` are words that the prompts are about, and those that `facts` names come after them. UsageError for the
     toy, and for a prompt without a subject.
     """
+    require_tokens(subject)
     if subject.prompts is None or data is None:
         raise UsageError("a report is about facts, and the induction toy knows none", "spd eval explains the toy")
     settings = settings or ReportSettings()

@@ -4,6 +4,7 @@ every target        unique active slices, reconstruction losses    `evaluation_t
 every target        reconstruction by how strong the evidence is   `evidence.py`
 the toy             active slices by position class, attention     `toy_evaluation.py`      Tables 1a, 1c
 the paper's toy     the mechanism of its induction circuit         `circuit.py`             section 6.1
+a feature toy       whether its known parts were found             `feature_evaluation.py`  the first SPD paper
 a language model    active slices by token, what it predicts       `language_evaluation.py` section 6.2
 a planted target    how well its slices are found                  `slice_recovery.py`
 """
@@ -18,11 +19,13 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.circuit import circuit_of
 from spdcli.measures.circuit_data import has_circuit
 from spdcli.measures.evidence_choices import MaskSearch
+from spdcli.measures.feature_evaluation import FeatureEvaluation, evaluate_features
 from spdcli.measures.language_evaluation import LanguageEvaluation, evaluate_language_model
 from spdcli.measures.slice_recovery import slice_recovery
 from spdcli.measures.toy_evaluation import ToyEvaluation, evaluate_toy
 from spdcli.runs.subject import Subject
 
+AnyEvaluation = ToyEvaluation | FeatureEvaluation | LanguageEvaluation
 USUAL = MaskSearch()
 
 
@@ -34,10 +37,10 @@ def evaluate(
     threshold: float = 0.0,
     seed: int = 0,
     adversary: MaskSearch = USUAL,
-) -> ToyEvaluation | LanguageEvaluation:
+) -> AnyEvaluation:
     """Everything `spd eval` reports (`spd.eval/1`) but for the run's name.
 
-    The toy is measured on `sequences` fresh sequences, a language model on its prompts, a planted target on a few
+    A toy is measured on `sequences` fresh sequences, a language model on its prompts, a planted target on a few
     sequences as if they were prompts, and its slices on `sequences` fresh ones. A slice is active where its importance
     is above `threshold`. `seed` draws sequences and the stochastic masks; `adversary` says how hard masks are sought
     that break it.
@@ -56,10 +59,12 @@ def evaluate_without_circuit(
     threshold: float,
     seed: int,
     adversary: MaskSearch = USUAL,
-) -> ToyEvaluation | LanguageEvaluation:
+) -> AnyEvaluation:
     """Table 1 and the evidence: what is quick, and is measured alike of every target."""
     if subject.toy is not None:
         return evaluate_toy(subject, decomposition, sequences, threshold, seed, adversary)
+    if subject.feature_toy is not None:
+        return evaluate_features(subject, decomposition, sequences, threshold, seed)
     evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary)
     if subject.planted is None:
         return evaluation

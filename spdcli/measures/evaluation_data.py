@@ -1,4 +1,4 @@
-"""The data of an evaluation: fresh sequences of the toy, never those of training, or a language model's prompts."""
+"""The data of an evaluation: fresh sequences of a toy, never those of training, or a language model's prompts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ SEQUENCES_AT_ONCE = 512
 
 
 def evaluation_batches(subject: Subject, sequences: int, seed: int) -> Iterator[Batch]:
-    """A language model's prompts as one batch, or `sequences` fresh ones of the toy in several."""
-    if subject.toy is None:
+    """A language model's prompts as one batch, or `sequences` fresh ones of a toy in several."""
+    if subject.draw is None:
         assert subject.prompts is not None
         yield subject.prompts.batch
         return
-    shape = subject.toy.shape
     generator = torch.Generator().manual_seed(EVALUATION_SEED + seed)
     for start in range(0, sequences, SEQUENCES_AT_ONCE):
         count = min(SEQUENCES_AT_ONCE, sequences - start)
-        yield shape.sequences.draw(count, generator).to(subject.target.device)
+        yield subject.draw(count, generator).to(subject.target.device)
 
 
 def with_importances(

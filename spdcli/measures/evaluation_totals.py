@@ -29,7 +29,7 @@ PLAN_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Totals:
     """`spd.eval/1`, as far as it is the same for every target: Table 1, and the active slices of section 6.2.
 
     Measured on `sequences` sequences of the stream `seed`. A slice is active where its importance is above `threshold`:
@@ -38,12 +38,11 @@ class Evaluation:
     losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight, and `relative_faithfulness`
     the exact share of W's squared norm that slices leave out, a mean over matrices; `hidden_recon` is the squared error
     of what matrices give, over that of the target's own, with all of them masked by importances, a mean over matrices
-    and positions; the others are KL(target ‖ variant) in nats, a mean over sequences that has its `standard_error`.
-    `recon_layerwise_by_matrix` is the KL in nats with that matrix alone replaced, their mean the loss of that name.
-    `l0` is the mean number of active slices at a position, over all matrices; `delta_share` by matrix the share of the
-    energy of its output x W that no slice holds: the sum of ‖x (W - U V)‖² over that of ‖x W‖², over all positions.
-    `evidence` is what the reconstruction is worth: the same KLs by how masks were chosen.
-    `recovery`, of a planted target alone, says how well its slices are found.
+    and positions; the others are KL(target ‖ variant) in nats, of a target that gives vectors squared errors, a mean
+    over sequences that has its `standard_error`. `recon_layerwise_by_matrix` is the same with that matrix alone
+    replaced; their mean is the loss of that name. `l0` is the mean number of active slices at a position, over all
+    matrices; `delta_share` by matrix the share of the energy of its output x W that no slice holds: the sum of
+    ‖x (W - U V)‖² over that of ‖x W‖², over all positions.
     """
 
     seed: int
@@ -58,6 +57,16 @@ class Evaluation:
     active: Mapping[str, Mapping[str, float]]
     l0: float
     delta_share: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Totals):
+    """`spd.eval/1` of a target that predicts tokens.
+
+    `evidence` is what the reconstruction is worth: the same KLs by how masks were chosen. `recovery`, of a planted
+    target alone, says how well its slices are found.
+    """
+
     evidence: Evidence
     recovery: Recovery | Absent = ABSENT
 
@@ -121,7 +130,7 @@ class Sums:
             if variant.loss == "recon_layerwise":
                 self.by_matrix[next(iter(variant.matrices))].add(means)
 
-        shape = (count, clean.batch.tokens.shape[1])
+        shape = (count, clean.batch.valid.shape[1])
         variants = draw_variants(LOSSES, blocks, 1, "forward", shape, torch.Generator())
         reconstruction(target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume)
         self._compare_hidden(clean, g, per_sequence, blocks)
@@ -146,7 +155,7 @@ class Sums:
         reconstruction(self.target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume, look=look)
 
     def totals(self) -> dict[str, Any]:
-        """The fields of `Evaluation` but for `seed`, `threshold`, `active` and `evidence`."""
+        """The fields of `Totals` but for `seed`, `threshold`, `active` and `evidence`."""
         unique = {name: int(somewhere.sum()) for name, somewhere in self.active_anywhere.items()}
         means = {loss: self.reconstruction[loss] for loss in (*LOSSES, *HIDDEN)}
         exact = {

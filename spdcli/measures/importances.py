@@ -13,7 +13,8 @@ from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.measures.texts import refuse_too_long
 from spdcli.progress import Progress, Report
-from spdcli.runs.subject import Subject
+from spdcli.runs.subject import Subject, require_tokens
+from spdcli.targets.sparse_features import read_features
 
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
@@ -24,9 +25,14 @@ def importances(
     """The importance g of every slice, in [0, 1], by matrix: `[T, C]` for a text or ids `[T]`, `[B, T, C]` for ids
     `[B, T]`.
 
-    A text is fed whole, after a language model's begin-of-sequence token if `begin_token`; ids are fed as they are.
+    A text is fed whole, after a language model's begin-of-sequence token if `begin_token`; ids are fed as they are. For
+    a feature toy a text is such as `3 7:0.5`, and vectors `[F]` or `[B, F]` stand in place of ids: T is 1.
     UsageError for a text that is longer than the toy or the run's importance attention can take.
     """
+    if subject.feature_toy is not None:
+        inputs = feature_inputs(subject.feature_toy.features, text_or_ids)
+        g, _ = importances_of(subject, decomposition, Batch.everywhere(inputs.reshape(-1, 1, inputs.shape[-1])))
+        return g if inputs.dim() == 2 else {name: values[0] for name, values in g.items()}
     ids = (
         text_ids(subject, text_or_ids, begin_token)
         if isinstance(text_or_ids, str)
@@ -52,8 +58,22 @@ def checked_ids(subject: Subject, ids: Ids) -> Tensor:
     return tokens.long()
 
 
+def feature_inputs(features: int, text_or_values: str | Ids) -> Tensor:
+    """Inputs of a feature toy, `[F]` or `[B, F]`: as a text writes them, or as they are; UsageError for others."""
+    if isinstance(text_or_values, str):
+        return read_features(text_or_values, features)
+    try:
+        values = torch.as_tensor(text_or_values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError("no values of features", f"give a text such as '3 7:0.5', or [{features}] values") from error
+    if values.dim() not in (1, 2) or values.shape[-1] != features or not values.numel():
+        raise UsageError(f"values of shape {tuple(values.shape)}", f"this toy reads [{features}] or [B, {features}]")
+    return values
+
+
 def text_ids(subject: Subject, text: str, begin_token: bool) -> Tensor:
-    """The token ids `[T]` of a text; for the toy a text is such as `3 s 17 4 s`."""
+    """The token ids `[T]` of a text; for the toy a text is such as `3 s 17 4 s`. UsageError for a feature toy."""
+    require_tokens(subject)
     if subject.toy is not None:
         return torch.tensor(subject.toy.shape.sequences.prompt(text))
     from spdcli.targets.prompts import token_ids

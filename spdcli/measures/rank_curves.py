@@ -79,7 +79,7 @@ class CurveData:
     @property
     def looked_at(self) -> int:
         """How many positions the mean KL is over."""
-        return sum(len(clean.log_probs) for clean in self.cleans)
+        return sum(len(clean.outputs) for clean in self.cleans)
 
     def importances(self) -> Iterator[tuple[Clean, dict[str, Tensor]]]:
         """The data, batch by batch, with `g_lower` `[B, T, C]` of every matrix."""

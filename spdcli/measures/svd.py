@@ -59,6 +59,7 @@ class RankCurves:
 
     `curves[method]` goes from everything kept to nothing. `result[method]` is where Algorithm 2 would stop at
     `tolerance` (nats), None where even the whole of a run's slices exceeds it. `legend[method]` says what rank is.
+    Of a target that gives vectors there is `output_loss` mse: a squared error stands in the place of every KL.
     """
 
     tolerance: float
@@ -66,6 +67,12 @@ class RankCurves:
     legend: Mapping[str, str]
     curves: Mapping[str, Sequence[CurvePoint]]
     result: Mapping[str, Remainder | None]
+    output_loss: str | Absent = ABSENT
+
+    @property
+    def measure(self) -> str:
+        """What is told of every model, in words."""
+        return "squared error" if self.output_loss else "KL"
 
 
 def svd_curves(
@@ -114,6 +121,7 @@ def compare_methods(
             method: None if stop is None else Remainder(dict(stop.ranks), stop.rank, stop.kl, _threshold(stop))
             for method, stop in stops.items()
         },
+        output_loss=ABSENT if data.target.output_loss == "kl" else data.target.output_loss,
     )
 
 

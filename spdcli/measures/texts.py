@@ -11,6 +11,7 @@ import torch
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.runs.subject import Subject
+from spdcli.targets.sparse_features import find_feature, read_features, single_features, written_features
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
@@ -29,23 +30,29 @@ class Texts:
 
 
 def own_texts(subject: Subject, seed: int) -> Texts:
-    """The prompts a language model was decomposed on, or a few seeded sequences of the toy."""
+    """The prompts a language model was decomposed on, a few seeded sequences of the toy, or every feature alone."""
     if subject.prompts is not None:
         return _language_texts(subject.prompts)
+    if subject.feature_toy is not None:
+        return _feature_texts(single_features(subject.feature_toy.features))
     assert subject.toy is not None
     generator = torch.Generator().manual_seed(seed)
     return _toy_texts(subject, subject.toy.shape.sequences.draw(TOY_SEQUENCES, generator))
 
 
 def user_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> Texts:
-    """Texts of the user's own, fed whole. For the toy a text is its tokens, as in `3 s 17 4 s`.
+    """Texts of the user's own, fed whole. For the toy a text is its tokens, as in `3 s 17 4 s`; for a feature toy the
+    features that are on, as in `3 7:0.5`.
 
-    Raises UsageError for a text of the toy that it cannot take.
+    Raises UsageError for a text of a toy that it cannot take.
     """
     if subject.prompts is not None:
         from spdcli.targets.prompts import encode
 
         return _language_texts(encode(subject.prompts.tokenizer, list(prompts), "fed", begin_token))
+    if subject.feature_toy is not None:
+        inputs = [read_features(text, subject.feature_toy.features) for text in prompts]
+        return _feature_texts(Batch.everywhere(torch.stack(inputs)[:, None]))
     assert subject.toy is not None
     rows = [subject.toy.shape.sequences.prompt(text) for text in prompts]
     if len({len(row) for row in rows}) > 1:
@@ -70,3 +77,9 @@ def _toy_texts(subject: Subject, batch: Batch) -> Texts:
     pieces = [[subject.token_text(token) for token in row] for row in batch.tokens.tolist()]
     sequences = subject.toy.shape.sequences  # type: ignore[union-attr]
     return Texts(batch, [" ".join(row) for row in pieces], pieces, lambda query: sequences.find(pieces, query))
+
+
+def _feature_texts(batch: Batch) -> Texts:
+    """Inputs of a feature toy, whose only position is named by the features that are on."""
+    texts = [written_features(values) for values in batch.tokens[:, 0]]
+    return Texts(batch, texts, [[text] for text in texts], lambda query: find_feature(batch.tokens[:, 0], query))

@@ -15,6 +15,7 @@ from typing import Any
 from spdcli.api import finished
 from spdcli.disk import read_json, write_json
 from spdcli.measures.evaluation import evaluate
+from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.recovery_baselines import baseline_recoveries
 from spdcli.measures.slice_recovery import Recovery, SliceRecovery
 from spdcli.paper.verdict import REPORT, SCHEMA, Bound, Claim, ClaimRow, Evidence, Verdict, judge
@@ -123,6 +124,7 @@ def recovery_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
     if all(before.get(key) == value for key, value in settings.items()):
         return before
     evaluation = evaluate(run.subject, run.decomposition, sequences, 0.0, run.recipe.seed)
+    assert isinstance(evaluation, Evaluation)
     recoveries = {SPD: evaluation.recovery, **baseline_recoveries(run, sequences)}
     data = settings | {
         "minutes": run.home.metrics()[-1]["seconds"] / 60,

@@ -13,6 +13,13 @@ DEVICES: dict[str, Choice] = {
     "cuda": Choice("an NVIDIA GPU"),
 }
 
+# The kinds of target that are trained on the spot, by [train].
+TOYS: dict[str, Choice] = {
+    "induction": Choice("the induction toy"),
+    "tms": Choice("a toy model of superposition"),
+    "resid_mlp": Choice("a toy residual MLP"),
+}
+
 POSITIONS: dict[str, Choice] = {
     "before": Choice("sinusoids added to what Q and K read, and to nothing else, as the paper's text says"),
     "after": Choice("sinusoids added to what Q and K write, and to nothing else, as its authors' public code does"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from spdcli.recipe.choices import TOYS
 from spdcli.recipe.contradiction import Contradiction, Sections
 
 
@@ -41,6 +42,6 @@ def planted_fits(recipe: Sections) -> Iterator[Contradiction]:
 
 def maker_of_sequences(kind: str) -> str | None:
     """The target, in words, where it has no fixed set of prompts."""
-    if kind == "induction":
-        return "the induction toy"
+    if kind in TOYS:
+        return "the induction toy" if kind == "induction" else "a toy"
     return "a planted model" if kind in ("planted_induction", "planted_lookup") else None

@@ -13,7 +13,7 @@ import tomli
 from pydantic import ValidationError
 
 from spdcli.errors import RecipeError, RecipeProblem, UsageError
-from spdcli.recipe.schema import InductionTarget, Recipe
+from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.recipe.toml_lines import KeyPath, key_lines, split_key
 from spdcli.recipe.wording import mistakes, shown
 
@@ -112,7 +112,7 @@ def checked_recipe(
         recipe = Recipe.model_validate(raw)
         if not problems:
             loaded = LoadedRecipe(recipe, source)
-            if isinstance(recipe.target, InductionTarget):  # whose matrices are known before it is trained
+            if isinstance(recipe.target, ToyTarget):  # whose matrices are known before it is trained
                 select_matrices(loaded, recipe.target.matrix_names)
             return loaded
     except ValidationError as error:
@@ -253,5 +253,7 @@ def _example(raw: dict[str, Any]) -> str:
         "huggingface": "gpt2",
         "planted_induction": "planted-induction",
         "planted_lookup": "planted-lookup",
+        "tms": "tms-5-2",
+        "resid_mlp": "resid-mlp-1",
     }
     return examples.get(str(target.get("kind")), "induction") if isinstance(target, dict) else "induction"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
 from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
-from spdcli.recipe.choices import USUAL_DELTA_MASKS
+from spdcli.recipe.choices import TOYS, USUAL_DELTA_MASKS
 from spdcli.recipe.contradiction import Contradiction, Sections
 from spdcli.recipe.planted_rules import maker_of_sequences, planted_fits
 
@@ -41,19 +41,34 @@ def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
         if data is None:
             yield Contradiction(("data", "target.kind"), "missing section [data]: a huggingface target needs prompts")
         if train is not None:
-            yield Contradiction(("train",), "[train] is for the induction toy; a huggingface target comes trained")
-    if kind not in ("huggingface", "induction") and (data is not None or train is not None):
+            yield Contradiction(("train",), "[train] is for toys; a huggingface target comes trained")
+    if kind != "huggingface" and kind not in TOYS and (data is not None or train is not None):
         section = "data" if data is not None else "train"
         own = "a module's data are given in Python" if kind == "module" else "a planted model makes its own sequences"
         yield Contradiction((section,), f"[{section}] is for other kinds of target; {own}")
-    if kind == "induction":
+    if kind in TOYS:
         if data is not None:
-            yield Contradiction(("data",), "[data] is for language models; the induction toy makes its own sequences")
+            yield Contradiction(("data",), "[data] is for language models; a toy draws its own data")
         if train is None and recipe["target"]["path"] is None:
             yield Contradiction(
                 ("train", "target.kind"),
-                "missing section [train]: an induction target is trained first, unless target.path names a trained one",
+                f"missing section [train]: a target of kind '{kind}' is trained first, unless target.path names a "
+                "trained one",
             )
+
+
+def _features_fit(recipe: Sections) -> Iterator[Contradiction]:
+    if recipe["target"]["kind"] not in ("tms", "resid_mlp"):
+        return
+    if IMPORTANCE_FUNCTIONS[recipe["importance"]["kind"]].attends:
+        yield Contradiction(
+            ("importance.kind", "target.kind"),
+            "[importance] kind = 'attention' looks over a sequence; inputs of this target have one position",
+        )
+    if recipe["losses"]["kl"] != "target_to_variant":
+        yield Contradiction(
+            ("losses.kl", "target.kind"), "[losses] kl is the order of two distributions; this target gives vectors"
+        )
 
 
 def _heads_divide_width(recipe: Sections) -> Iterator[Contradiction]:
@@ -244,6 +259,7 @@ def _all_of(names: Collection[str]) -> str:
 
 RULES: tuple[Callable[[Sections], Iterator[Contradiction]], ...] = (
     _sections_fit_target,
+    _features_fit,
     _heads_divide_width,
     _s_fits_between,
     planted_fits,

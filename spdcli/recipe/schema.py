@@ -34,16 +34,27 @@ from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section, S
 GENERATED = "generated"  # the stream that is sampled from the model itself
 
 
-class InductionTarget(Section):
-    """The toy transformer of section 5.1, trained by `spd train`; its defaults are those of Table 3."""
+class ToyTarget(Section):
+    """A target that is trained on the spot."""
 
-    kind: Literal["induction"] = Field(description="This kind of target: the toy.")
+    kind: str
     path: Text | None = Field(
         None,
         description="A run directory that holds a trained toy: of `spd train`, or of `spd decompose`; or "
         "package:NAME/FOLDER, one of an installed package: package:spdcli/targets/paper_toy is the toy of Table 3, "
         "trained in full. Without it the toy is trained first, by [train].",
     )
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """The toy's matrices, in the order of execution."""
+        raise NotImplementedError
+
+
+class InductionTarget(ToyTarget):
+    """The toy transformer of section 5.1, trained by `spd train`; its defaults are those of Table 3."""
+
+    kind: Literal["induction"] = Field(description="This kind of target: the toy.")
     layers: Positive = Field(2, description="How many blocks (section 5.1: 2).")
     heads: Positive = Field(1, description="Attention heads of a block (section 5.1: 1); they divide d_model.")
     d_model: Positive = Field(16, description="Width of the residual stream (Table 3: 16).")
@@ -72,6 +83,35 @@ class InductionTarget(Section):
         """The toy's matrices, named as in Table 1, in the order of execution."""
         letters = ["Q", "K", "V", *["O"] * self.output_projection, *["Up", "Down"] * self.feed_forward]
         return [f"{letter}{layer}" for layer in range(self.layers) for letter in letters]
+
+
+class TMSTarget(ToyTarget):
+    """A toy model of superposition, ReLU(Wᵀ W x + b), of the first SPD paper; trained by `spd train`."""
+
+    kind: Literal["tms"] = Field(description="This kind of target: a toy model of superposition.")
+    features: Annotated[int, Field(ge=2)] = Field(5, description="Features, the numbers of an input, from 0 to 1.")
+    hidden: Positive = Field(2, description="Dimensions that W squeezes them into.")
+    identity: bool = Field(False, description="A fixed identity matrix I between W and its transpose.")
+    feature_probability: Share = Field(0.05, description="How often a feature is not 0, in training and in the data.")
+
+    @property
+    def matrix_names(self) -> list[str]:
+        return ["W", *["I"] * self.identity, "WT"]
+
+
+class ResidMLPTarget(ToyTarget):
+    """A residual MLP that learns x + ReLU(x) of more features than it has neurons, of the first SPD paper."""
+
+    kind: Literal["resid_mlp"] = Field(description="This kind of target: a residual MLP.")
+    features: Annotated[int, Field(ge=2)] = Field(100, description="Features, the numbers of an input, from -1 to 1.")
+    d_model: Positive = Field(1000, description="Width of the residual stream, where features have random directions.")
+    d_mlp: Positive = Field(50, description="Neurons of every layer.")
+    layers: Positive = Field(1, description="How many MLPs, one after the other.")
+    feature_probability: Share = Field(0.01, description="How often a feature is not 0, in training and in the data.")
+
+    @property
+    def matrix_names(self) -> list[str]:
+        return [f"{matrix}{layer}" for layer in range(self.layers) for matrix in ("W_in", "W_out")]
 
 
 class HuggingFaceTarget(Section):
@@ -121,7 +161,7 @@ class Optimisation(Section):
     """An optimizer and its schedule."""
 
     batch: Positive = Field(
-        description="Sequences of a step: fresh ones of the toy; as many prompts of a language model, drawn anew "
+        description="Sequences of a step: fresh ones of a toy; as many prompts of a language model, drawn anew "
         "where there are more."
     )
     steps: Positive = Field(description="How many steps to train.")
@@ -139,7 +179,7 @@ class Optimisation(Section):
 
 
 class Train(Optimisation):
-    """How the toy is trained, before it is decomposed (Table 3)."""
+    """How a toy is trained, before it is decomposed (Table 3)."""
 
 
 class Slices(Section):
@@ -256,11 +296,17 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of every random choice.")
     device: Annotated[str, OneOf(DEVICES)] = Field("auto", description="Where to compute.")
     target: Annotated[
-        InductionTarget | HuggingFaceTarget | ModuleTarget | PlantedInductionTarget | PlantedLookupTarget,
+        InductionTarget
+        | TMSTarget
+        | ResidMLPTarget
+        | HuggingFaceTarget
+        | ModuleTarget
+        | PlantedInductionTarget
+        | PlantedLookupTarget,
         Field(discriminator="kind"),
     ] = Field(description="The model to take apart.")
     data: Data | None = Field(None, description="What a language model is decomposed on; of no other target.")
-    train: Train | None = Field(None, description="How the toy is trained; not for a language model.")
+    train: Train | None = Field(None, description="How a toy is trained; not for a language model.")
     slices: Slices = Field(description="The slices of every matrix.")
     importance: Importance = Field(description="The importance functions.")
     losses: Losses = Field(description="The losses and how much each counts.")

@@ -20,13 +20,12 @@ START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
 
 def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[str, Tensor]:
-    """The matrices' inputs at real positions, `[n, I]`: all prompts, or a draw of toy sequences."""
-    if subject.prompts is not None:
+    """The matrices' inputs at real positions, `[n, I]`: all prompts, or a draw of a toy's data."""
+    if subject.draw is None:
+        assert subject.prompts is not None
         batch = subject.prompts.batch
     else:
-        assert subject.toy is not None
-        generator = torch.Generator().manual_seed(recipe.seed)
-        batch = subject.toy.shape.sequences.draw(START_SEQUENCES, generator).to(subject.target.device)
+        batch = subject.draw(START_SEQUENCES, torch.Generator().manual_seed(recipe.seed)).to(subject.target.device)
     clean = clean_pass(subject.target, batch, names)
     return {name: clean.inputs[name][batch.valid] for name in names}
 

@@ -4,7 +4,7 @@
     metrics.jsonl               one record a logged step
     decomposition.safetensors   slices and importance functions, for readers
     checkpoint/state.safetensors  the same with optimizer, generators, adversary and step, for `--resume`
-    toy/                        the run of `spd train` whose toy is decomposed (induction only)
+    toy/                        the run of `spd train` whose toy is decomposed (toys only)
     eval.json, figures/         what `spd eval` found
     certificate.json            what `spd certify` found
 
@@ -26,6 +26,7 @@ from spdcli.disk import remove, write_text
 from spdcli.engine.fit import FitState
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors, save_tensors
+from spdcli.recipe.choices import TOYS
 from spdcli.recipe.reading import dump_recipe, load_recipe
 from spdcli.recipe.schema import GENERATED, Recipe
 from spdcli.recipe.section import Section
@@ -61,7 +62,7 @@ def versions() -> dict[str, str]:
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with its local paths made absolute, so that a run can be read from any directory."""
-    keys = {"induction": "path", "huggingface": "model"}
+    keys = {"huggingface": "model"} | dict.fromkeys(TOYS, "path")
     changes: dict[str, Any] = {}
     if recipe.target.kind in keys:
         changes["target"] = _anchored_key(recipe.target, keys[recipe.target.kind])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spdcli.engine.target import Target
 from spdcli.errors import UsageError
+from spdcli.recipe.choices import TOYS
 from spdcli.recipe.schema import HuggingFaceTarget
 from spdcli.runs.directory import RECIPE, RunDirectory
 from spdcli.runs.subject import choose_device
@@ -38,8 +39,9 @@ def open_model(name: str, device: str | None = None, begin_token: bool = False) 
     if (Path(name) / RECIPE).exists():
         recipe = RunDirectory.open(Path(name)).recipe
         if not isinstance(recipe.target, HuggingFaceTarget):
-            kind = "a module of your own" if recipe.target.kind == "module" else "the induction toy"
-            raise UsageError(f"{name} is a run of {kind}, which knows no facts", "give a language model")
+            kind = TOYS.get(recipe.target.kind)
+            own = "a module of your own" if kind is None else kind.about
+            raise UsageError(f"{name} is a run of {own}, which knows no facts", "give a language model")
         device = device or recipe.device
         name, dtype = recipe.target.model, recipe.target.dtype
         begin_token = recipe.data is not None and recipe.data.begin_token

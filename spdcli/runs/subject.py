@@ -15,22 +15,34 @@ from typing import TYPE_CHECKING
 import torch
 
 from spdcli.engine.target import Batch, Target
-from spdcli.errors import SpdError
+from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors
 from spdcli.machine import keep_freed_memory
 from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
-from spdcli.recipe.schema import HuggingFaceTarget, InductionTarget, ModuleTarget, Recipe
+from spdcli.recipe.schema import (
+    HuggingFaceTarget,
+    InductionTarget,
+    ModuleTarget,
+    Recipe,
+    ResidMLPTarget,
+    TMSTarget,
+    ToyTarget,
+)
 from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import optimiser_settings
 from spdcli.targets.broad_text import draw_stream
+from spdcli.targets.feature_toys import TMS, FeatureToy, ResidMLP, ResidMLPShape, TMSShape, feature_target
+from spdcli.targets.feature_training import train_feature_toy
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
 from spdcli.targets.planted import Planted
 from spdcli.targets.routes import Route
+from spdcli.targets.sparse_features import sparse_features
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
 
-START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
+Toy = InductionToy | FeatureToy
+ToyRecord = dict[str, float]  # of a logged step of a toy's training: its step, loss, rate and what else it tells
 
 
 @dataclass(eq=False)
@@ -40,7 +52,8 @@ class Subject:
     `batches(generator)` gives a training minibatch. Where every step takes all of a fixed set of prompts, it returns
     the same object each time, so that what is worked out from it once can be kept. `length` is that of the longest
     sequence. `token_text(token)` is a token as text; `routes[m]` says how matrix m is labelled with tokens. `toy` is
-    set for the induction toy, `prompts` for every other target; `planted` for one whose slices are known.
+    set for the induction toy, `feature_toy` for a toy of sparse features, `prompts` for every other target; `planted`
+    for one whose slices are known. `draw(count, generator)` gives fresh data of a toy, on the processor.
     `stream()` gives the broad text (`data.stream`) if the recipe has any, the same one on every call; `held_out()`
     other such text, that nothing is trained on.
     """
@@ -55,6 +68,22 @@ class Subject:
     stream: Callable[[], Batch] | None = None
     planted: Planted | None = None
     held_out: Callable[[], Batch] | None = None
+    feature_toy: FeatureToy | None = None
+    draw: Callable[[int, torch.Generator], Batch] | None = None
+
+    @property
+    def trained_toy(self) -> Toy | None:
+        """The model that was trained on the spot, where there is one."""
+        return self.toy or self.feature_toy
+
+
+def require_tokens(subject: Subject) -> None:
+    """UsageError for a toy of sparse features, which neither reads nor predicts tokens."""
+    if subject.feature_toy is not None:
+        raise UsageError(
+            "a toy of sparse features has no tokens, so it has no prompts, answers or facts",
+            "spd eval, inspect, ablate and svd look at its features",
+        )
 
 
 def choose_device(name: str) -> torch.device:
@@ -75,25 +104,30 @@ def toy_shape(target: InductionTarget) -> ToyShape:
     return ToyShape(**target.model_dump(exclude={"kind", "path"}))
 
 
-def toy_training(recipe: Recipe, device: torch.device) -> Iterator[tuple[InductionToy, dict[str, float]]]:
+def empty_toy(target: ToyTarget) -> Toy:
+    """A toy as `target` describes it, with the weights that its training starts from."""
+    if isinstance(target, InductionTarget):
+        return InductionToy(toy_shape(target))
+    shape = target.model_dump(exclude={"kind", "path", "feature_probability"})
+    return TMS(TMSShape(**shape)) if isinstance(target, TMSTarget) else ResidMLP(ResidMLPShape(**shape))
+
+
+def toy_training(recipe: Recipe, device: torch.device) -> Iterator[tuple[Toy, ToyRecord]]:
     """Trains the toy of a recipe; yields the toy and a record at every logged step (see `train_toy`)."""
-    assert isinstance(recipe.target, InductionTarget)
-    assert recipe.train is not None
-    return train_toy(
-        toy_shape(recipe.target),
-        optimiser_settings(recipe.train),
-        recipe.train.batch,
-        recipe.train.steps,
-        recipe.seed,
-        recipe.train.log_every,
-        device,
-    )
+    target, section = recipe.target, recipe.train
+    assert section is not None
+    settings = (optimiser_settings(section), section.batch, section.steps, recipe.seed, section.log_every, device)
+    if isinstance(target, InductionTarget):
+        return train_toy(toy_shape(target), *settings)
+    assert isinstance(target, TMSTarget | ResidMLPTarget)
+    make = partial(empty_toy, target)
+    return train_feature_toy(make, target.feature_probability, *settings)  # type: ignore[arg-type]
 
 
-def load_toy(directory: Path, target: InductionTarget, device: torch.device) -> InductionToy:
+def load_toy(directory: Path, target: ToyTarget, device: torch.device) -> Toy:
     """The toy that a run of `spd train` left in `directory`, checked against the recipe's shape."""
     tensors, _ = load_tensors(directory / TOY_WEIGHTS)
-    toy = InductionToy(toy_shape(target))
+    toy = empty_toy(target)
     wanted = {name: tensor.shape for name, tensor in toy.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise SpdError(
@@ -103,7 +137,10 @@ def load_toy(directory: Path, target: InductionTarget, device: torch.device) -> 
     return toy.to(device).eval()
 
 
-def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
+def toy_subject(recipe: Recipe, toy: Toy) -> Subject:
+    """A toy with the data that it is decomposed on."""
+    if isinstance(toy, FeatureToy):
+        return feature_subject(recipe, toy)
     shape = toy.shape
 
     def batches(generator: torch.Generator) -> Batch:
@@ -119,6 +156,23 @@ def toy_subject(recipe: Recipe, toy: InductionToy) -> Subject:
         token_text=shape.sequences.name,
         routes=toy_routes(toy),
         toy=toy,
+        draw=shape.sequences.draw,
+    )
+
+
+def feature_subject(recipe: Recipe, toy: FeatureToy) -> Subject:
+    """A toy of sparse features, whose inputs have one position; the names of its features are their numbers."""
+    assert isinstance(recipe.target, TMSTarget | ResidMLPTarget)
+    probability, target = recipe.target.feature_probability, feature_target(toy)
+    draw = lambda count, generator: sparse_features(count, toy.features, probability, toy.lowest, generator)  # noqa: E731
+    return Subject(
+        target=target,
+        batches=lambda generator: draw(recipe.decompose.batch, generator).to(target.device),
+        length=1,
+        token_text=str,
+        routes=toy.routes(),
+        feature_toy=toy,
+        draw=draw,
     )
 
 
@@ -180,10 +234,10 @@ def some_of(batch: Batch, size: int, generator: torch.Generator) -> Batch:
 
 
 def open_subject(
-    recipe: Recipe, device: torch.device, toy_directory: Path | None = None, toy: InductionToy | None = None
+    recipe: Recipe, device: torch.device, toy_directory: Path | None = None, toy: Toy | None = None
 ) -> Subject:
     """The subject of a recipe. Unless `toy` is one, a toy is read from `toy_directory` (a run of `spd train`)."""
-    if isinstance(recipe.target, InductionTarget):
+    if isinstance(recipe.target, ToyTarget):
         if toy is None:
             assert toy_directory is not None
             toy = load_toy(toy_directory, recipe.target, device)

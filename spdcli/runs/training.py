@@ -21,13 +21,15 @@ from spdcli.files import save_tensors
 from spdcli.machine import free_bytes, state_bytes, training_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
-from spdcli.recipe.schema import InductionTarget, Recipe
+from spdcli.recipe.schema import Recipe, ResidMLPTarget, TMSTarget, ToyTarget
 from spdcli.runs.decomposition import parameter_counts, start_decomposition
 from spdcli.runs.directory import DECOMPOSITION, RECIPE, TOY, TOY_WEIGHTS, RunDirectory, anchored
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
-from spdcli.runs.subject import Subject, choose_device, load_toy, open_subject, stream_batches, toy_training
-from spdcli.targets.induction import InductionToy, toy_accuracy
+from spdcli.runs.subject import Subject, Toy, choose_device, load_toy, open_subject, stream_batches, toy_training
+from spdcli.targets.feature_toys import FeatureToy
+from spdcli.targets.feature_training import label_error
+from spdcli.targets.induction import toy_accuracy
 
 FRESH_SEQUENCES = 20_000  # what a toy's accuracy is measured on
 SURE = 0.999  # share of them that a toy which has learned the task is right on
@@ -38,19 +40,27 @@ Store = RunDirectory | MemoryRun
 
 @dataclass(frozen=True, eq=False)
 class TrainedToy:
-    """A toy, and the share of FRESH_SEQUENCES sequences whose answer it gives; `records` as `train_toy` yields them."""
+    """A toy with the `records` of its training. Of the induction toy `accuracy` is the share of FRESH_SEQUENCES
+    sequences whose answer it gives; of a feature toy `error` is its squared error on fresh inputs."""
 
-    toy: InductionToy
-    accuracy: float
+    toy: Toy
+    accuracy: float | None
     records: list[dict[str, Any]]
+    error: float | None = None
+
+    @property
+    def quality(self) -> str:
+        """How good it is, in words."""
+        if self.accuracy is None:
+            return f"squared error {self.error:.2e} on fresh inputs"
+        return f"right on {self.accuracy:.2%} of fresh sequences"
 
 
 def require_toy(loaded: LoadedRecipe) -> None:
     """RecipeError unless the recipe describes a toy and its training."""
-    if loaded.recipe.target.kind != "induction":
+    if not isinstance(loaded.recipe.target, ToyTarget):
         raise loaded.error(
-            "target.kind",
-            f"[target] kind = '{loaded.recipe.target.kind}' comes trained; only the induction toy is trained",
+            "target.kind", f"[target] kind = '{loaded.recipe.target.kind}' comes trained; only toys are trained"
         )
     if loaded.recipe.train is None:
         raise RecipeError([loaded.source.problem([("train",)], "[train] is missing; it says how the toy is trained")])
@@ -63,16 +73,22 @@ def train_toy_of(recipe: Recipe, store: Store, report: Report = silent) -> Train
     store.start_metrics()
     for toy, record in toy_training(recipe, device):  # noqa: B007
         store.add_metrics(record)
-        text = f"training the toy  loss {record['loss']:.4f}  accuracy {record['accuracy']:.1%}"
+        right = f"  accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
+        text = f"training the toy  loss {record['loss']:.4g}{right}"
         report(Progress(text, int(record["step"]), recipe.train.steps))
     assert toy is not None
     if isinstance(store, RunDirectory):
         save_tensors(store / TOY_WEIGHTS, toy.state_dict())
-    accuracy = toy_accuracy(toy, FRESH_SEQUENCES, torch.Generator().manual_seed(recipe.seed + 1_000_003))
+    toy, fresh = toy.eval(), torch.Generator().manual_seed(recipe.seed + 1_000_003)
+    if isinstance(toy, FeatureToy):
+        assert isinstance(recipe.target, TMSTarget | ResidMLPTarget)
+        error = label_error(toy, recipe.target.feature_probability, fresh)
+        return TrainedToy(toy, None, store.metrics(), error)
+    accuracy = toy_accuracy(toy, FRESH_SEQUENCES, fresh)
     if accuracy < SURE:
         doubt = f"the toy is right on only {accuracy:.2%} of fresh sequences; train it longer (train.steps)"
         report(Progress(doubt, warning=True))
-    return TrainedToy(toy.eval(), accuracy, store.metrics())
+    return TrainedToy(toy, accuracy, store.metrics())
 
 
 def new_run(path: Path, recipe: Recipe, force: bool = False, resume: bool = False, report: Report = silent) -> Store:
@@ -130,7 +146,7 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Subject:
     """The target of a run, its toy trained first, or copied in where the recipe names one."""
     recipe, device = loaded.recipe, choose_device(loaded.recipe.device)
-    if not isinstance(recipe.target, InductionTarget):
+    if not isinstance(recipe.target, ToyTarget):
         return open_subject(recipe, device)
     if isinstance(store, MemoryRun):
         toy = None if recipe.target.path is None else load_toy(toy_folder(loaded), recipe.target, device)
@@ -142,14 +158,14 @@ def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent
         write_atomically(weights, lambda beside: shutil.copyfile(folder / TOY_WEIGHTS, beside))
     elif not weights.exists():
         toy_run = RunDirectory.create(store / TOY, recipe, force=True)
-        accuracy = train_toy_of(recipe, toy_run, report).accuracy
-        report(Progress(f"toy trained into {toy_run.path}: right on {accuracy:.2%} of fresh sequences"))
+        trained = train_toy_of(recipe, toy_run, report)
+        report(Progress(f"toy trained into {toy_run.path}: {trained.quality}"))
     return open_subject(recipe, device, store / TOY)
 
 
 def toy_folder(loaded: LoadedRecipe) -> Path:
     """Where the toy is that `target.path` names: a run of `spd train`, a run that holds one, or a package's folder."""
-    assert isinstance(loaded.recipe.target, InductionTarget)
+    assert isinstance(loaded.recipe.target, ToyTarget)
     assert loaded.recipe.target.path is not None
     from spdcli.targets.sources import PACKAGE, file_in_package
 

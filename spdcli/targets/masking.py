@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spdcli.engine.forward import clean_pass, replaced
 from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.tables import OUTPUT_LOSSES
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
 
@@ -38,7 +39,7 @@ def masked_module(target: Target, decomposition: Decomposition, masks_of: MasksO
         nonlocal busy
         if busy:
             return
-        batch = batch_of(args, kwargs)
+        batch = batch_of(args, kwargs) if OUTPUT_LOSSES[target.output_loss].distributions else vectors_of(args)
         busy = True
         try:
             masks = masks_of(batch)
@@ -60,6 +61,13 @@ def masked_module(target: Target, decomposition: Decomposition, masks_of: MasksO
         for handle in handles:
             handle.remove()
         calls.close()
+
+
+def vectors_of(args: tuple) -> Batch:
+    """The vectors `[B, T, N]` that the module of a target without tokens is called with."""
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+        raise UsageError("a masked toy of features is called with vectors [B, 1, features]")
+    return Batch.everywhere(args[0])
 
 
 def batch_of(args: tuple, kwargs: Mapping[str, Any]) -> Batch:
@@ -91,7 +99,7 @@ def importance_masks_of(target: Target, decomposition: Decomposition) -> MasksOf
 
 def masked_rows(decomposition: Decomposition, masks: Masks, batch: Batch, delta: float) -> dict[str, MaskedRows]:
     """The masks of every matrix in `masks`, on all sequences of a batch. UsageError for masks of other shapes."""
-    sequences, positions = batch.tokens.shape
+    sequences, positions = batch.valid.shape
     rows = torch.arange(sequences, device=batch.tokens.device)
     by_matrix = {}
     for name, mask in masks.items():

@@ -22,6 +22,7 @@ from spdcli.engine.losses import (
     relative_faithfulness,
     smooth_l0,
     unembed_kl,
+    unembed_mse,
 )
 
 
@@ -228,3 +229,24 @@ def test_logits_exist_for_a_chunk_of_rows_only():
         unembed_kl(hidden, unembedding, bias, log_p, index, chunk_elements=1000).sum().backward()
     assert watch.peak < 400 * 100 * 8 / 2
     assert watch.largest <= 400 * 4 * 8  # hidden's own size
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_squared_error_is_that_of_every_number_of_a_vector(with_bias):
+    """Against a loop, with rows that answer to the same vector; forward and backward."""
+    generator = torch.Generator().manual_seed(8)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, unembedding, target, index = make(4, 3).requires_grad_(), make(5, 3), make(2, 5), torch.tensor([1, 0, 1, 1])
+    bias = make(5) if with_bias else None
+    rows = []
+    for n in range(4):
+        errors = [
+            (hidden[n] @ unembedding[j] + (0 if bias is None else bias[j]) - target[index[n], j]) ** 2 for j in range(5)
+        ]
+        rows.append(sum(errors) / 5)
+    expected, weights = torch.stack(rows), make(4)
+    (slope,) = gradients(expected, weights, [hidden])
+    for reverse in (False, True):
+        actual = unembed_mse(hidden, unembedding, bias, target, index, reverse)
+        close(actual, expected)
+        close(gradients(actual, weights, [hidden])[0], slope)

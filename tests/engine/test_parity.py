@@ -14,6 +14,7 @@ from twins import (
     Subject,
     close,
     decompose,
+    feature_subject,
     language_subject,
     looked_at,
     matrix_inputs,
@@ -47,6 +48,8 @@ def subject(request, tiny_gpt2_dir, tiny_llama_dir) -> Subject:
         "gpt2": lambda: language_subject(tiny_gpt2_dir),
         "gpt2 split": lambda: language_subject(tiny_gpt2_dir, split_attention=True),
         "llama": lambda: language_subject(tiny_llama_dir),
+        "tms": lambda: feature_subject("tms"),
+        "resid_mlp": lambda: feature_subject("resid_mlp"),
     }[request.param]()
 
 
@@ -64,7 +67,7 @@ def slow_step(subject, decomposition, settings, seed=3):
     decomposition.zero_grad(set_to_none=True)
     blocks = {name: subject.target.matrices[name].block for name in decomposition.names}
     generator = torch.Generator().manual_seed(seed)
-    shape = tuple(subject.batch.tokens.shape)
+    shape = tuple(subject.batch.valid.shape)
     variants = draw_variants(
         settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator, delta=settings.delta_mask
     )
@@ -123,6 +126,10 @@ CASES = [
     ("toy", "global", "last"),
     ("llama", "global", "all"),
     ("llama", "vector", "delta on"),
+    ("tms", "scalar", "all"),
+    ("tms", "vector", "routed"),
+    ("resid_mlp", "scalar", "last"),
+    ("resid_mlp", "shared", "routed without delta"),
 ]
 
 

@@ -53,7 +53,7 @@ def complaints(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 
 # --- mistakes --------------------------------------------------------------------------------------
 
-KINDS = "'huggingface', 'induction', 'module', 'planted_induction', 'planted_lookup'"
+KINDS = "'huggingface', 'induction', 'module', 'planted_induction', 'planted_lookup', 'resid_mlp', 'tms'"
 
 MISTAKES = [
     (
@@ -164,7 +164,8 @@ MISTAKES = [
     (
         "[train]\nbatch = 8\nsteps = 10\n",
         "",
-        "3: missing section [train]: an induction target is trained first, unless target.path names a trained one",
+        "3: missing section [train]: a target of kind 'induction' is trained first, unless target.path names a "
+        "trained one",
     ),
     (
         "faithfulness = 1",
@@ -174,7 +175,7 @@ MISTAKES = [
     (
         "[slices]",
         '[data]\nprompts = ["a"]\n[slices]',
-        "8: [data] is for language models; the induction toy makes its own sequences",
+        "8: [data] is for language models; a toy draws its own data",
     ),
     (
         "[slices]",
@@ -195,6 +196,36 @@ def test_span_needs_vector_gates_and_fixed_prompts(tmp_path: Path) -> None:
         "17: [importance] basis = 'span' is for kind = 'vector' or 'global', not 'attention'",
         "17: [importance] basis = 'span' needs a fixed set of prompts; the induction toy draws new sequences",
     ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "importance.kind=attention",
+            "[importance] kind = 'attention' looks over a sequence; inputs of this target have one position",
+        ),
+        (
+            "losses.kl=variant_to_target",
+            "[losses] kl is the order of two distributions; this target gives vectors",
+        ),
+        ("losses.attention=1.0", "[losses] attention is for the induction toy"),
+        ("slices.init=dual", "[slices] init = 'dual' needs a fixed set of prompts; a toy draws new sequences"),
+        ('data={prompts=["a b"]}', "[data] is for language models; a toy draws its own data"),
+        ("slices.matrices=['W_in0']", "[slices] matrices: 'W_in0' matches no matrix of the target; it has W, WT"),
+        ("target.d_mlp=3", "[target] unknown key 'd_mlp' (it belongs in [target] with kind = 'resid_mlp')"),
+    ],
+)
+def test_what_a_toy_of_sparse_features_cannot_have(setting: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("tms-5-2", [setting])
+    assert caught.value.message.endswith(message)
+
+
+def test_the_matrices_of_a_toy_of_sparse_features_are_known_before_it_is_trained() -> None:
+    assert load_recipe("tms-5-2", ["slices.matrices=['W*']"]).recipe.target.kind == "tms"
+    recipe = load_recipe("resid-mlp-2", ["slices.matrices=['W_out1']"]).recipe
+    assert recipe.slices.matrices == ["W_out1"]
 
 
 @pytest.mark.parametrize("init", ["dual", "dual_whitened"])
@@ -242,7 +273,7 @@ def test_a_language_model_needs_prompts_and_no_training(tmp_path: Path) -> None:
     text = VALID.replace('kind = "induction"\nd_model = 16', 'kind = "huggingface"\nmodel = "gpt2"')
     assert complaints(tmp_path, text) == [
         "3: missing section [data]: a huggingface target needs prompts",
-        "5: [train] is for the induction toy; a huggingface target comes trained",
+        "5: [train] is for toys; a huggingface target comes trained",
     ]
 
 
