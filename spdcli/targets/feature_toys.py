@@ -94,13 +94,19 @@ class TMSBlock(nn.Module):
 
 
 class TMS(FeatureToy):
-    """A toy model of superposition (Elhage et al., 2022). Its matrices are W, I and WT, which is W transposed."""
+    """A toy model of superposition (Elhage et al., 2022). Its matrices are W, I and WT, which is W transposed.
+
+    W starts large (Xavier) and b at 0, as theirs: from a small W and a random b the ReLUs die on some seeds, and the
+    toy answers 0 to everything.
+    """
 
     lowest = 0.0
 
     def __init__(self, shape: TMSShape) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([TMSBlock(shape)])
+        nn.init.xavier_normal_(self.block.read.weight)
+        nn.init.zeros_(self.block.write.bias)
         self.block.write.weight.requires_grad_(False)  # it is W's transpose
         if self.block.middle is not None:
             self.block.middle.weight.requires_grad_(False).copy_(torch.eye(shape.hidden))

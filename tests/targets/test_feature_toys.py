@@ -139,6 +139,14 @@ def test_training_makes_the_error_small_and_ties_superposition():
     assert label_error(toy, 0.2, torch.Generator().manual_seed(4)) < 0.5 * nothing
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_seed_of_superposition_is_left_with_dead_outputs(seed):
+    make = lambda: TMS(TMSShape(features=5, hidden=2))  # noqa: E731
+    toy = trained(make, 0.05, rate=0.005, steps=600, seed=seed)[-1][0]
+    answers = toy(single_features(5).tokens)[:, 0].diagonal()
+    assert bool((answers > 0.1).all()), answers
+
+
 def test_training_leaves_the_embedding_and_is_seeded():
     first, again, other = (trained(lambda: ResidMLP(WIDE), 0.2, steps=20, seed=seed)[-1] for seed in (1, 1, 2))
     assert first[1] == again[1] != other[1]
