@@ -308,7 +308,7 @@ def one_by_one(
                     m = g + (1 - g) * filled(variant, name, "mask", g.shape[-1], batch, noise)[b, real]
                     if decomposition.delta:
                         d = filled(variant, name, "delta", 1, batch, noise)[b, real, 0]
-                if variant.delta:
+                if variant.delta is not None and decomposition.delta:
                     d = torch.full_like(d, variant.delta)
                 where = torch.ones(len(g), dtype=torch.bool)
                 if variant.routed is not None:

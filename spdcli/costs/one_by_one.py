@@ -111,7 +111,16 @@ def fit_one_by_one(
         batch = batches(state.generators["data"])
         clean = clean_pass(target, batch, decomposition.names)
         generator, shape = state.generators["plan"], (len(clean.batch.tokens), clean.batch.tokens.shape[1])
-        variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, generator)
+        delta_masks = losses.delta_masks if decomposition.delta else "position"
+        variants = draw_variants(
+            losses.reconstruction,
+            blocks,
+            losses.samples,
+            losses.subset,
+            shape,
+            generator,
+            delta_masks=delta_masks,
+        )
         state.optimiser.zero_grad(set_to_none=True)
         annealed = losses.annealed(state.step, settings.steps)
         values = one_by_one_step(target, decomposition, clean, losses, annealed, variants, noise)

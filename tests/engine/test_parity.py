@@ -69,7 +69,14 @@ def slow_step(subject, decomposition, settings, seed=3):
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(subject.batch.valid.shape)
     variants = draw_variants(
-        settings.reconstruction, blocks, settings.samples, settings.subset, shape, generator, delta=settings.delta_mask
+        settings.reconstruction,
+        blocks,
+        settings.samples,
+        settings.subset,
+        shape,
+        generator,
+        delta=settings.delta_mask,
+        delta_masks=settings.delta_masks if decomposition.delta else "position",
     )
     noise = KeyedNoise(len(subject.batch.tokens))
     return one_by_one(subject, decomposition, settings, P, variants, noise), gradients_of(decomposition)
@@ -99,6 +106,9 @@ SETTINGS = {
     "smooth": {"looked": "some", "delta": True, "penalty": "smooth_l0", "frequency_tokens": 20},
     "delta on": {"looked": "some", "delta": True, "delta_mask": 1.0},
     "delta on, routed": {"looked": "all", "delta": True, "delta_mask": 1.0, "subset": "position"},
+    "corners": {"looked": "all", "delta": True, "delta_masks": "corner", "samples": 2},
+    "one delta mask": {"looked": "some", "delta": True, "delta_masks": "forward", "subset": "position"},
+    "no delta to draw": {"looked": "last", "delta": False, "delta_masks": "corner"},
 }
 CASES = [
     ("toy", "attention", "all"),
@@ -126,6 +136,9 @@ CASES = [
     ("toy", "global", "last"),
     ("llama", "global", "all"),
     ("llama", "vector", "delta on"),
+    ("toy", "vector", "corners"),
+    ("gpt2 split", "scalar", "one delta mask"),
+    ("toy", "scalar", "no delta to draw"),
     ("tms", "scalar", "all"),
     ("tms", "vector", "routed"),
     ("resid_mlp", "scalar", "last"),
