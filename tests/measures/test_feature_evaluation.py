@@ -25,6 +25,14 @@ def test_a_slice_a_feature_is_perfect():
     assert found.own == 3
 
 
+def test_a_slice_that_does_not_live_is_not_compared():
+    """The small one points exactly along the part, the one that lives almost."""
+    slices = Slices(torch.tensor([[1.0, 0.01]]), torch.tensor([[4.0, 3.0], [3.0, 4.0]]))
+    found = parts_found(W[:1], torch.eye(1), slices, torch.tensor([[1.0, 0.1]]))
+    assert found.mean_max_cosine == pytest.approx(24 / 25)
+    assert found.l2_ratio == pytest.approx(1)
+
+
 def test_signs_of_u_and_v_belong_together():
     slices = perfect()
     turned = Slices(-slices.U.detach(), -slices.V.detach())
