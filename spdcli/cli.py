@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -162,19 +167,57 @@ def main() -> NoReturn:
 
     Exit codes: 0 done, 1 the answer is no, 2 usage or recipe, 130 interrupted.
     """
-    try:
-        code = app(prog_name="spd", standalone_mode=False) or 0  # of --help, --version, and of Ctrl-C to typer
-        if code == Interrupted.exit_code:
-            raise KeyboardInterrupt
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except KeyboardInterrupt:
-        code = _report(Interrupted("stopped; what is written is whole", "the same command begins again"))
-    except BrokenPipeError:
-        code = 1
-    except Exception as error:
-        code = _report(error)
+    _open_standard_streams()
+    with _ends_heard():
+        try:
+            _require_a_here()
+            code = app(prog_name="spd", standalone_mode=False) or 0  # of --help, --version, and of Ctrl-C to typer
+            if code == Interrupted.exit_code:
+                raise KeyboardInterrupt
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        except KeyboardInterrupt:
+            code = _report(Interrupted("stopped; what is written is whole", "the same command begins again"))
+        except BrokenPipeError:
+            code = 1
+        except Exception as error:
+            code = _report(error)
     sys.exit(_after_flush(code))
+
+
+def _open_standard_streams() -> None:
+    """Give the numbers of closed standard streams to nobody else, and every text a form in the terminal's encoding.
+
+    Otherwise the next file of a run would get the number, and with it what libraries print. `sys.stdout` stays None
+    where it was closed, so that an answer is not lost in silence.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the end
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+
+
+@contextmanager
+def _ends_heard() -> Iterator[None]:
+    """While open, a shutdown, and a terminal that goes, end a command as Ctrl-C does: by what it has to put away."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    # Not where `nohup`, or the program that calls this one, has its own answer.
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _report(error: Exception) -> int:
@@ -195,18 +238,31 @@ def _as_expected(error: Exception) -> SpdError:
     if hasattr(error, "format_message"):  # typer's own, of an option or a command
         command = getattr(getattr(error, "ctx", None), "command_path", "spd")
         return UsageError(error.format_message().replace("Value error, ", ""), f"{command} --help")
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return SpdError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.strerror:
+        return SpdError(f"{error.filename or 'a file or stream'}: {error.strerror}")
     detail = " ".join(f"{type(error).__name__}: {error}".split())
     hint = "this is a bug in spd: run again with SPD_DEBUG=1 for the traceback, and report it"
     return SpdError(f"internal error: {detail}", hint)
 
 
-def _after_flush(code: int) -> int:
-    """A reader that went away (`| head`) is no error to talk about: drop what it does not want."""
+def _require_a_here() -> None:
+    """SpdError where the directory that the command runs in is gone, which libraries end a process for."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code or 1
+        Path.cwd()
+    except FileNotFoundError:
+        raise SpdError("the directory that the command runs in was removed", "cd to another one") from None
+
+
+def _after_flush(code: int) -> int:
+    """A reader that went away (`| head`) is no error to talk about: drop what it does not want.
+
+    What a full disk did not take was told when it was written.
+    """
+    for stream, failed in ((sys.stdout, 1), (sys.stderr, 0)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or failed
     return code

@@ -13,9 +13,9 @@ import json as jsonlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from spdcli.errors import SpdError
 from spdcli.progress import Progress as WorkProgress
@@ -55,7 +55,8 @@ class Console:
             self._line(jsonlib.dumps(plain(data), allow_nan=False))
         elif not self.quiet:
             for renderable in renderables:
-                self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+                with _delivered():
+                    self._out.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def result(self, text: object) -> None:
         """The one line that a script wants, last on stdout: the path of a run, as a rule. Not in JSON mode."""
@@ -118,17 +119,52 @@ class Console:
     def _err(self) -> RichConsole:
         from rich.console import Console as RichConsole
 
-        return RichConsole(stderr=True, markup=False, emoji=False, highlight=False)
+        return RichConsole(file=cast(IO[str], Unheard(sys.stderr)), markup=False, emoji=False, highlight=False)
 
     def _line(self, text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+        with _delivered():
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
 
     def _say(self, text: str, label: str | None = None, style: str = "") -> None:
         from rich.text import Text
 
         parts = [(f"{label}: ", style), text] if label else [(text, style)]
         self._err.print(Text.assemble(*parts), soft_wrap=True)
+
+
+@contextmanager
+def _delivered() -> Iterator[None]:
+    """Within it, a standard output that takes nothing is an SpdError; a reader that went away stays what it is."""
+    if sys.stdout is None:
+        raise SpdError("standard output is closed: the answer has nowhere to go")
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SpdError(f"standard output: cannot be written: {error.strerror}") from error
+
+
+class Unheard:
+    """A stream that loses what cannot be written: a note that nobody reads is no reason to stop work.
+
+    A disk may be full, a terminal or the reader of a pipe may be gone.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class LiveLine:

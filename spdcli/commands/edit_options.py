@@ -95,7 +95,10 @@ def read_prompts(options: Sequence[str] | None) -> list[str]:
         if value != "-":
             prompts.append(value)
             continue
-        lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        try:
+            lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--prompt -: not text in UTF-8: {error.reason} at byte {error.start}") from None
         if not lines:
             raise UsageError("--prompt -: standard input has no prompt", "give one a line")
         prompts += lines

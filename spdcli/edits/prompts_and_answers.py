@@ -185,5 +185,8 @@ def token_id(subject: Subject, query: str) -> int:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    from spdcli.targets.prompts import require_unicode
+
+    require_unicode(text, "the token")
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokens

@@ -219,6 +219,10 @@ def parse_override(text: str, flag: str = "--set") -> Override:
     option = f"{flag} {text}"
     dotted, equals, literal = text.partition("=")
     path = split_key(dotted.strip())
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # an argument whose bytes are not UTF-8
+        raise UsageError(f"{flag} {text!r}: not text in UTF-8") from None
     if not equals or path is None:
         raise UsageError(f"{option}: expected a key, = and a value", f"for example {flag} losses.minimality=0.1")
     return Override(option, path, _literal(literal.strip()))

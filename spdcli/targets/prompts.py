@@ -75,6 +75,7 @@ def encode(
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool, least: int = 2) -> list[int]:
     """The tokens of one prompt, at least `least` and at most as many as the model takes; SpdError otherwise."""
+    require_unicode(text)
     # `verbose=False`: a prompt that is too long gets the error below, not a warning as well.
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if begin_token:
@@ -91,6 +92,14 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool, 
         start = text if len(text) <= 40 else f"{text[:40]}…"
         raise SpdError(f"the prompt {start!r} has {len(tokens)} tokens; the model takes {tokenizer.model_max_length}")
     return tokens
+
+
+def require_unicode(text: str, what: str = "the prompt") -> None:
+    """UsageError where `text` came from bytes that are not UTF-8, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} {text!r} is not text in UTF-8") from None
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
