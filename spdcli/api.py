@@ -5,7 +5,8 @@ Nothing here prints, and nothing needs a run directory: with `out=None` all stay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,16 @@ from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run
 from spdcli.runs import loading
-from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory
+from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
+from spdcli.runs.opening import can_go_on, opened_run
 from spdcli.runs.subject import Subject
 from spdcli.runs.training import (
     Store,
     TrainedToy,
     finish_run,
     learned,
-    new_run,
     prepared_subject,
     require_toy,
     train_toy_of,
@@ -110,18 +111,26 @@ def decompose(
     if out is None:
         if resume or force:
             raise UsageError("resume and force are about a run directory", "give out=")
-        store: Store = MemoryRun()
-    else:
-        store = new_run(Path(out), loaded.recipe, force, resume, report)
+        with _told_to_stop(None):
+            store = MemoryRun()
+            subject = subject or prepared(store, loaded, report)
+            return Run(None, loaded.recipe, subject, learned(store, loaded, subject, report))
+    directory = RunDirectory(Path(out))
+    with _told_to_stop(directory), opened_run(directory, loaded.recipe, force, resume, report):
+        subject = subject or prepared(directory, loaded, report)
+        return Run(directory, loaded.recipe, subject, learned(directory, loaded, subject, report))
+
+
+@contextmanager
+def _told_to_stop(run: RunDirectory | None) -> Iterator[None]:
+    """Interrupted where a signal comes before the first step, or a second Ctrl-C that would not wait."""
     try:
-        subject = subject or prepared(store, loaded, report)
-        decomposition = learned(store, loaded, subject, report)
-    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C that would not wait
-        raise Interrupted(
-            f"stopped at once; {out} is as it was last saved" if out else "stopped; nothing was kept",
-            "the same command with --resume goes on from there" if out else None,
-        ) from None
-    return Run(store if isinstance(store, RunDirectory) else None, loaded.recipe, subject, decomposition)
+        yield
+    except KeyboardInterrupt:
+        if run is None or not run.content():
+            raise Interrupted("stopped; nothing was kept", "the same command begins anew") from None
+        hint = "the same command with --resume goes on from there" if can_go_on(run) else "--force begins it anew"
+        raise Interrupted(f"stopped at once; {run} is as it was last saved", hint) from None
 
 
 def train_toy(
@@ -132,22 +141,26 @@ def train_toy(
     seed: int | None = None,
     device: str | None = None,
     force: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> TrainedToy:
     """Train the induction toy of a recipe (section 5.1, Table 3), as `spd train` does.
 
-    With `out` its weights, metrics and loss curve (Figure 5) are written there; without, nothing is.
+    With `out` its weights, metrics and loss curve (Figure 5) are written there (`force` replaces another run, `resume`
+    goes on with this one); without, nothing is. Interrupted after Ctrl-C, with everything saved.
     """
     loaded = recipe_of(recipe, settings, seed, device)
     require_toy(loaded)
+    report = _report(progress)
     if out is None:
-        return train_toy_of(loaded.recipe, MemoryRun(), _report(progress))
-    directory = RunDirectory.create(Path(out), loaded.recipe, force)
-    try:
-        trained = train_toy_of(loaded.recipe, directory, _report(progress))
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; {out} has the metrics so far and no toy", "--force starts it anew") from None
-    save_training_curve(trained.records, directory / FIGURES)
+        if resume or force:
+            raise UsageError("resume and force are about a run directory", "give out=")
+        with _told_to_stop(None):
+            return train_toy_of(loaded.recipe, MemoryRun(), report)
+    directory = ToyDirectory(Path(out))
+    with _told_to_stop(directory), opened_run(directory, loaded.recipe, force, resume, report):
+        trained = train_toy_of(loaded.recipe, directory, report)
+        save_training_curve(trained.records, directory / FIGURES)
     return trained
 
 

@@ -17,7 +17,7 @@ from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe, parse_override
 from spdcli.recipe.schema import ToyTarget
 from spdcli.records import ABSENT, Absent
-from spdcli.runs.training import claimed_run
+from spdcli.runs.opening import claimed_run
 
 TENTH = 0.1  # above it a slice is counted that smooth L0 has not merely left near 0
 AS_IT_IS = "the recipe as it is"

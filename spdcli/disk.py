@@ -27,14 +27,19 @@ NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}  # of disks t
 MORE_SPACE = "free some space, or use --out"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], hint: str = MORE_SPACE) -> None:
-    """Let `write` fill a file of the name it is given, then rename that to `path`.
+def write_atomically(
+    path: Path, write: Callable[[Path], object], hint: str = MORE_SPACE, before: Path | None = None
+) -> None:
+    """Let `write` fill a file of the name it is given, then rename that to `path`, and what was there to `before`.
 
-    A failure leaves `path` as it was; SpdError with `hint` where the disk is the reason.
+    A failure leaves `path` as it was; SpdError with `hint` where the disk is the reason. A process that is killed
+    between the two renames leaves `before` alone.
     """
     with written(path, hint), beside(path) as new:
         write(new)
         settle(new)
+        if before is not None and path.exists():
+            path.replace(before)
         new.replace(path)
         sync(path.parent)
 

@@ -24,6 +24,14 @@ class UsageError(SpdError):
     exit_code = 2
 
 
+class NotFinite(SpdError):
+    """A loss or a gradient is not finite at `step` (from 1); the parameters are those of the step before."""
+
+    def __init__(self, message: str, hint: str, step: int) -> None:
+        super().__init__(message, hint)
+        self.step = step
+
+
 class Interrupted(SpdError):
     """Ctrl-C, after the work was saved: `message` says how far it came, `hint` how to go on."""
 

@@ -17,11 +17,13 @@ from spdcli.errors import SpdError
 CHECKSUM = "checksum"  # the metadata's key of it
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, before: Path | None = None
+) -> None:
+    """Write a safetensors file atomically; the one that was there is kept as `before`, where that is given."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {**(metadata or {}), CHECKSUM: checksum(kept)}
-    write_atomically(path, lambda new: save_file(kept, new, about))
+    write_atomically(path, lambda new: save_file(kept, new, about), before=before)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -38,6 +38,7 @@ from spdcli.progress import Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.opening import opened_run
 from spdcli.runs.subject import require_tokens
 from spdcli.targets.masking import importance_masks_of, masked_module
 
@@ -305,10 +306,11 @@ class Run(LoadedRun):
 
         UsageError for a directory that holds another run, unless `force` replaces it.
         """
-        directory = RunDirectory.create(Path(path), self.recipe, force)
-        if self.subject.trained_toy is not None:
-            save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.trained_toy.state_dict())
-        directory.save_decomposition(self.decomposition)
+        directory = RunDirectory(Path(path))
+        with opened_run(directory, self.recipe, force):
+            if self.subject.trained_toy is not None:
+                save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.trained_toy.state_dict())
+            directory.save_decomposition(self.decomposition)
         return directory
 
     def _exam(self, prompts: Sequence[str], facts: FactsSource, report: Report) -> Exam:

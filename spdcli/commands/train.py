@@ -11,6 +11,7 @@ from spdcli.commands.options import (
     Out,
     Quiet,
     RecipeName,
+    Resume,
     Seed,
     Set,
     Verbose,
@@ -25,6 +26,7 @@ def train(
     device: Device = None,
     seed: Seed = None,
     force: Force = False,
+    resume: Resume = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -32,6 +34,7 @@ def train(
     """Train the toy of a recipe (section 5.1, Table 3) into a run directory.
 
     Writes the toy's weights, a record a logged step, and the loss curve (Figure 5).
+    Ctrl-C stops cleanly; --resume goes on exactly there, and further with a larger train.steps.
     """
     from spdcli.recipe.reading import load_recipe
 
@@ -40,7 +43,7 @@ def train(
     from spdcli.api import train_toy
 
     with console.progress() as progress:
-        trained = train_toy(loaded, out, progress=progress, force=force)
+        trained = train_toy(loaded, out, progress=progress, force=force, resume=resume)
     last = trained.records[-1]
     console.show(
         {

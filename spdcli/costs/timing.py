@@ -16,7 +16,7 @@ from spdcli.machine import synchronise
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.settings import allow_tensor_cores, optimiser_settings
-from spdcli.runs.subject import stream_batches, toy_training
+from spdcli.runs.subject import begin_toy, stream_batches, toy_training
 
 ENOUGH_SECONDS, ENOUGH_STEPS = 6.0, 20  # of measured steps; one is made whatever it takes
 FIRST_ENOUGH = 20.0  # seconds; where the first step takes longer, that is the answer
@@ -42,8 +42,8 @@ def seconds_of_a_step(recipe: Recipe, names: list[str], settings: FitSettings, d
 def seconds_of_a_toy_step(recipe: Recipe, device: torch.device) -> float:
     """Seconds of a step of the toy's own training on `device`."""
     assert recipe.train is not None
-    endless = recipe.train.model_copy(update={"steps": ENDLESS, "log_every": 1})
-    return _median(toy_training(recipe.model_copy(update={"train": endless}), device), device)
+    endless = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": ENDLESS, "log_every": 1})})
+    return _median(toy_training(endless, *begin_toy(endless, device)), device)
 
 
 def _median(steps: Iterator[object], device: torch.device) -> float:

@@ -19,7 +19,7 @@ from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.step import Step, backward_step
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
-from spdcli.errors import SpdError
+from spdcli.errors import NotFinite
 
 ON_STREAM = "stream_"  # before a loss's name: its value on broad text
 PRUNE_BATCHES = 128  # what a slice's frequency is counted on
@@ -129,7 +129,7 @@ def fit(
     is not repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. `state` and
     `decomposition` are changed in place, so that the loop may be left after any step and gone on with later.
 
-    Raises SpdError, naming step and loss, when a loss or a gradient is not finite: at once on a processor, at the next
+    Raises NotFinite, naming step and loss, when a loss or a gradient is not finite: at once on a processor, at the next
     record on a GPU, which is not waited for in between. The parameters are then those of the step before.
     """
     noise = Noise(state.generators["noise"])
@@ -228,7 +228,7 @@ class _Watch:
         self.broken.copy_(torch.maximum(self.broken, bad.to(self.broken)))
 
     def check(self, names: Iterable[str]) -> None:
-        """Wait for the device; SpdError where a step was bad, naming it and its first loss that is not finite.
+        """Wait for the device; NotFinite where a step was bad, naming it and its first loss that is not finite.
 
         `names` are those of the losses, in their order.
         """
@@ -238,9 +238,10 @@ class _Watch:
             (name, value) for name, value in zip(names, self.values.tolist(), strict=True) if not math.isfinite(value)
         ]
         what = f"loss {bad[0][0]} is {bad[0][1]}" if bad else "the gradient is not finite"
-        raise SpdError(
+        raise NotFinite(
             f"step {int(self.step)}: {what}; stopped before the parameters changed",
             "lower decompose.learning_rate, or set decompose.clip_slices and decompose.clip_gates",
+            int(self.step),
         )
 
 

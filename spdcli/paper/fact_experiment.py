@@ -24,7 +24,8 @@ from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
 from spdcli.runs.decomposition import load_decomposition
 from spdcli.runs.directory import DECOMPOSITION, RunDirectory
-from spdcli.runs.training import claimed_run, finish_run
+from spdcli.runs.opening import claimed_run
+from spdcli.runs.training import finish_run
 
 TABLE, TABLE_SCHEMA = "facts.json", "spd.facts.table/1"
 

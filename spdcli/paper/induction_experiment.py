@@ -28,7 +28,7 @@ from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
 from spdcli.runs.directory import EVAL
 from spdcli.runs.loading import LoadedRun
-from spdcli.runs.training import claimed_run
+from spdcli.runs.opening import claimed_run
 
 STABILITY_SEQUENCES = 512
 SVD_SEQUENCES, SVD_TOLERANCE = 512, 1e-3  # those of `spd svd`

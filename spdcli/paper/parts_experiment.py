@@ -22,7 +22,7 @@ from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
 from spdcli.runs.directory import EVAL
 from spdcli.runs.loading import LoadedRun
-from spdcli.runs.training import claimed_run
+from spdcli.runs.opening import claimed_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
 from spdcli.runs.directory import FIGURES
 from spdcli.runs.loading import LoadedRun
-from spdcli.runs.training import claimed_run
+from spdcli.runs.opening import claimed_run
 
 RECIPES = ("planted-induction", "planted-lookup")
 RECOVERY, RECOVERY_SCHEMA = f"{FIGURES}/recovery.json", "spd.recovery/1"  # of one run

@@ -22,7 +22,7 @@ from spdcli.paper.verdict import REPORT
 from spdcli.progress import Progress, Report, silent
 from spdcli.records import plain
 from spdcli.runs.loading import LoadedRun
-from spdcli.runs.training import claimed_run
+from spdcli.runs.opening import claimed_run
 
 SCHEMA = "spd.variants/1"
 POSITIONS = ("before", "after")

@@ -4,11 +4,14 @@
     metrics.jsonl               one record a logged step
     decomposition.safetensors   slices and importance functions, for readers
     checkpoint/state.safetensors  the same with optimizer, generators, adversary and step, for `--resume`
+    checkpoint/state-before.safetensors  the checkpoint before that one, for when it is damaged
     toy/                        the run of `spd train` whose toy is decomposed (toys only)
     eval.json, figures/         what `spd eval` found
     certificate.json            what `spd certify` found
+    .lock                       who is writing, while somebody is
 
-Every file is written beside and renamed into place.
+A run of `spd train` has target.safetensors, and checkpoint/toy.safetensors to go on from.
+Every file is written beside and renamed into place, and flushed to the disk.
 """
 
 from __future__ import annotations
@@ -17,25 +20,28 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spdcli.disk import remove, write_text
+from spdcli.disk import UNFINISHED, remove, sync, write_text
 from spdcli.engine.fit import FitState
-from spdcli.errors import SpdError, UsageError
-from spdcli.files import load_tensors, save_tensors
+from spdcli.errors import RecipeError, SpdError, UsageError
+from spdcli.files import save_tensors
+from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.choices import TOYS
 from spdcli.recipe.reading import dump_recipe, load_recipe
 from spdcli.recipe.schema import GENERATED, Recipe
 from spdcli.recipe.section import Section
 from spdcli.records import plain
+from spdcli.runs.checkpoints import read_checkpoint, write_checkpoint
+from spdcli.runs.lock import LOCK, locked
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
 CERTIFICATE = "certificate.json"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
-TOY_WEIGHTS = "target.safetensors"
+TOY_WEIGHTS, TOY_CHECKPOINT = "target.safetensors", "checkpoint/toy.safetensors"
+WRITTEN_BY_SPD = "# spd-cli: "  # begins the recipe of a run, and no recipe that somebody wrote
 HELD = (
     RECIPE,
     METRICS,
@@ -81,33 +87,55 @@ def _anchored_key(section: Section, key: str) -> Section:
 class RunDirectory:
     """A directory that a recipe produces."""
 
+    checkpoint = CHECKPOINT
+
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._newest: int | None = None  # the step of the newest checkpoint, once it was written or read
+        self._spoilt = False  # whether it is not to be gone on from
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, force: bool = False) -> RunDirectory:
+    def create(cls, path: Path, recipe: Recipe, force: bool = False) -> Self:
         """A new run at `path`.
 
-        A directory that holds another run is refused without `force`, unless that run never got beyond its recipe;
-        one that holds no run is refused always. `force` removes what a run consists of and leaves other files alone.
+        A directory that holds a run is refused without `force`, unless it is one by this recipe that never got beyond
+        it; one that holds no run is refused always, somebody's own recipe.toml in it or not. `force` removes what a
+        run consists of and leaves other files alone. SpdError while another process writes there.
         """
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file, not a directory", "name another with --out")
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / RECIPE).exists():
-                raise UsageError(f"{path} is not empty and holds no run", "name another with --out")
-            if not force and any((path / name).exists() for name in HELD if name != RECIPE):
-                raise UsageError(
-                    f"{path} holds another run", "--force replaces it, --resume goes on, --out names another"
-                )
-            for name in HELD:
-                remove(path / name)
         run = cls(path)
-        run.write_recipe(recipe)
+        run.refuse_unless_free(recipe, force)
+        with locked(path):
+            run.refuse_unless_free(recipe, force)
+            if force:
+                for name in HELD:
+                    remove(path / name)
+            if not (run / RECIPE).exists():
+                run.write_recipe(recipe)
         return run
 
+    def refuse_unless_free(self, recipe: Recipe, force: bool) -> None:
+        """UsageError where `create` may not begin a run."""
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file, not a directory", "name another with --out")
+        if not path.is_dir() or not (present := [file for file in path.iterdir() if not _passing(file)]):
+            return
+        if not _written_by_spd(path / RECIPE):
+            own = f"; {RECIPE} is not one of spd's" if (path / RECIPE).exists() else ""
+            raise UsageError(f"{path} is not empty and holds no run{own}", "name another with --out")
+        if force:
+            return
+        if any(file.name in HELD and file.name != RECIPE for file in present) or not self._is_by(recipe):
+            raise UsageError(f"{path} holds another run", "--force replaces it, --resume goes on, --out names another")
+
+    def _is_by(self, recipe: Recipe) -> bool:
+        try:
+            return self.recipe == anchored(recipe)
+        except RecipeError:  # of another version of spd
+            return False
+
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path) -> Self:
         """An existing run; SpdError when there is none."""
         if not (path / RECIPE).exists():
             raise SpdError(f"{path}: no run here", "spd decompose RECIPE --out DIRECTORY makes one")
@@ -122,8 +150,26 @@ class RunDirectory:
         return load_recipe(str(self.path / RECIPE), []).recipe
 
     @property
+    def checkpoint_before(self) -> Path:
+        """Where the checkpoint before the newest is."""
+        newest = self / self.checkpoint
+        return newest.with_stem(f"{newest.stem}-before")
+
+    @property
     def has_checkpoint(self) -> bool:
-        return (self / CHECKPOINT).exists()
+        return (self / self.checkpoint).exists() or self.checkpoint_before.exists()
+
+    def content(self) -> list[str]:
+        """What there is of a run, for people."""
+        about = {METRICS: f" up to step {self.metrics()[-1]['step']}" if self.metrics() else ", empty"}
+        return [name + about.get(name, "") for name in HELD if (self / name).exists()]
+
+    def forget_beginning(self) -> None:
+        """Remove the recipe and the empty metrics of a run that came to nothing; nothing where there is more."""
+        if any((self / name).exists() for name in HELD if name not in (RECIPE, METRICS)) or self.metrics():
+            return
+        for name in (RECIPE, METRICS):
+            remove(self / name)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -136,7 +182,13 @@ class RunDirectory:
         kept = [line for record, line in self._metric_lines() if record["step"] <= after]
         write_text(self / METRICS, "".join(kept))
 
+    def require(self) -> None:
+        """SpdError where the directory was removed while its run went on: it is not made again."""
+        if not (self / RECIPE).exists():
+            raise SpdError(f"{self.path}: was removed while the run went on", "run again; what it held is lost")
+
     def add_metrics(self, record: Mapping[str, Any]) -> None:
+        self.require()
         try:
             with (self / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(record), allow_nan=False) + "\n")
@@ -166,34 +218,60 @@ class RunDirectory:
     def save_decomposition(self, decomposition: nn.Module) -> None:
         save_tensors(self / DECOMPOSITION, decomposition.state_dict())
 
-    def save_checkpoint(self, decomposition: nn.Module, state: FitState) -> None:
-        """Everything `--resume` needs, in one file."""
-        tensors = {f"parameters.{name}": tensor for name, tensor in decomposition.state_dict().items()}
-        for index, values in state.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
-        tensors |= {f"generator.{name}": g.get_state() for name, g in state.generators.items()}
-        tensors |= {f"adversary.{name}": numbers for name, numbers in state.adversary.items()}
-        save_tensors(self / CHECKPOINT, tensors, {"step": str(state.step), "seconds": str(state.seconds)})
+    def save_checkpoint(self, module: nn.Module, state: FitState) -> None:
+        """Everything `--resume` needs, in one file; the newest before it is kept beside it."""
+        self.require()
+        if (self / METRICS).exists():
+            sync(self / METRICS)
+        kept = not self._spoilt and self._newest != state.step
+        write_checkpoint(self / self.checkpoint, self.checkpoint_before if kept else None, module, state)
+        self._newest, self._spoilt = state.step, False
 
-    def load_checkpoint(self, decomposition: nn.Module, state: FitState) -> None:
-        """Put `decomposition` and `state` back where `save_checkpoint` found them.
+    def keep_step(self, module: nn.Module, state: FitState, step: int) -> None:
+        """Save what training reached at `step`, before it had to stop; the decomposition for readers stays as it is."""
+        if step not in (0, self._newest):
+            state.step = step
+            self.save_checkpoint(module, state)
+
+    def load_checkpoint(self, module: nn.Module, state: FitState, report: Report = silent) -> None:
+        """Put `module` and `state` back where `save_checkpoint` found them; from the checkpoint before the newest, and
+        with a warning, where that one is damaged.
 
         On another kind of device than then, whose generators have another state, the noise begins anew.
         """
-        tensors, metadata = load_tensors(self / CHECKPOINT)
-        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}, "adversary": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            parts[kind][rest] = tensor
-        decomposition.load_state_dict(parts["parameters"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": moments})
-        for name, value in parts["generator"].items():
-            if value.shape == state.generators[name].get_state().shape:
-                state.generators[name].set_state(value)
-        device = state.optimiser.param_groups[0]["params"][0].device
-        state.adversary = {name: numbers.to(device) for name, numbers in parts["adversary"].items()}
-        state.step, state.seconds = int(metadata["step"]), float(metadata["seconds"])
+        if not self._spoilt:
+            try:
+                read_checkpoint(self / self.checkpoint, module, state)
+            except SpdError as error:
+                if not self.step_back():
+                    raise
+                report(Progress(f"{error}; going on from the checkpoint before it", warning=True))
+        if self._spoilt:
+            read_checkpoint(self.checkpoint_before, module, state)
+        self._newest = state.step
+
+    def step_back(self) -> bool:
+        """Have the checkpoint before the newest loaded from now on; False where there is none. No file changes until
+        the next checkpoint, which takes the place of the newest."""
+        if self._spoilt or not self.checkpoint_before.exists():
+            return False
+        self._spoilt = True
+        return True
+
+
+class ToyDirectory(RunDirectory):
+    """The run of `spd train`."""
+
+    checkpoint = TOY_CHECKPOINT
+
+
+def _passing(file: Path) -> bool:
+    """Whether a file is there only while somebody writes."""
+    return file.name == LOCK or file.suffix == UNFINISHED
+
+
+def _written_by_spd(recipe: Path) -> bool:
+    try:
+        return recipe.read_text(encoding="utf-8").startswith(WRITTEN_BY_SPD)
+    except (OSError, UnicodeDecodeError):
+        return False

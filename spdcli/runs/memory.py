@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from spdcli.engine.fit import FitState
+from spdcli.progress import Report, silent
 
 
 class MemoryRun:
@@ -29,6 +30,19 @@ class MemoryRun:
 
     def metrics(self) -> list[dict[str, Any]]:
         return list(self._records)
+
+    def save_checkpoint(self, module: nn.Module, state: FitState) -> None:
+        """Nothing, likewise."""
+
+    def load_checkpoint(self, module: nn.Module, state: FitState, report: Report = silent) -> None:
+        """Nothing: there is none."""
+
+    def keep_step(self, module: nn.Module, state: FitState, step: int) -> None:
+        """Nothing, likewise."""
+
+    def step_back(self) -> bool:
+        """False: there is no checkpoint before."""
+        return False
 
     def save(self, decomposition: nn.Module, state: FitState) -> None:
         """Nothing: the caller holds the decomposition."""

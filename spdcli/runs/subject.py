@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spdcli.engine.fit import FitState
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors
@@ -37,6 +38,7 @@ from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_tar
 from spdcli.targets.planted import Planted
 from spdcli.targets.routes import Route
 from spdcli.targets.sparse_features import sparse_features
+from spdcli.targets.toy_state import start_toy
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
@@ -112,16 +114,21 @@ def empty_toy(target: ToyTarget) -> Toy:
     return TMS(TMSShape(**shape)) if isinstance(target, TMSTarget) else ResidMLP(ResidMLPShape(**shape))
 
 
-def toy_training(recipe: Recipe, device: torch.device) -> Iterator[tuple[Toy, ToyRecord]]:
-    """Trains the toy of a recipe; yields the toy and a record at every logged step (see `train_toy`)."""
+def begin_toy(recipe: Recipe, device: torch.device) -> tuple[Toy, FitState]:
+    """The toy of a recipe at step 0, and the state of its training."""
+    assert recipe.train is not None
+    make = partial(empty_toy, recipe.target)  # type: ignore[arg-type]
+    return start_toy(make, optimiser_settings(recipe.train), recipe.seed, device)
+
+
+def toy_training(recipe: Recipe, toy: Toy, state: FitState) -> Iterator[ToyRecord | None]:
+    """Trains the toy of a recipe; yields after every step, a record at a logged one (see `train_toy`)."""
     target, section = recipe.target, recipe.train
     assert section is not None
-    settings = (optimiser_settings(section), section.batch, section.steps, recipe.seed, section.log_every, device)
-    if isinstance(target, InductionTarget):
-        return train_toy(toy_shape(target), *settings)
+    if isinstance(toy, InductionToy):
+        return train_toy(toy, state, section.batch, section.steps, section.log_every)
     assert isinstance(target, TMSTarget | ResidMLPTarget)
-    make = partial(empty_toy, target)
-    return train_feature_toy(make, target.feature_probability, *settings)  # type: ignore[arg-type]
+    return train_feature_toy(toy, state, target.feature_probability, section.batch, section.steps, section.log_every)
 
 
 def load_toy(directory: Path, target: ToyTarget, device: torch.device) -> Toy:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +11,39 @@ from typing import Any
 import torch
 
 from spdcli.disk import write_atomically
-from spdcli.engine.fit import Record, fit, start_fit, warm_up_faithfulness
+from spdcli.engine.fit import FitState, Record, fit, start_fit, warm_up_faithfulness
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.errors import Interrupted, RecipeError, SpdError, UsageError
+from spdcli.errors import Interrupted, NotFinite, RecipeError, SpdError
 from spdcli.files import save_tensors
 from spdcli.machine import free_bytes, state_bytes, training_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
-from spdcli.recipe.schema import Recipe, ResidMLPTarget, TMSTarget, ToyTarget
+from spdcli.recipe.schema import Decompose, Recipe, ResidMLPTarget, TMSTarget, ToyTarget
 from spdcli.runs.decomposition import parameter_counts, start_decomposition
-from spdcli.runs.directory import DECOMPOSITION, RECIPE, TOY, TOY_WEIGHTS, RunDirectory, anchored
+from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory, ToyDirectory
+from spdcli.runs.lock import locked
 from spdcli.runs.memory import MemoryRun
+from spdcli.runs.opening import refuse_without_beginning
 from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
-from spdcli.runs.subject import Subject, Toy, choose_device, load_toy, open_subject, stream_batches, toy_training
+from spdcli.runs.signals import stop_signals
+from spdcli.runs.subject import (
+    Subject,
+    Toy,
+    begin_toy,
+    choose_device,
+    load_toy,
+    open_subject,
+    stream_batches,
+    toy_training,
+)
 from spdcli.targets.feature_toys import FeatureToy
 from spdcli.targets.feature_training import label_error
 from spdcli.targets.induction import toy_accuracy
+from spdcli.targets.toy_state import toy_diverged
 
 FRESH_SEQUENCES = 20_000  # what a toy's accuracy is measured on
 SURE = 0.999  # share of them that a toy which has learned the task is right on
-# What a run that goes on may be given anew.
-CHANGEABLE = ("losses", "adversary", "decompose", "device", "name", "certify")
+TOY_CHECKPOINT_EVERY = 1000  # steps of the toy's training
 Store = RunDirectory | MemoryRun
 
 
@@ -67,16 +76,32 @@ def require_toy(loaded: LoadedRecipe) -> None:
 
 
 def train_toy_of(recipe: Recipe, store: Store, report: Report = silent) -> TrainedToy:
-    """Train the toy of a recipe (section 5.1, Table 3); its weights and metrics go into `store`."""
+    """Train the toy of a recipe (section 5.1, Table 3) to the end, from its checkpoint where `store` has one.
+
+    Weights and metrics go into `store`. Interrupted, with everything saved, when a signal asked to stop.
+    """
     assert recipe.train is not None
-    toy, device = None, choose_device(recipe.device)
-    store.start_metrics()
-    for toy, record in toy_training(recipe, device):  # noqa: B007
-        store.add_metrics(record)
-        right = f"  accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
-        text = f"training the toy  loss {record['loss']:.4g}{right}"
-        report(Progress(text, int(record["step"]), recipe.train.steps))
-    assert toy is not None
+    toy, state = begin_toy(recipe, choose_device(recipe.device))
+    if isinstance(store, RunDirectory) and store.has_checkpoint:
+        store.load_checkpoint(toy, state, report)
+        report(Progress(f"the toy's training goes on from step {state.step}"))
+    store.start_metrics(after=state.step)
+    with stop_signals() as signals:
+        for record in toy_training(recipe, toy, state):
+            if record is not None:
+                store.add_metrics(record)
+                right = f"  accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
+                text = f"training the toy  loss {record['loss']:.4g}{right}"
+                report(Progress(text, int(record["step"]), recipe.train.steps))
+            if not signals and state.step % TOY_CHECKPOINT_EVERY == 0 and state.step < recipe.train.steps:
+                with signals.held():
+                    save_toy_checkpoint(store, toy, state)
+            if signals:
+                break
+        with signals.held():
+            save_toy_checkpoint(store, toy, state)
+    if state.step < recipe.train.steps:
+        raise stopped(store, f"step {state.step} of {recipe.train.steps} of the toy's training")
     if isinstance(store, RunDirectory):
         save_tensors(store / TOY_WEIGHTS, toy.state_dict())
     toy, fresh = toy.eval(), torch.Generator().manual_seed(recipe.seed + 1_000_003)
@@ -91,56 +116,22 @@ def train_toy_of(recipe: Recipe, store: Store, report: Report = silent) -> Train
     return TrainedToy(toy, accuracy, store.metrics())
 
 
-def new_run(path: Path, recipe: Recipe, force: bool = False, resume: bool = False, report: Report = silent) -> Store:
-    """The run directory at `path` for a decomposition by `recipe`: a new one, or with `resume` the one that is there.
-
-    `force` replaces another run. UsageError where either is not possible.
-    """
-    if resume and force:
-        raise UsageError("--resume and --force contradict each other", "give one of the two")
-    directory = RunDirectory(path)
-    if resume and (directory.has_checkpoint or (path / TOY / TOY_WEIGHTS).exists()):
-        return continued_run(path, recipe, report)
-    if resume:
-        if (path / TOY_WEIGHTS).exists():
-            raise UsageError(
-                f"{path} holds a trained toy and no decomposition",
-                f"--set target.path={path} --out another decomposes that toy",
-            )
-        report(Progress(f"{path}: no checkpoint to go on from; starting anew"))
-    return RunDirectory.create(path, recipe, force or resume)
+def save_toy_checkpoint(store: Store, toy: Toy, state: FitState) -> None:
+    """Save what the toy's training goes on from; SpdError where a loss since the last record spoilt it."""
+    if not all(parameter.isfinite().all() for parameter in toy.parameters()):
+        raise toy_diverged("a parameter is not finite", state.step)
+    store.save_checkpoint(toy, state)
 
 
-def continued_run(path: Path, recipe: Recipe, report: Report) -> RunDirectory:
-    """The run at `path`, going on by `recipe`: losses and training may have changed, what is trained may not."""
-    run = RunDirectory.open(path)
-    changed = changed_settings(run, recipe)
-    fixed = [key for key in changed if key.split(".")[0] not in CHANGEABLE]
-    if fixed:
-        before, after = changed[fixed[0]]
-        raise UsageError(
-            f"{path} was made with {fixed[0]} = {before!r}, not {after!r}",
-            f"spd decompose {path}/recipe.toml --out {path} --resume goes on with its own settings",
+def stopped(store: Store, where: str) -> Interrupted:
+    """What a signal that asked to stop ends in, when all is saved; `where` says how far it came."""
+    if isinstance(store, MemoryRun):
+        return Interrupted(
+            f"stopped after {where}; nothing is kept of a run in memory", "give it a directory, out=, to go on there"
         )
-    for key, (before, after) in changed.items():
-        report(Progress(f"{key} changes from {before!r} to {after!r}"))
-    run.write_recipe(recipe)
-    return run
-
-
-def changed_settings(run: RunDirectory, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Where `recipe` differs from that of `run`: dotted key -> (the run's value, the recipe's)."""
-    before, after = flat(run.recipe.model_dump()), flat(anchored(recipe).model_dump())
-    keys = sorted(before | after)
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
+    return Interrupted(
+        f"stopped after {where}; everything is saved in {store}", "the same command with --resume goes on there"
+    )
 
 
 def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Subject:
@@ -157,8 +148,11 @@ def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent
         load_toy(folder, recipe.target, device)
         write_atomically(weights, lambda beside: shutil.copyfile(folder / TOY_WEIGHTS, beside))
     elif not weights.exists():
-        toy_run = RunDirectory.create(store / TOY, recipe, force=True)
-        trained = train_toy_of(recipe, toy_run, report)
+        toy_run = ToyDirectory(store / TOY)
+        with locked(toy_run.path):
+            if not toy_run.has_checkpoint:
+                toy_run = ToyDirectory.create(toy_run.path, recipe, force=True)
+            trained = train_toy_of(recipe, toy_run, report)
         report(Progress(f"toy trained into {toy_run.path}: {trained.quality}"))
     return open_subject(recipe, device, store / TOY)
 
@@ -180,7 +174,9 @@ def toy_folder(loaded: LoadedRecipe) -> Path:
 def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report = silent) -> Decomposition:
     """Train the decomposition of a run to its end (Algorithm 3), from its checkpoint where it has one.
 
-    Every record goes into the store's metrics. Interrupted, with everything saved, when a signal asked to stop.
+    Every record goes into the store's metrics. Interrupted, with everything saved, when a signal asked to stop;
+    NotFinite, with the step before saved, when a loss is not finite. Where that happens in the first step after a
+    checkpoint, training goes on from the checkpoint before it.
     """
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)
@@ -189,57 +185,56 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
     decomposition = start_decomposition(recipe, subject, names)
     schedule, device = optimiser_settings(recipe.decompose), subject.target.device
     state = start_fit(decomposition, schedule, recipe.seed, device, recipe.decompose.slice_rate)
-    if isinstance(store, RunDirectory) and store.has_checkpoint:
-        store.load_checkpoint(decomposition, state)
+    resumed = isinstance(store, RunDirectory) and store.has_checkpoint
+    if resumed:
+        store.load_checkpoint(decomposition, state, report)
         report(Progress(f"going on from step {state.step}"))
     elif warm_up := recipe.slices.faithfulness_warmup:
         reached = warm_up_faithfulness(subject.target, decomposition, warm_up)
         report(Progress(f"faithfulness {reached:.1e} after {warm_up} steps of warm-up"))
-    store.start_metrics(after=state.step)
     settings = fit_settings(recipe, free_bytes(device) - state_bytes(decomposition))
-    steps = fit(subject.target, decomposition, subject.batches, state, settings, stream_batches(recipe, subject))
-    with stop_signals() as signals:
-        for record in steps:
-            if record is not None:
-                store.add_metrics(asdict(record))
-                report(Progress(standing(record), record.step, recipe.decompose.steps))
-            if signals:
-                break
-            if state.step % recipe.decompose.checkpoint_every == 0 and state.step < recipe.decompose.steps:
-                store.save(decomposition, state)
-    store.save(decomposition, state)
+    stream, begun = stream_batches(recipe, subject), state.step
+    while True:
+        steps = fit(subject.target, decomposition, subject.batches, state, settings, stream)
+        try:
+            make_steps(store, steps, decomposition, state, recipe.decompose, report)
+            break
+        except NotFinite as error:
+            if not (resumed and error.step == begun + 1 and store.step_back()):
+                store.keep_step(decomposition, state, error.step - 1)
+                raise
+            store.load_checkpoint(decomposition, state)
+            report(Progress(f"{error}: going on from step {state.step}, the checkpoint before", warning=True))
+            begun = state.step
     if state.step < recipe.decompose.steps:
-        where = f"stopped after step {state.step} of {recipe.decompose.steps}"
-        if isinstance(store, MemoryRun):
-            raise Interrupted(
-                f"{where}; nothing is kept of a run in memory", "give it a directory, out=, to go on there"
-            )
-        raise Interrupted(f"{where}; everything is saved in {store}", "the same command with --resume goes on there")
+        raise stopped(store, f"step {state.step} of {recipe.decompose.steps}")
     return decomposition.requires_grad_(False).eval()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """While open, Ctrl-C or a termination signal fills the list instead of interrupting a step; a second one does.
-
-    Only the main thread of a program can listen: elsewhere the list stays empty.
-    """
-    signals: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
-    def note(number: int, frame: object) -> None:
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def make_steps(
+    store: Store,
+    steps: Iterator[Record | None],
+    decomposition: Decomposition,
+    state: FitState,
+    section: Decompose,
+    report: Report,
+) -> None:
+    """Make `steps` until they end or a signal asks to stop; all is saved then, and every `checkpoint_every` steps."""
+    begun = state.step
+    with stop_signals() as signals:
+        for record in steps:
+            if state.step == begun + 1:
+                store.start_metrics(after=begun)
+            if record is not None:
+                store.add_metrics(asdict(record))
+                report(Progress(standing(record), record.step, section.steps))
+            if not signals and state.step % section.checkpoint_every == 0 and state.step < section.steps:
+                with signals.held():
+                    store.save(decomposition, state)
+            if signals:
+                break
+        with signals.held():
+            store.save(decomposition, state)
 
 
 def standing(record: Record) -> str:
@@ -269,32 +264,24 @@ def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None
     )
 
 
-def claimed_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
-    """The run at `path`, there already by the same recipe, or new; UsageError when it is by another one."""
-    if force or not (path / RECIPE).exists():
-        return RunDirectory.create(path, loaded.recipe, force)
-    run = RunDirectory.open(path)
-    for key, (before, after) in changed_settings(run, loaded.recipe).items():
-        if key.split(".")[0] in ("device", "certify"):  # neither changes what the run is
-            continue
-        raise UsageError(
-            f"{path} was made with {key} = {before!r}, not {after!r}",
-            "--force replaces it, --out names another directory",
-        )
-    return run
-
-
 def finish_run(
     run: RunDirectory, loaded: LoadedRecipe, subject: Callable[[], Subject], report: Report = silent
 ) -> None:
     """Trains the decomposition of a run to its end, unless that was done before."""
     try:
-        records = run.metrics()
-        if (run / DECOMPOSITION).exists() and records and records[-1]["step"] == loaded.recipe.decompose.steps:
-            report(Progress(f"{run.path} is decomposed already"))
-        else:
-            learned(run, loaded, subject(), report)
+        with locked(run.path):
+            _finish(run, loaded, subject, report)
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(
             f"stopped; {run.path} is as it was last saved", "the same command goes on from there"
         ) from None
+
+
+def _finish(run: RunDirectory, loaded: LoadedRecipe, subject: Callable[[], Subject], report: Report) -> None:
+    records, saved = run.metrics(), (run / DECOMPOSITION).exists()
+    if saved and records and records[-1]["step"] == loaded.recipe.decompose.steps:
+        report(Progress(f"{run.path} is decomposed already"))
+        return
+    if saved:
+        refuse_without_beginning(run)
+    learned(run, loaded, subject(), report)

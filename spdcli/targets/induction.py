@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
+from spdcli.engine.fit import FitState
+from spdcli.engine.optimise import set_rate
 from spdcli.engine.target import Matrix, Target
-from spdcli.errors import SpdError
 from spdcli.targets.routes import Route, back_through, final_scale, through, unchanged
 from spdcli.targets.sequences import InductionSequences
+from spdcli.targets.toy_state import toy_diverged
 
 CPU = torch.device("cpu")
 ACCURACY_BATCH = 1024  # sequences that an accuracy is measured on at once: more would need more memory than training
@@ -208,41 +209,34 @@ def toy_routes(toy: InductionToy) -> dict[str, Route]:
 
 
 def train_toy(
-    shape: ToyShape,
-    settings: OptimiserSettings,
-    batch: int,
-    steps: int,
-    seed: int,
-    log_every: int,
-    device: torch.device = CPU,
-) -> Iterator[tuple[InductionToy, dict[str, float]]]:
-    """Train a toy on fresh sequences, with the loss on the last token alone (section 5.1, Table 3).
+    toy: InductionToy, state: FitState, batch: int, steps: int, log_every: int
+) -> Iterator[dict[str, float] | None]:
+    """Train a toy on fresh sequences until `steps`, with the loss on the last token alone (section 5.1, Table 3).
 
-    Yields `(toy, {step, loss, accuracy, rate})` every `log_every` steps and after the last one; loss is
-    cross-entropy in nats. Raises SpdError when the loss stops being finite.
+    Yields after every step: `{step, loss, accuracy, rate}` every `log_every` steps and after the last one, None
+    elsewhere; loss is cross-entropy in nats. `toy` and `state` are changed in place, so that the loop may be left after
+    any step and gone on with later. Raises SpdError when the loss of such a step is not finite.
     """
-    torch.manual_seed(seed)
-    toy = InductionToy(shape).to(device)
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = make_optimiser([{"params": list(toy.parameters())}], settings)
-    for step in range(1, steps + 1):
-        data = shape.sequences.draw(batch, generator).to(device)
+    optimiser = state.optimiser
+    device = next(toy.parameters()).device
+    for step in range(state.step + 1, steps + 1):
+        data = toy.shape.sequences.draw(batch, state.generators["data"]).to(device)
         logits = toy.logits(data.tokens)
         answers = data.answers
         assert answers is not None
         loss = F.cross_entropy(logits, answers)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        rate = set_rate(optimiser, settings, step - 1)
+        rate = set_rate(optimiser, state.schedule, step - 1)
         optimiser.step()
-        if step % log_every == 0 or step in (1, steps):
-            if not loss.isfinite():
-                raise SpdError(
-                    f"training the toy: the loss is {loss.item()} at step {step}",
-                    "lower train.learning_rate or lengthen train.warmup",
-                )
-            accuracy = logits.argmax(-1).eq(answers).float().mean()
-            yield toy, {"step": step, "loss": loss.item(), "accuracy": accuracy.item(), "rate": rate}
+        state.step = step
+        if step % log_every and step not in (1, steps):
+            yield None
+            continue
+        if not loss.isfinite():
+            raise toy_diverged(f"the loss is {loss.item()}", step)
+        accuracy = logits.argmax(-1).eq(answers).float().mean()
+        yield {"step": step, "loss": loss.item(), "accuracy": accuracy.item(), "rate": rate}
 
 
 @torch.no_grad()

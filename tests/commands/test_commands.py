@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import torch
 from small_runs import MODEL, ROOT, TOY, one_line, save_toy, spd_here, spd_process, toy_recipe
 
 import spdcli
+from spdcli.engine.fit import fit
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.tables import losses_where
+from spdcli.errors import NotFinite
 from spdcli.files import load_tensors
 from spdcli.runs.directory import CHECKPOINT, DECOMPOSITION, TOY_WEIGHTS, RunDirectory
-from spdcli.runs.training import flat
+from spdcli.runs.opening import flat
 
 GIB = 2**30
 
@@ -81,7 +84,9 @@ def test_train_leaves_a_toy_its_metrics_and_its_curve(spd, tmp_path):
     assert printed.splitlines()[-1] == str(out)
     assert "warning: the toy is right on only" in err  # four steps teach nothing
     assert steps(out) == [1, 2, 4]
-    assert {file.name for file in out.iterdir()} == {"recipe.toml", "metrics.jsonl", "target.safetensors", "figures"}
+    assert {file.name for file in out.iterdir()} == {
+        "recipe.toml", "metrics.jsonl", "target.safetensors", "checkpoint", "figures",
+    }  # fmt: skip
     code, printed, _ = spd("train", tmp_path / "toy.toml", "--out", out, "--force", "--json", "--seed", 5)
     data = json.loads(printed)
     assert (data["schema"], data["steps"], data["run"]) == ("spd.train/1", 4, str(out))
@@ -109,6 +114,65 @@ def test_a_toy_that_diverges_is_one_line(spd, tmp_path):
     code, _, err = spd("train", tmp_path / "toy.toml", "--out", tmp_path / "toy", "--set", "train.learning_rate=1e30")
     assert code == 1
     one_line(err, "training the toy: the loss is nan at step 2", "lower train.learning_rate")
+
+
+@pytest.fixture
+def toy_recipe_file(tmp_path):
+    (tmp_path / "toy.toml").write_text(TOY)
+    return tmp_path / "toy.toml"
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGHUP]])
+def test_a_toy_s_training_is_saved_and_resumed_bit_for_bit(spd, toy_recipe_file, tmp_path, monkeypatch, numbers):
+    whole, out = tmp_path / "whole", tmp_path / "toy"
+    assert spd("train", toy_recipe_file, "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, *numbers)
+        code, printed, err = spd("train", toy_recipe_file, "--out", out)
+    assert (code, printed) == (130, "")
+    assert err == (
+        f"interrupted: stopped after step 2 of 4 of the toy's training; everything is saved in {out}\n"
+        "hint: the same command with --resume goes on there\n"
+    )
+    assert not (out / TOY_WEIGHTS).exists()
+    assert spd("decompose", toy_recipe_file, "--out", out)[0] == 2  # it is kept from whatever else would begin there
+    code, _, err = spd("train", toy_recipe_file, "--out", out, "--resume")
+    assert code == 0
+    assert "the toy's training goes on from step 2\n" in err
+    assert (out / TOY_WEIGHTS).read_bytes() == (whole / TOY_WEIGHTS).read_bytes()
+    assert RunDirectory(out).metrics() == RunDirectory(whole).metrics()
+    assert (out / "figures" / "training.svg").exists()
+
+
+def test_a_finished_toy_is_trained_further(spd, toy_recipe_file, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "toy"
+    further = ["--set", "train.steps=6"]
+    assert spd("train", toy_recipe_file, "--out", whole, *further)[0] == 0
+    assert spd("train", toy_recipe_file, "--out", out)[0] == 0
+    assert spd("train", toy_recipe_file, "--out", out, "--resume", *further)[0] == 0
+    assert (out / TOY_WEIGHTS).read_bytes() == (whole / TOY_WEIGHTS).read_bytes()
+
+
+def test_a_killed_training_of_a_toy_leaves_its_last_checkpoint(spd, toy_recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("spdcli.runs.training.TOY_CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("spdcli.runs.training.save_tensors", lambda *_: 1 / 0)  # where it dies, the weights unwritten
+    out = tmp_path / "toy"
+    assert spd("train", toy_recipe_file, "--out", out, "--set", "train.steps=5")[0] == 1
+    assert [load_tensors(path)[1]["step"] for path in sorted((out / "checkpoint").iterdir())] == ["4", "5"]
+
+
+def test_a_decomposition_goes_on_with_the_training_of_its_toy(spd, toy_recipe_file, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert spd("decompose", toy_recipe_file, "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, signal.SIGTERM)
+        code, _, err = spd("decompose", toy_recipe_file, "--out", out)
+    assert code == 130
+    assert f"everything is saved in {out / 'toy'}\n" in err
+    code, _, err = spd("decompose", toy_recipe_file, "--out", out, "--resume")
+    assert code == 0
+    assert "the toy's training goes on from step 2\n" in err
+    assert bits(out) == bits(whole)
 
 
 # --- decompose -------------------------------------------------------------------------------------
@@ -253,24 +317,24 @@ def straight(spd, recipe, tmp_path):
     return tmp_path / "straight"
 
 
-def interrupt_after(monkeypatch, step: int, times: int = 1) -> None:
-    """Presses Ctrl-C while the record of `step` is written."""
-    write = RunDirectory.add_metrics
+def interrupt_after(monkeypatch, step: int, *numbers: int, name: str = "add_metrics") -> None:
+    """Sends the signals `numbers` while the record of `step` is written, or in whatever else `name` does."""
+    write = getattr(RunDirectory, name)
 
-    def press(run, record):
-        write(run, record)
-        if record["step"] == step:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+    def press(run, *arguments):
+        write(run, *arguments)
+        if run.metrics()[-1]["step"] == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(RunDirectory, "add_metrics", press)
+    monkeypatch.setattr(RunDirectory, name, press)
 
 
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(spd, recipe, straight, tmp_path, monkeypatch, step):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, step)
+        interrupt_after(patch, step, signal.SIGINT)
         code, printed, err = spd("decompose", recipe, "--out", out)
     assert (code, printed) == (130, "")
     assert err == (
@@ -291,7 +355,7 @@ def test_a_second_ctrl_c_does_not_wait(spd, recipe, straight, tmp_path, monkeypa
     """It leaves the last checkpoint; the steps since then are done again, once in the metrics."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, step=5, times=2)
+        interrupt_after(patch, 5, signal.SIGINT, signal.SIGINT)
         code, printed, err = spd("decompose", recipe, "--out", out)
     assert (code, printed) == (130, "")
     assert err.splitlines()[0] == f"interrupted: stopped at once; {out} is as it was last saved"
@@ -300,6 +364,25 @@ def test_a_second_ctrl_c_does_not_wait(spd, recipe, straight, tmp_path, monkeypa
     assert "going on from step 4\n" in err
     assert bits(out) == bits(straight)
     assert trained(out) == trained(straight)
+
+
+STOPS = [signal.SIGTERM, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("add_metrics", STOPS), ("save_checkpoint", STOPS), ("save_checkpoint", [signal.SIGINT, signal.SIGINT])],
+)
+def test_what_is_told_to_stop_again_and_again_saves(spd, recipe, straight, tmp_path, monkeypatch, name, numbers):
+    """In the step and in the save: of queues that send a second SIGTERM, and of terminals that go."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6, *numbers, name=name)
+        code, _, err = spd("decompose", recipe, "--out", out)
+    assert code == 130
+    assert f"stopped after step 6 of 8; everything is saved in {out}\n" in err
+    assert spd("decompose", recipe, "--out", out, "--resume")[0] == 0
+    assert bits(out) == bits(straight)
 
 
 @contextmanager
@@ -318,24 +401,46 @@ def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch
         patch.setattr("spdcli.runs.training.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
         code, _, err = spd("decompose", recipe, "--out", out)
     assert code == 130
-    assert err.splitlines()[0].startswith("interrupted: ")
+    assert "--resume goes on from there" in err
     code, _, err = spd("decompose", recipe, "--out", out, "--resume")
     assert code == 0
     assert "toy trained" not in err  # it was finished, and is kept
     assert steps(out) == list(range(1, 9))
 
 
-def test_resuming_nothing_starts_anew(spd, recipe, tmp_path):
+def test_ctrl_c_before_anything_is_there_leaves_nothing(spd, model_recipe_file, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    code, _, err = spd("decompose", recipe, "--out", out, "--resume")
-    assert code == 0
-    assert f"{out}: no checkpoint to go on from; starting anew\n" in err
+    with monkeypatch.context() as patch, heard(signal.SIGINT):
+        patch.setattr("spdcli.runs.training.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
+        code, _, err = spd("decompose", model_recipe_file, "--out", out)
+    assert (code, err.splitlines()[0]) == (130, "interrupted: stopped; nothing was kept")
+    assert not out.exists()
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_resumed(spd, model_run, model_recipe_file):
+    shutil.rmtree(model_run / "checkpoint")
+    before = {path: path.read_bytes() for path in model_run.iterdir()}
+    code, _, err = spd("decompose", model_recipe_file, "--out", model_run, "--resume")
+    assert code == 1
+    one_line(err, "no checkpoint to go on from; there is recipe.toml, metrics.jsonl up to step 2, decomposition.safe")
+    assert {path: path.read_bytes() for path in model_run.iterdir()} == before
+
+
+def test_somebody_s_own_recipe_is_not_replaced(spd, model_recipe_file, monkeypatch):
+    mine = model_recipe_file.rename(model_recipe_file.with_name("recipe.toml"))
+    monkeypatch.chdir(mine.parent)
+    before = mine.read_bytes()
+    code, _, err = spd("decompose", "recipe.toml", "--out", ".")
+    assert code == 2
+    one_line(err, ". is not empty and holds no run; recipe.toml is not one of spd's")
+    assert mine.read_bytes() == before
 
 
 def test_the_signals_of_the_process_are_put_back(spd, recipe, tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     assert spd("decompose", recipe, "--out", tmp_path / "run")[0] == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 LONG = ["--set", "decompose.steps=120", "--set", "decompose.checkpoint_every=10"]
@@ -346,11 +451,17 @@ def test_a_process_that_is_stopped_can_be_resumed(spd, recipe, tmp_path, number)
     """SIGTERM as Ctrl-C; SIGKILL leaves the last checkpoint, whole."""
     out = tmp_path / "run"
     process = spd_process("decompose", recipe, "--out", out, *LONG)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not ((out / DECOMPOSITION).exists() and len(steps(out)) > 14):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    for option in ("--resume", "--force"):  # nobody else may write meanwhile
+        code, _, err = spd("decompose", recipe, "--out", out, *LONG, option)
+        assert code == 1
+        assert f"is being written by process {process.pid} of " in err
+    process.send_signal(signal.SIGCONT)
     process.send_signal(number)
     _, err = process.communicate()
     if number == signal.SIGTERM:
@@ -410,26 +521,55 @@ def test_resume_does_not_take_a_trained_toy_for_a_run(spd, recipe, tmp_path):
     saved = (out / "target.safetensors").read_bytes()
     code, _, err = spd("decompose", recipe, "--out", out, "--resume")
     assert code == 2
-    one_line(err, f"{out} holds a trained toy and no decomposition", f"--set target.path={out}")
+    one_line(err, f"{out} holds a toy and no decomposition", f"--set target.path={out}")
     assert (out / "target.safetensors").read_bytes() == saved
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_checkpoint(spd, recipe, straight):
-    saved = (straight / CHECKPOINT).read_bytes()
+def test_a_loss_that_is_not_finite_loses_nothing(spd, recipe, straight):
+    """The step before is saved. Where it was that step which spoilt the parameters, the next run finds that out, and
+    goes on from the checkpoint before; the decomposition for readers is of that one all along."""
+    saved, shown = (straight / CHECKPOINT).read_bytes(), bits(straight)
     settings = ["--set", "decompose.steps=16", "--set", "decompose.checkpoint_every=100"]
-    code, _, err = spd(
-        "decompose", recipe, "--out", straight, "--resume", "-q", *settings, "--set", "decompose.learning_rate=1e30"
-    )
+    resume = ["decompose", recipe, "--out", straight, "--resume", *settings]
+    code, _, err = spd(*resume, "-q", "--set", "decompose.learning_rate=1e30")
     assert code == 1
     one_line(err, "step 10: loss recon_layerwise is nan", "lower decompose.learning_rate")
-    assert (straight / CHECKPOINT).read_bytes() == saved
+    assert load_tensors(straight / CHECKPOINT)[1]["step"] == "9"
+    assert RunDirectory(straight).checkpoint_before.read_bytes() == saved
+    assert bits(straight) == shown
     assert steps(straight) == list(range(1, 10))
-    tensors, _ = load_tensors(straight / DECOMPOSITION)
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    code, _, err = spd("decompose", recipe, "--out", straight, "--resume", *settings)
+
+    code, _, err = spd(*resume, "--set", "losses.minimality=1e308")
+    assert code == 1
+    assert RunDirectory(straight).checkpoint_before.read_bytes() == saved  # tried in vain, and not lost
+
+    code, _, err = spd(*resume)
     assert code == 0
-    assert "going on from step 8\n" in err
+    assert "going on from step 9\n" in err
+    assert "warning: step 10: loss recon_layerwise is nan" in err
+    assert ": going on from step 8, the checkpoint before\n" in err
     assert steps(straight) == list(range(1, 17))
+
+
+def test_a_sound_step_before_a_loss_that_is_not_finite_is_gone_on_from(spd, recipe, straight, monkeypatch):
+    """As after a batch that overflows."""
+    settings = ["--set", "decompose.steps=12", "--set", "decompose.checkpoint_every=100"]
+    resume = ["decompose", recipe, "--out", straight, "--resume", *settings]
+
+    def break_off(*arguments):
+        for number, record in enumerate(fit(*arguments)):
+            if number == 2:
+                raise NotFinite("step 11: loss x is nan", "hint", 11)
+            yield record
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spdcli.runs.training.fit", break_off)
+        assert spd(*resume)[0] == 1
+    code, _, err = spd(*resume)
+    assert code == 0
+    assert "going on from step 10\n" in err
+    assert "warning" not in err
+    assert steps(straight) == list(range(1, 13))
 
 
 # --- load ------------------------------------------------------------------------------------------

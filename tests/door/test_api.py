@@ -14,6 +14,7 @@ from door_checks import equal
 from small_runs import TOY, spd_here
 
 import spdcli
+from spdcli.runs.signals import StopSignals
 from spdcli.runs.training import SURE
 
 
@@ -140,6 +141,6 @@ def test_a_place_that_cannot_be_written_is_one_line(recipe, tmp_path):
 
 
 def test_a_stop_in_memory_says_that_nothing_is_kept(recipe, monkeypatch):
-    monkeypatch.setattr("spdcli.runs.training.stop_signals", contextmanager(lambda: iter([[1]])))
+    monkeypatch.setattr("spdcli.runs.training.stop_signals", contextmanager(lambda: iter([StopSignals([1])])))
     with pytest.raises(spdcli.Interrupted, match="after step 1 of 8; nothing is kept"):
         spdcli.decompose(recipe)

@@ -22,6 +22,7 @@ from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, cl
 from spdcli.paper.verdict import Bound, judge
 from spdcli.records import plain
 from spdcli.runs import training
+from spdcli.runs.signals import StopSignals
 
 # Short sequences and few tokens: the whole experiment in about half a minute on one thread. Its own recipe, so that
 # tuning a shipped one for the full size does not decide whether the reduced one works.
@@ -371,7 +372,7 @@ def test_an_interruption_goes_on_where_it_was(tiny, monkeypatch):
 
     def stopped(run, loaded, subject, report):
         with monkeypatch.context() as patch:
-            patch.setattr(training, "stop_signals", contextmanager(lambda: iter([[1]])))  # after one step
+            patch.setattr(training, "stop_signals", contextmanager(lambda: iter([StopSignals([1])])))  # after one step
             learned(run, loaded, subject, report)
 
     monkeypatch.setattr(training, "learned", stopped)

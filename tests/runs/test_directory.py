@@ -17,7 +17,7 @@ from spdcli.engine.fit import fit, start_fit
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors, save_tensors
 from spdcli.runs.decomposition import start_decomposition
-from spdcli.runs.directory import CHECKPOINT, HELD, METRICS, RECIPE, RunDirectory
+from spdcli.runs.directory import CHECKPOINT, HELD, METRICS, RECIPE, WRITTEN_BY_SPD, RunDirectory
 from spdcli.runs.settings import fit_settings, optimiser_settings
 from spdcli.runs.subject import toy_subject
 
@@ -138,7 +138,7 @@ def fill(path: Path, names: list[str]) -> None:
     path.mkdir(exist_ok=True)
     for name in names:
         if "." in name:
-            (path / name).write_text("old")
+            (path / name).write_text(f"{WRITTEN_BY_SPD}0.0\nold" if name == RECIPE else "old")
         else:
             (path / name / "inner").mkdir(parents=True)
 
@@ -148,10 +148,10 @@ BEYOND_RECIPE = [name for name in HELD if name != RECIPE]
 
 @pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize(
-    ("names", "force"), [([], False), ([RECIPE], False), *(([RECIPE, name], True) for name in BEYOND_RECIPE)]
+    ("names", "force"), [([], False), ([RECIPE], True), *(([RECIPE, name], True) for name in BEYOND_RECIPE)]
 )
 def test_a_new_run_replaces(tmp_path, recipe, names, force, link):
-    """An empty directory, a run that was refused before it did anything, and with `force` any run."""
+    """An empty directory, and with `force` any run."""
     place = path = tmp_path / "place"
     fill(path, names)
     if link:
@@ -166,6 +166,7 @@ def test_a_new_run_replaces(tmp_path, recipe, names, force, link):
     ("names", "force", "said"),
     [
         *(([RECIPE, name], False, "holds another run") for name in BEYOND_RECIPE),
+        ([RECIPE], False, "holds another run"),
         (["thesis.tex"], False, "is not empty and holds no run"),
         (["thesis.tex"], True, "is not empty and holds no run"),
         (["toy"], True, "is not empty and holds no run"),
@@ -177,7 +178,7 @@ def test_a_new_run_refuses(tmp_path, recipe, names, force, said):
     with pytest.raises(UsageError, match=said):
         RunDirectory.create(path, recipe, force)
     assert sorted(file.name for file in path.iterdir()) == sorted(names)
-    assert all((path / name).read_text() == "old" for name in names if "." in name)
+    assert all((path / name).read_text().endswith("old") for name in names if "." in name)
 
 
 def test_a_file_is_no_place_for_a_run(tmp_path, recipe):
@@ -348,3 +349,97 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, recip
         run.save_checkpoint(decomposition, state)
     assert (run / CHECKPOINT).read_bytes() == saved
     assert len(list((run / CHECKPOINT).parent.iterdir())) == 1
+
+
+def flip(path: Path) -> None:
+    """Damage one bit of a file's last numbers."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def saved_twice(recipe, run):
+    """The state at steps 1 and 2, each in a checkpoint."""
+    subject, decomposition, state = started(recipe)
+    states = []
+    for _ in range(2):
+        learn(recipe, subject, decomposition, state, 1)
+        run.save_checkpoint(decomposition, state)
+        states.append(everything(decomposition, state))
+    return states
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink], ids=["damaged", "missing"])
+def test_a_bad_checkpoint_falls_back_to_the_one_before(recipe, run, damage):
+    first, second = saved_twice(recipe, run)
+    _, other, fresh = started(recipe, seed=99)
+    RunDirectory(run.path).load_checkpoint(other, fresh)
+    assert same(everything(other, fresh), second)
+
+    damage(run / CHECKPOINT)
+    told = []
+    resumed = RunDirectory(run.path)
+    assert resumed.has_checkpoint
+    resumed.load_checkpoint(other, fresh, told.append)
+    assert fresh.step == 1
+    assert same(everything(other, fresh), first)
+    (warning,) = told
+    assert warning.warning
+    assert str(run / CHECKPOINT) in warning.text
+
+    # The one before is not lost to the bad one when the next is saved.
+    fresh.step = 5
+    resumed.save_checkpoint(other, fresh)
+    damage(run / CHECKPOINT)
+    RunDirectory(run.path).load_checkpoint(other, fresh)
+    assert fresh.step == 1
+
+
+def test_two_bad_checkpoints_are_one_line(recipe, run):
+    saved_twice(recipe, run)
+    for path in (run / CHECKPOINT, run.checkpoint_before):
+        flip(path)
+    _, other, fresh = started(recipe)
+    with pytest.raises(SpdError, match=r"state-before\.safetensors: damaged"):
+        run.load_checkpoint(other, fresh)
+
+
+def test_a_checkpoint_of_the_same_step_does_not_push_out_the_one_before(recipe, run):
+    first, _ = saved_twice(recipe, run)
+    resumed = RunDirectory(run.path)
+    _, other, fresh = started(recipe)
+    resumed.load_checkpoint(other, fresh)
+    resumed.save_checkpoint(other, fresh)
+    flip(run / CHECKPOINT)
+    resumed = RunDirectory(run.path)
+    resumed.load_checkpoint(other, fresh)
+    assert same(everything(other, fresh), first)
+
+
+def test_a_checkpoint_of_something_else_is_one_line(tmp_path, recipe, run):
+    saved_twice(recipe, run)
+    other_recipe = toy_recipe("slices.C=4", folder=tmp_path)
+    _, other, fresh = started(other_recipe)
+    run.checkpoint_before.unlink()
+    with pytest.raises(SpdError, match=r"state\.safetensors: not a checkpoint of this run$"):
+        run.load_checkpoint(other, fresh)
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_follows_them(recipe, run, monkeypatch):
+    synced = []
+    monkeypatch.setattr("spdcli.runs.directory.sync", lambda path: synced.append((path.name, run.has_checkpoint)))
+    run.add_metrics({"step": 1})
+    _, decomposition, state = started(recipe)
+    run.save_checkpoint(decomposition, state)
+    assert synced == [(METRICS, False)]
+
+
+def test_a_directory_that_is_removed_under_its_run_is_not_made_again(recipe, run):
+    _, decomposition, state = started(recipe)
+    for file in run.path.iterdir():
+        file.unlink()
+    run.path.rmdir()
+    for write in (lambda: run.add_metrics({"step": 1}), lambda: run.save(decomposition, state)):
+        with pytest.raises(SpdError, match="run: was removed while the run went on"):
+            write()
+    assert not run.path.exists()

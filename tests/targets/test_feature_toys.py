@@ -18,6 +18,7 @@ from spdcli.targets.sparse_features import (
     sparse_features,
     written_features,
 )
+from spdcli.targets.toy_state import start_toy
 
 CPU = torch.device("cpu")
 WIDE, NARROW = ResidMLPShape(features=5, d_model=40, d_mlp=4, layers=2), TMSShape(features=4, hidden=3, identity=True)
@@ -125,14 +126,14 @@ def test_routes_lead_to_features_and_back():
 
 def trained(make, probability, rate=0.01, steps=300, seed=0):
     settings = OptimiserSettings("adamw", rate, 0.01, "constant", 0, steps)
-    return list(train_feature_toy(make, probability, settings, 64, steps, seed, 100, CPU))
+    toy, state = start_toy(make, settings, seed, CPU)
+    return toy, [record for record in train_feature_toy(toy, state, probability, 64, steps, 100) if record]
 
 
 def test_training_makes_the_error_small_and_ties_superposition():
-    records = trained(lambda: TMS(NARROW), 0.2)
-    toy = records[-1][0]
-    assert [record["step"] for _, record in records] == [1, 100, 200, 300]
-    assert records[-1][1]["loss"] < 0.3 * records[0][1]["loss"]
+    toy, records = trained(lambda: TMS(NARROW), 0.2)
+    assert [record["step"] for record in records] == [1, 100, 200, 300]
+    assert records[-1]["loss"] < 0.3 * records[0]["loss"]
     assert torch.equal(toy.block.write.weight, toy.block.read.weight.t())
     assert torch.equal(toy.block.middle.weight, torch.eye(3))
     nothing = sparse_features(20_000, 4, 0.2, 0.0, torch.Generator().manual_seed(4)).tokens.square().mean()
@@ -148,7 +149,7 @@ def test_no_seed_of_superposition_is_left_with_dead_outputs(seed):
 
 
 def test_training_leaves_the_embedding_and_is_seeded():
-    first, again, other = (trained(lambda: ResidMLP(WIDE), 0.2, steps=20, seed=seed)[-1] for seed in (1, 1, 2))
+    first, again, other = (trained(lambda: ResidMLP(WIDE), 0.2, steps=20, seed=seed) for seed in (1, 1, 2))
     assert first[1] == again[1] != other[1]
     torch.manual_seed(1)
     assert torch.equal(first[0].embedding, ResidMLP(WIDE).embedding)

@@ -13,6 +13,7 @@ from spdcli.engine.optimise import OptimiserSettings
 from spdcli.engine.target import Batch
 from spdcli.errors import SpdError
 from spdcli.targets.induction import InductionToy, ToyShape, sinusoids, toy_accuracy, toy_target, train_toy
+from spdcli.targets.toy_state import start_toy
 
 EVERYTHING = {"layer_norm": True, "feed_forward": True, "output_projection": True, "heads": 2}
 SHAPES = pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["paper", "everything"])
@@ -134,20 +135,21 @@ def test_matrices_are_named_as_in_table_1_and_turned_right(options, letters):
 def train(steps=500, rate=2e-2, seed=0, **options):
     shape = ToyShape(**{"d_model": 16, "vocabulary": 6, "length": 8} | options)
     settings = OptimiserSettings("adamw", rate, 0.01, "cosine", 20, steps)
-    return list(train_toy(shape, settings, 64, steps, seed, log_every=100))
+    toy, state = start_toy(lambda: InductionToy(shape), settings, seed, torch.device("cpu"))
+    return toy, [record for record in train_toy(toy, state, 64, steps, log_every=100) if record]
 
 
 def test_a_small_toy_learns_induction():
-    log = train(steps=800)
-    assert [row["step"] for _, row in log] == [1, *range(100, 801, 100)]
-    model, first, last = log[-1][0], log[0][1], log[-1][1]
+    model, log = train(steps=800)
+    assert [record["step"] for record in log] == [1, *range(100, 801, 100)]
+    first, last = log[0], log[-1]
     assert first["loss"] > 1.5  # about ln 6 = 1.8, a guess among six
     assert last["loss"] < 0.2
     assert toy_accuracy(model, 2000, torch.Generator().manual_seed(9)) > 0.95
 
 
 def test_training_is_seeded():
-    runs = [train(steps=30, seed=seed)[-1][1]["loss"] for seed in (1, 1, 2)]
+    runs = [train(steps=30, seed=seed)[1][-1]["loss"] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 

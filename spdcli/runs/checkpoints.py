@@ -1,0 +1,53 @@
+"""A checkpoint: everything that training needs to go on exactly where it stopped, in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spdcli.engine.fit import FitState
+from spdcli.errors import SpdError
+from spdcli.files import load_tensors, save_tensors
+
+
+def write_checkpoint(path: Path, before: Path | None, module: nn.Module, state: FitState) -> None:
+    """Write parameters, moments, generators, adversary and step; what was at `path` is kept as `before`, if given."""
+    tensors = {f"parameters.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, values in state.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    tensors |= {f"generator.{name}": g.get_state() for name, g in state.generators.items()}
+    tensors |= {f"adversary.{name}": numbers for name, numbers in state.adversary.items()}
+    save_tensors(path, tensors, {"step": str(state.step), "seconds": str(state.seconds)}, before)
+
+
+def read_checkpoint(path: Path, module: nn.Module, state: FitState) -> None:
+    """Put `module` and `state` back where `write_checkpoint` found them; SpdError where it did not write that file.
+
+    On another kind of device than then, whose generators have another state, the noise begins anew.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        _restore(tensors, metadata, module, state)
+    except (KeyError, ValueError, RuntimeError) as error:  # torch's own words are a page
+        raise SpdError(f"{path}: not a checkpoint of this run", "--force begins it anew") from error
+
+
+def _restore(tensors: dict[str, Tensor], metadata: dict[str, str], module: nn.Module, state: FitState) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}, "adversary": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = tensor
+    module.load_state_dict(parts["parameters"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        index, _, key = name.partition(".")
+        moments.setdefault(int(index), {})[key] = tensor
+    state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": moments})
+    for name, value in parts["generator"].items():
+        if value.shape == state.generators[name].get_state().shape:
+            state.generators[name].set_state(value)
+    device = state.optimiser.param_groups[0]["params"][0].device
+    state.adversary = {name: numbers.to(device) for name, numbers in parts["adversary"].items()}
+    state.step, state.seconds = int(metadata["step"]), float(metadata["seconds"])
