@@ -38,7 +38,7 @@ def _learning() -> dict[str, Keys]:
     rates: Keys = {"rate": float, "p": float | None, "gamma?": float | None, "seconds": float}
     return {
         "spd train": _said(
-            "train", RUN, {"loss": float, "accuracy": float | None, "error": float | None, "steps": int}
+            "train", RUN, {"loss": float, "accuracy": float | None, "error?": float | None, "steps": int}
         ),
         "spd decompose": _said("decompose", RUN, step, rates),
     }
