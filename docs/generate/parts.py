@@ -77,8 +77,8 @@ def edits() -> str:
 
 
 def recipes() -> str:
-    """The recipes that come with spd."""
-    return recipe_page.shipped_table()
+    """The recipes that come with spd, in short."""
+    return recipe_page.shipped_families()
 
 
 def models() -> str:

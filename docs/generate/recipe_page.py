@@ -34,11 +34,27 @@ def page() -> str:
 
 
 def shipped_table() -> str:
-    """The recipes that come with spd, by the first comment of each."""
+    """The recipes that come with spd, by the first comment of each; below a recipe its variants, NAME-WORD."""
+    return table(["shipped recipe", "what it is"], [[code(name), about] for name, about in shipped_recipes()], words=2)
+
+
+def shipped_families() -> str:
+    """The same in short: a row a recipe, with the names of its variants."""
+    recipes = dict(shipped_recipes())
+    bases = [name for name in recipes if not any(name.startswith(f"{other}-") for other in recipes)]
     rows = []
-    for name, path in shipped().items():
-        rows.append([code(name), path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()])
-    return table(["shipped recipe", "what it is"], rows, words=2)
+    for base in bases:
+        variants = [code(name.removeprefix(base)) for name in recipes if name.startswith(f"{base}-")]
+        rows.append([code(base), ", ".join(variants), recipes[base]])
+    return table(["shipped recipe", "its variants", "what it is"], rows, words=3)
+
+
+def shipped_recipes() -> list[tuple[str, str]]:
+    """Every shipped recipe's name, and what its first comment says."""
+    return [
+        (name, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip())
+        for name, path in sorted(shipped().items())
+    ]
 
 
 def sections_of(entry: Schema) -> list[str]:
