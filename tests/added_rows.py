@@ -11,14 +11,14 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
-from spdcli.engine import tables
+from spdcli.engine import part_tables, tables
 
 tables.SOURCES["half"] = tables.Source("masks half-way between g and 1, the delta at half", "added_code:half")
 tables.SCOPES["pairs"] = tables.Choice("two neighbouring matrices", "added_code:neighbours")
 tables.LOSSES["half_recon"] = tables.Loss("half_recon", "nowhere", "KL at half", "half", "pairs", reported=True)
-tables.IMPORTANCE_FUNCTIONS["affine"] = tables.ImportanceFunction("no hidden layer", "added_code:AffineGates")
-tables.STARTS["all_ones"] = tables.Start("the same everywhere", "added_code:ones_start")
-tables.SCHEDULES["steep"] = tables.Choice("a parabola", "added_code:steep")
+part_tables.IMPORTANCE_FUNCTIONS["affine"] = part_tables.ImportanceFunction("no hidden layer", "added_code:AffineGates")
+part_tables.STARTS["all_ones"] = part_tables.Start("the same everywhere", "added_code:ones_start")
+part_tables.SCHEDULES["steep"] = tables.Choice("a parabola", "added_code:steep")
 
 
 def add_benchmark() -> None:

@@ -59,6 +59,7 @@ PYTHON = {
 }
 ENGINE = {
     "The method itself: plain functions over tensors that know no recipe, no file and no console.": (
+        "spdcli.engine.part_tables",
         "spdcli.engine.tables",
         "spdcli.engine.target",
         "spdcli.engine.subcomponents",

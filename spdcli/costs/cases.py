@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from spdcli.costs.groups import Case, Group
-from spdcli.engine.tables import BACKENDS, IMPORTANCE_FUNCTIONS, LOSSES, losses_where
+from spdcli.engine.part_tables import BACKENDS, IMPORTANCE_FUNCTIONS
+from spdcli.engine.tables import LOSSES, losses_where
 
 MAX_BATCH, LONG, LONG_BATCH = 64, 10240, 4  # Table 2: batch 64, and 4 at length 10240
 CASE_SECONDS = 10.0  # that the measured steps of one case of Table 2 may take in all, if they are more than one

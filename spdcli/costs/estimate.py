@@ -14,9 +14,9 @@ from spdcli.costs.timing import seconds_of_a_step, seconds_of_a_toy_step
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.loss_settings import LossSettings
+from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch
 from spdcli.machine import STATES, Machine, describe, free_bytes, state_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices

@@ -25,8 +25,8 @@ from spdcli.engine.forward import Clean, clean_pass, replaced
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
+from spdcli.engine.part_tables import ACTIVATIONS
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.tables import ACTIVATIONS
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import Piece, Variant, draw_variants
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import BACKENDS
+from spdcli.engine.part_tables import BACKENDS
 
 DENSE_LENGTH, DENSE_LENGTH_CUDA = 64, 256  # up to this length all scores at once are as fast as strips
 FLEX_WIDTHS = (16, 256)  # what flex's kernels are made for; a wider head does not fit a GPU's shared memory
@@ -47,8 +47,8 @@ def importance_attention(
     q, k `[M, B, T, K]`, v `[M, B, T, I]`, `relative` `[M, 2 S - 1]` or `[M, 2 S - 1, K]`: see the module's docstring.
 
     `causal` hides keys after the query, `valid` `[B, T]` those where it is False: padding (None: there is none).
-    `backend` is a key of `tables.BACKENDS`; flex raises ValueError where it has no backward (CPU) or cannot express
-    the bias (query).
+    `backend` is a key of `part_tables.BACKENDS`; flex raises ValueError where it has no backward (CPU) or cannot
+    express the bias (query).
     """
     longest = (relative.shape[1] + 1) // 2
     if q.shape[2] > longest:

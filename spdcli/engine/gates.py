@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdcli.engine.tables import ACTIVATIONS
+from spdcli.engine.part_tables import ACTIVATIONS
 
 CHUNK_ELEMENTS = 1 << 18  # hidden values held at once: 1 MiB in float32
 GPU_CHUNK_ELEMENTS = 1 << 25  # 128 MiB: small chunks would leave a GPU waiting for the next launch
@@ -109,7 +109,7 @@ def vector_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, acti
     """Gates that read the whole input: x `[N, I]`, w1 `[I, G*C]`, b1 `[G*C]`, w2 `[G, C]`, b2 `[C]`.
 
     Hidden unit g of slice c is column `g * C + c` of w1. Returns `[N, C]`, before the sigmoid. `activation` is a
-    key of `tables.ACTIVATIONS`.
+    key of `part_tables.ACTIVATIONS`.
     """
     return _VectorGates.apply(x, w1, b1, w2, b2, activation)
 

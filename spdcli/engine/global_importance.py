@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spdcli.engine.tables import ACTIVATIONS
+from spdcli.engine.part_tables import ACTIVATIONS
 
 if TYPE_CHECKING:
     from spdcli.engine.importance import ImportanceSettings

@@ -1,6 +1,6 @@
 """Causal importance functions: what each matrix's slices are worth at each position (section 4.1, Eq. 4).
 
-Eq. 4 reads `g = σ_H(γ_c(x̄_n))`. The kinds of γ and of what it reads are rows of `tables.IMPORTANCE_FUNCTIONS`:
+Eq. 4 reads `g = σ_H(γ_c(x̄_n))`. The kinds of γ and of what it reads are rows of `part_tables.IMPORTANCE_FUNCTIONS`:
 
     scalar     one MLP γ_c a slice on its inner activation x . U_c
     vector     one MLP γ_c a slice on the whole input x
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spdcli.engine.attention import importance_attention
 from spdcli.engine.gates import scalar_gates, vector_gates
 from spdcli.engine.global_importance import GlobalTransformer, at_unit_size
-from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
+from spdcli.engine.part_tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 LEAK = 0.01
 LOCAL_SLOPE = 0.5
@@ -71,11 +71,11 @@ def leaky_hard_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
 class ImportanceSettings:
     """How importance functions are built: the section [importance] of a recipe, but for its `basis`.
 
-    `kind` is a key of `tables.IMPORTANCE_FUNCTIONS`; so are `activation`, `normalise`, `relative`, `relative_start` and
-    `backend` of the tables of their names. Importances start around `gate_bias`, `gate_spread` times as far apart as
-    unit-variance weights would put them. `relative`, `relative_start` and `backend` are for attention alone, as is
-    `length`, the longest sequence (T) that its position tables cover; `layers`, `width` and `heads` are for the global
-    transformer, whose MLPs have `gate_width` hidden units; `causal` is for both.
+    `kind` is a key of `part_tables.IMPORTANCE_FUNCTIONS`; so are `activation`, `normalise`, `relative`,
+    `relative_start` and `backend` of the tables of their names. Importances start around `gate_bias`, `gate_spread`
+    times as far apart as unit-variance weights would put them. `relative`, `relative_start` and `backend` are for
+    attention alone, as is `length`, the longest sequence (T) that its position tables cover; `layers`, `width` and
+    `heads` are for the global transformer, whose MLPs have `gate_width` hidden units; `causal` is for both.
     """
 
     kind: str

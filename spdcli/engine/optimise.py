@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from spdcli.engine.tables import OPTIMIZERS, SCHEDULES
+from spdcli.engine.part_tables import OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True)
 class OptimiserSettings:
-    """`optimizer` is a key of `tables.OPTIMIZERS`, `schedule` one of `tables.SCHEDULES`.
+    """`optimizer` is a key of `part_tables.OPTIMIZERS`, `schedule` one of `part_tables.SCHEDULES`.
 
     `warmup` is a number of steps; the rate climbs linearly through them to `learning_rate`.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.importance import Importances, leaky_hard_sigmoid
-from spdcli.engine.tables import STARTS
+from spdcli.engine.part_tables import STARTS
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 
@@ -207,7 +207,7 @@ def start_slices(
     seed: int,
     moments: dict[str, Tensor] | None = None,
 ) -> dict[str, Slices]:
-    """Fresh slices, U `[I, C]` and V `[C, O]`, for every matrix; `slices` is C and `start` a key of `tables.STARTS`.
+    """Fresh slices, U `[I, C]` and V `[C, O]`, for every matrix; `slices` is C, `start` a key of `part_tables.STARTS`.
 
     `inputs[m]` `[n, I]` is the data of starts that need inputs, `moments[m]` `[I, I]` for those that need a moment.
     """

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
-from spdcli.engine.tables import IMPORTANCE_FUNCTIONS, STARTS, losses_where
+from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS, STARTS
+from spdcli.engine.tables import losses_where
 from spdcli.recipe.choices import TOYS, USUAL_DELTA_MASKS
 from spdcli.recipe.contradiction import Contradiction, Sections
 from spdcli.recipe.planted_rules import maker_of_sequences, planted_fits

@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from spdcli.engine.tables import (
+from spdcli.engine.part_tables import (
     ACTIVATIONS,
-    ADVERSARIES,
     BACKENDS,
     BASES,
     IMPORTANCE_FUNCTIONS,
@@ -24,6 +23,7 @@ from spdcli.engine.tables import (
     SCHEDULES,
     STARTS,
 )
+from spdcli.engine.tables import ADVERSARIES
 from spdcli.recipe.bounds import Certify
 from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS
 from spdcli.recipe.losses import Losses

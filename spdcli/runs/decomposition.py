@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
+from spdcli.engine.part_tables import STARTS
 from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
-from spdcli.engine.tables import STARTS
 from spdcli.errors import SpdError
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.subject import Subject

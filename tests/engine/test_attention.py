@@ -8,7 +8,7 @@ from twins import Watch, attention_loop, close, gradients
 
 from spdcli.engine import attention
 from spdcli.engine.attention import importance_attention
-from spdcli.engine.tables import BACKENDS
+from spdcli.engine.part_tables import BACKENDS
 
 FORMS = pytest.mark.parametrize("form", ["scalar", "query"])
 CAUSAL = pytest.mark.parametrize("causal", [False, True])

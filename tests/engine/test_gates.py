@@ -9,7 +9,7 @@ from twins import Watch, close, gradients
 
 from spdcli.engine import gates
 from spdcli.engine.gates import scalar_gates, vector_gates
-from spdcli.engine.tables import ACTIVATIONS
+from spdcli.engine.part_tables import ACTIVATIONS
 
 N, I, C, G = 11, 5, 3, 4
 ACTIVATION = pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from twins import Watch, attention_loop, close, gradients
 
 from spdcli.engine.importance import Importances, ImportanceSettings, leaky_hard_sigmoid, span_basis
-from spdcli.engine.tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
+from spdcli.engine.part_tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 WIDTHS = {"h.0.a": 4, "h.0.b": 6, "h.1.c": 4}  # two matrices share a width, and so a mixer
 SLICES = {"h.0.a": 3, "h.0.b": 2, "h.1.c": 5}

@@ -27,9 +27,9 @@ from spdcli.engine.direct_losses import exact_faithfulness
 from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, importance_masks
+from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.step import backward_step, reconstruction
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.engine.tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.engine.variants import Piece, Variant, draw_variants, fixed_variant
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from twins import close, gradients
 
+from spdcli.engine.part_tables import STARTS
 from spdcli.engine.subcomponents import distinct_rows, dual_directions, masked_product, start_slices
-from spdcli.engine.tables import STARTS
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from spdcli.engine.tables import LOSSES, STARTS
+from spdcli.engine.part_tables import STARTS
+from spdcli.engine.tables import LOSSES
 from spdcli.recipe.choices import DEVICES
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.schema import Recipe
