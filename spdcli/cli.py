@@ -82,9 +82,8 @@ COMMANDS = (
         "reproduce",
         reproduce,
         BUILD,
-        "spd reproduce induction --seeds 5 --out five\nspd reproduce induction --seeds 3 --same-toy --out same\n"
-        "spd reproduce facts --seeds 3 --out facts\nspd reproduce planted --seeds 5 --out planted\n"
-        "spd reproduce tms --seeds 3 --out tms",
+        "spd reproduce induction --seeds 5 --out five\nspd reproduce facts --seeds 3 --out facts\n"
+        "spd reproduce planted --seeds 5 --out planted",
     ),
     (
         "compare",

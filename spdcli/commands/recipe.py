@@ -75,6 +75,8 @@ def copy_recipe(
         target /= source.name
     if target.exists() and not force:
         raise UsageError(f"{target}: is already there", "give another destination, or --force to replace it")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target}: there is no folder {target.parent}", "make it first, or give another destination")
     write_text(target, _text(source), "free some space, or give another destination")
     console.show({"schema": "spd.recipe.cp/1", "source": source, "path": target})
     console.result(target)

@@ -655,7 +655,8 @@ def test_eval_of_a_toy_keeps_the_contract(spd, straight):
 def test_eval_prints_table_1_beside_the_papers(spd, straight):
     code, printed, _ = spd("eval", straight, "--sequences", 20)
     assert code == 0
-    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    rows = {line.split()[1]: line for line in reversed(lines)}  # Table 1 comes before the circuit's tables
     assert {"Q0", "K0", "V0", "Q1", "K1", "V1", "faithfulness", "recon", "recon_layerwise"} <= rows.keys()
     assert "(5.053)" in rows["V1"]
     assert rows["V1"].rstrip().endswith("(11) │")

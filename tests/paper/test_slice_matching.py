@@ -12,14 +12,8 @@ from small_runs import loud_toy, toy_recipe
 
 from spdcli.engine.subcomponents import Slices
 from spdcli.measures.circuit_data import circuit_data
-from spdcli.paper.slice_matching import (
-    Signature,
-    effect_signatures,
-    match,
-    similarity,
-    stability,
-    weight_signature,
-)
+from spdcli.measures.slice_similarity import Signature, match, similarity, weight_signature
+from spdcli.paper.slice_matching import effect_signatures, stability
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import toy_subject
 
