@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-WAYS = ("plan", "one by one", "plain", "product")
-
 
 @dataclass(frozen=True)
 class Case:
