@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from spdcli.costs.groups import Case, Group
+from spdcli.costs.groups import Case, Group, Way
 from spdcli.engine.part_tables import BACKENDS, IMPORTANCE_FUNCTIONS
 from spdcli.engine.tables import LOSSES, losses_where
 
@@ -94,7 +94,7 @@ def step_groups(options: Options) -> list[Group]:
     return [alone for group in several for loss in RECONSTRUCTION for alone in _of_one_loss(group, loss)]
 
 
-def _ways(name: str, recipe: str, settings: tuple[str, ...], ways: Sequence[str], cheap: bool = False) -> Group:
+def _ways(name: str, recipe: str, settings: tuple[str, ...], ways: Sequence[Way], cheap: bool = False) -> Group:
     cases = [Case(f"{name} {way}", recipe, settings, way, keep_freed=way != "plain") for way in ways]
     ratios = {f"{name} {way} / plan": (f"{name} {way}", f"{name} plan") for way in ways[1:]}
     if cheap:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+Way = Literal["plan", "one by one", "plain", "product"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Case:
     name: str
     recipe: str
     settings: tuple[str, ...] = ()
-    way: str = "plan"
+    way: Way = "plan"
     keep_freed: bool = True
     large: bool = False
     prompts: tuple[int, int] = (2, 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 from small_runs import one_line, spd_here
@@ -10,7 +11,7 @@ from small_runs import one_line, spd_here
 from spdcli.commands.bench import row_data
 from spdcli.costs.bench import Conditions, Measurement, Results, Row, measure, ratios_of, too_large
 from spdcli.costs.cases import BENCHMARKS, RECONSTRUCTION, Options, batch_at, groups_of
-from spdcli.costs.groups import WAYS, Case, Group
+from spdcli.costs.groups import Case, Group, Way
 from spdcli.errors import SpdError
 from spdcli.recipe.reading import load_recipe
 from spdcli.records import plain
@@ -26,7 +27,7 @@ def test_every_case_is_a_recipe_and_every_ratio_of_two_cases(what, options):
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         load_recipe(case.recipe, case.settings)
-        assert case.way in WAYS
+        assert case.way in get_args(Way)
     for group in groups:
         names = {case.name for case in group.cases}
         compared = (*group.ratios.values(), *group.memory.values(), *group.growth.values())
