@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from generate.markdown import joined, number, size, table
+from generate.planted_results import METHODS
 
 Data = Mapping[str, Any]
 
@@ -15,7 +16,7 @@ def evaluation(data: Data) -> str:
     rows = []
     for name, live in data["live"].items():
         active, parts = data["active"][name], data["parts"].get(name)
-        found = [str(parts["own"]), share(parts["mean_max_cosine"]), share(parts["l2_ratio"])] if parts else [""] * 3
+        found = [str(parts["own"]), *measures(parts)] if parts else [""] * 3
         rows.append([name, live, f"{active['data']:.2f}", f"{active['single']:.2f}", *found])
     heads = ["matrix", "live", "active on data", "on one feature", "features of their own", "max cosine", "L2 ratio"]
     losses = [[name, number(value), number(data["standard_error"][name])] for name, value in data["metrics"].items()]
@@ -23,6 +24,11 @@ def evaluation(data: Data) -> str:
     words = f"A slice lives where its importance on one feature is above {data['live_above']:g}."
     metrics = table(["metric", "value", "standard error"], losses)
     return joined([table(heads, rows), words, f"Over {data['sequences']} fresh inputs:", metrics])
+
+
+def measures(parts: Data) -> list[str]:
+    """The mean max cosine and the L2 ratio."""
+    return [share(parts["mean_max_cosine"]), share(parts["l2_ratio"])]
 
 
 def share(value: float | None) -> str:
@@ -41,7 +47,17 @@ def reproduction(data: Data) -> str:
         rows.append([row["name"], f"{row['ours']:.4g}", *spread, theirs, row["bound"], agrees])
     spreads = ["std", "least", "most"] if several else []
     heads = ["", "ours", *spreads, "published", "bound", "holds on" if several else "holds"]
-    return joined([table(heads, rows), "Seed by seed:", seeds(data)])
+    others = "What other methods find of the parts, means over seeds (singular slices are on for every feature):"
+    return joined([table(heads, rows), "Seed by seed:", seeds(data), others, methods(data)])
+
+
+def methods(data: Data) -> str:
+    """A line a recipe, matrix and method other than SPD."""
+    rows = [
+        [row["recipe"], row["matrix"], METHODS[row["method"]], *measures(row), f"{row['own']:g}"]
+        for row in data["methods"]
+    ]
+    return table(["recipe", "matrix", "method", "max cosine", "L2 ratio", "features of their own"], rows)
 
 
 def seeds(data: Data) -> str:

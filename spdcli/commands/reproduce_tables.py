@@ -59,12 +59,25 @@ def induction_tables(experiment: InductionExperiment) -> list[Table | str]:
 def parts_tables(experiment: PartsExperiment) -> list[Table | str]:
     """Ours beside the published numbers, then seed by seed."""
     seeds = len(experiment.seeds) // len(experiment.recipes)
-    parts: list[Table | str] = [claim_table("Known parts", experiment.rows, seeds)]
+    parts: list[Table | str] = [claim_table("Known parts", experiment.rows, seeds), parts_methods(experiment)]
     for seed in experiment.seeds:
         verdict = "meets every bound" if seed.passed else f"breaks {', '.join(seed.broken)}"
         own = ", ".join(f"{count} in {name}" for name, count in seed.own.items())
         parts.append(f"{seed.recipe}, seed {seed.seed}, {verdict}; features with a slice of their own: {own}")
     return parts
+
+
+def parts_methods(experiment: PartsExperiment) -> Table:
+    """What other methods find of the parts, a row a recipe, matrix and method: means over seeds."""
+    from rich.table import Table
+
+    table = Table(title="What other methods find of the parts")
+    for heading in ("recipe", "matrix", "method", "max cosine", "L2 ratio", "features with a slice of their own"):
+        table.add_column(heading, justify="left" if heading in ("recipe", "matrix", "method") else "right")
+    for row in experiment.methods:
+        numbers = ["none" if value is None else number(value) for value in (row.mean_max_cosine, row.l2_ratio)]
+        table.add_row(row.recipe, row.matrix, row.method, *numbers, f"{row.own:g}")
+    return table
 
 
 def claim_table(title: str, rows: Sequence[ClaimRow], seeds: int) -> Table:

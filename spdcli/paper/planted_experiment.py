@@ -6,7 +6,6 @@ finished is reused while its recipe is the same.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from spdcli.measures.evaluation import evaluate
 from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.recovery_baselines import baseline_recoveries
 from spdcli.measures.slice_recovery import Recovery, SliceRecovery
-from spdcli.paper.verdict import REPORT, SCHEMA, Bound, Claim, ClaimRow, Evidence, Verdict, judge
+from spdcli.paper.verdict import REPORT, SCHEMA, Bound, Claim, ClaimRow, Evidence, Verdict, judge, mean_of_known
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
@@ -159,14 +158,9 @@ def recovery_rows(evidence: Sequence[Evidence]) -> list[RecoveryRow]:
     for target, first in evidence[0].items():
         for method in first["recovery"]:
             totals = [seed[target]["recovery"][method]["total"] for seed in evidence]
-            means = {one.name: _mean([total[one.name] for total in totals]) for one in fields(SliceRecovery)}
+            means = {one.name: mean_of_known([total[one.name] for total in totals]) for one in fields(SliceRecovery)}
             rows.append(RecoveryRow(target=target, method=method, seeds=len(totals), recovery=means))
     return rows
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _at(*path: str) -> Callable[[Evidence], float]:

@@ -146,3 +146,9 @@ def claim_row(claim: Claim, values: Sequence[float], share: float) -> ClaimRow:
         grade=claim.grade,
         spread=spread,
     )
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None where all are."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

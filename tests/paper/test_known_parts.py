@@ -124,3 +124,18 @@ def test_options_of_other_experiments_are_refused(monkeypatch, capsys):
     spd = spd_here(monkeypatch, capsys)
     assert spd("reproduce", "tms", "--same-toy")[0] == 2
     one_line(spd("reproduce", "resid-mlp", "--pair", "athletes")[2], "--pair is for the facts experiment")
+
+
+def test_the_baselines_of_an_experiment(monkeypatch, capsys, tmp_path: Path):
+    spd = spd_here(monkeypatch, capsys)
+    monkeypatch.chdir(tmp_path)
+    settings = [word for setting in SHORT for word in ("--set", setting)]
+    command = ["reproduce", "tms", "--recipe", "tms-5-2", "--sequences", "64", "--out", "one", *settings, "--json"]
+    data = json.loads(spd(*command)[1])
+    methods = {row["method"]: row for row in data["methods"]}
+    assert list(methods) == ["apd", "svd", "greedy_svd", "weighted_svd"]
+    assert methods["svd"]["own"] == 0  # singular slices are on for every feature
+    assert 0 < methods["svd"]["mean_max_cosine"] < 0.999  # two slices for five directions of a plane
+    (seed,) = data["seeds"]
+    assert seed["baselines"]["svd"]["W"] == {key: methods["svd"][key] for key in ("mean_max_cosine", "l2_ratio", "own")}
+    assert json.loads(spd(*command)[1])["methods"] == data["methods"]
