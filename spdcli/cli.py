@@ -20,6 +20,7 @@ from spdcli.commands.bench import bench
 from spdcli.commands.certify import certify
 from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
+from spdcli.commands.doctor import doctor
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
@@ -125,6 +126,7 @@ COMMANDS = (
         LOOK,
         "spd bench step --case toy-64\nspd bench importance --threads 1\nspd bench step --json | jq .ratios",
     ),
+    ("doctor", doctor, LOOK, "spd doctor\nspd doctor --json | jq -r .next"),
     (
         "trace",
         trace,

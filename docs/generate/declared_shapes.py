@@ -89,6 +89,7 @@ def _changing() -> dict[str, Keys]:
 def _costs() -> dict[str, Keys]:
     from spdcli.comparison import SettingRun
     from spdcli.costs.bench import Measurement
+    from spdcli.costs.doctor import Checkup
     from spdcli.costs.estimate import Estimate
     from spdcli.machine import Machine
     from spdcli.paper.fact_experiment import FactExperiment
@@ -109,6 +110,7 @@ def _costs() -> dict[str, Keys]:
         "spd reproduce tms": _said("reproduce", keys_of(PartsExperiment)),
         "spd reproduce resid-mlp": _said("reproduce", keys_of(PartsExperiment)),
         "spd plan": _said("plan", keys_of(Estimate)),
+        "spd doctor": _said("doctor", keys_of(Checkup)),
         "spd compare": _said("compare", {"recipe": str, "settings": [str], "rows": rows}),
         "spd bench": _said("bench", bench),
     }
