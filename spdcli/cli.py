@@ -39,7 +39,6 @@ BUILD, LOOK, CHANGE, RECIPES = "Build", "Look", "Change", "Recipes"
 app = typer.Typer(
     name="spd",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="spd recipe ls\nspd decompose induction-quick --out run\nspd eval run",

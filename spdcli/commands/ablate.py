@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.commands.edit_options import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
 from spdcli.commands.effect_tables import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
@@ -23,7 +24,13 @@ else:
 
 MatrixName = Annotated[
     list[str] | None,
-    typer.Option("--matrix", "-m", help="Zero this whole matrix; may be repeated.", show_default=False),
+    typer.Option(
+        "--matrix",
+        "-m",
+        help="Zero this whole matrix; may be repeated.",
+        autocompletion=completion.matrices,
+        show_default=False,
+    ),
 ]
 Mlp = Annotated[
     list[str] | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.console import Console
 from spdcli.errors import UsageError
 
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 
 SliceAddress = Annotated[
     list[str] | None,
-    typer.Option("--slice", "-s", help="MATRIX:INDEX, as spd inspect shows it; may be repeated.", show_default=False),
+    typer.Option(
+        "--slice",
+        "-s",
+        help="MATRIX:INDEX, as spd inspect shows it; may be repeated.",
+        autocompletion=completion.slices,
+        show_default=False,
+    ),
 ]
 Prompt = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.records import plain
 
@@ -23,7 +24,13 @@ Prompt = Annotated[
 ]
 MatrixPattern = Annotated[
     list[str] | None,
-    typer.Option("--matrix", "-m", help="Only matrices like this; * and ? are wild.", show_default=False),
+    typer.Option(
+        "--matrix",
+        "-m",
+        help="Only matrices like this; * and ? are wild.",
+        autocompletion=completion.matrices,
+        show_default=False,
+    ),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show at each place.")]
 Labels = Annotated[int, typer.Option("--labels", min=0, help="Tokens to label a slice with.")]

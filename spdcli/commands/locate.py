@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.commands.edit_options import FactsOption, NoFacts, read_facts
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.edits.choices import STATISTICS, USUAL_STATISTIC
@@ -36,7 +37,14 @@ Token = Annotated[
 ]
 Matrices = Annotated[
     list[str] | None,
-    typer.Option("--matrices", "-m", help="Look in matrices of this pattern; may be repeated.", show_default="all"),
+    typer.Option(
+        "--matrices",
+        "--matrix",
+        "-m",
+        help="Look in matrices of this pattern; may be repeated.",
+        autocompletion=completion.matrices,
+        show_default="all",
+    ),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, help="Slices to tell.")]
 Paired = Annotated[int, typer.Option("--paired", min=0, help="Measure the pairs among so many of the strongest.")]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.console import Console
 from spdcli.errors import UsageError
 from spdcli.measures.evidence_choices import ADVERSARIES
@@ -37,7 +38,10 @@ Set = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The run directory to write.")]
-RunPath = Annotated[Path, typer.Argument(help="A run directory, as spd decompose writes it.", metavar="RUN")]
+RunPath = Annotated[
+    Path,
+    typer.Argument(help="A run directory, as spd decompose writes it.", metavar="RUN", autocompletion=completion.runs),
+]
 Threshold = Annotated[
     float, typer.Option("--threshold", min=0.0, max=1.0, help="A slice is active where its importance is above this.")
 ]
@@ -51,7 +55,12 @@ AdversaryOption = Annotated[
 Starts = Annotated[int, typer.Option("--starts", min=1, help="Random starts of that search, beside two corners.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
-RecipeName = Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name.", metavar="RECIPE")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe file, or a shipped recipe's name.", metavar="RECIPE", autocompletion=completion.recipes
+    ),
+]
 Subjects = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.commands.options import Force, Json, Quiet, Set, Verbose, make_console
 from spdcli.disk import write_text
 from spdcli.errors import RecipeError, UsageError
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Find, read, copy and check recipes.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="A shipped recipe's name, or a file.", metavar="NAME", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A shipped recipe's name, or a file.",
+        metavar="NAME",
+        autocompletion=completion.recipes,
+        show_default=False,
+    ),
+]
 Files = Annotated[
     list[str], typer.Argument(help="Recipe files, or names of shipped ones.", metavar="FILE", show_default=False)
 ]
