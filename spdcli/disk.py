@@ -11,12 +11,13 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from spdcli.errors import SpdError
 from spdcli.records import plain
@@ -25,6 +26,7 @@ UNFINISHED = ".part"  # ends the name of a folder whose content is not whole yet
 FORGOTTEN = 24 * 3600  # seconds after which such a folder is removed, whoever made it
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}  # of disks that cannot flush a directory
 MORE_SPACE = "free some space, or use --out"
+LARGEST = 64 * 2**20  # bytes of a file that is read whole; recipes, reports and indexes are far smaller
 
 
 def write_atomically(
@@ -71,13 +73,64 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(plain(data), indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is none that can be read."""
+def read_bytes(path: Path, most: int = LARGEST) -> bytes:
+    """The content of a file that anybody may have put there; SpdError unless it is a regular one of at most `most`
+    bytes. A pipe would be waited for, and a device never ends."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb") as file:
+            _require_regular(path, os.fstat(handle))
+            content = file.read(most + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(content) > most:
+        raise SpdError(f"{path}: larger than the {most / 2**20:g} MiB that are read of such a file")
+    return content
+
+
+def require_regular(path: Path) -> None:
+    """SpdError unless `path`, or what it links to, is a regular file that can be looked at."""
+    try:
+        _require_regular(path, path.stat())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise SpdError(f"{path}: {what}, not a file")
+
+
+def _unreadable(path: Path, error: OSError) -> SpdError:
+    if isinstance(error, FileNotFoundError):
+        return SpdError(f"{path}: no such file")
+    return SpdError(f"{path}: cannot be read: {error.strerror or error}", "ask its owner")
+
+
+def read_object(path: Path, most: int = LARGEST) -> dict[str, Any]:
+    """The object in a JSON file that anybody may have put there; SpdError where there is none."""
+    try:
+        content = json.loads(read_bytes(path, most).decode(), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise SpdError(f"{path}: not text in UTF-8: {error.reason} at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise SpdError(f"{path}: not a JSON object: {error}") from error
+    if not isinstance(content, dict):
+        raise SpdError(f"{path}: not a JSON object, but a {type(content).__name__}")
+    return content
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of spd's own; empty when there is none that can be read."""
+    try:
+        return read_object(path)
+    except SpdError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def remove(path: Path) -> None:

@@ -16,7 +16,7 @@ from spdcli.engine.target import Target
 from spdcli.errors import UsageError
 from spdcli.progress import Progress, Report, silent
 from spdcli.runs.subject import Subject, require_tokens
-from spdcli.targets.prompts import encode
+from spdcli.targets.prompts import encode, plain_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,7 @@ def facts_beside(subject: Subject, facts: Facts, own: Sequence[str], report: Rep
     tokenizer, begin = subject.prompts.tokenizer, subject.prompts.begin_token
     others = facts.without(own)
     limit = tokenizer.model_max_length - begin
-    # `verbose=False`: the warning below is the one that is wanted, not transformers' own as well.
-    length = lambda text: len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # noqa: E731
-    fitting = [fact for fact in others if length(fact.prompt) <= limit]
+    fitting = [fact for fact in others if len(plain_ids(tokenizer, fact.prompt)) <= limit]
     if len(fitting) < len(others):
         text = f"{len(others) - len(fitting)} facts are longer than this model takes, and are left out"
         report(Progress(text, warning=True))

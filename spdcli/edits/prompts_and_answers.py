@@ -185,8 +185,9 @@ def token_id(subject: Subject, query: str) -> int:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    from spdcli.targets.prompts import require_unicode
+    from spdcli.targets.prompts import plain_ids, require_embedded, require_unicode
 
     require_unicode(text, "the token")
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = plain_ids(tokenizer, text)
+    require_embedded(tokenizer, tokens, f"the token {text!r}")
     return tokens

@@ -36,6 +36,7 @@ from spdcli.recipe.section import Section
 from spdcli.records import plain
 from spdcli.runs.checkpoints import read_checkpoint, write_checkpoint
 from spdcli.runs.lock import LOCK, locked
+from spdcli.targets.model_files import is_local
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
 CERTIFICATE = "certificate.json"
@@ -68,10 +69,11 @@ def versions() -> dict[str, str]:
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with its local paths made absolute, so that a run can be read from any directory."""
-    keys = {"huggingface": "model"} | dict.fromkeys(TOYS, "path")
     changes: dict[str, Any] = {}
-    if recipe.target.kind in keys:
-        changes["target"] = _anchored_key(recipe.target, keys[recipe.target.kind])
+    if recipe.target.kind in TOYS:
+        changes["target"] = _anchored_key(recipe.target, "path")
+    elif recipe.target.kind == "huggingface" and is_local(recipe.target.model):
+        changes["target"] = _anchored_key(recipe.target, "model")
     if recipe.data is not None:
         changes["data"] = _anchored_key(recipe.data, "stream")
     return recipe.model_copy(update=changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 from spdcli.disk import beside, settle
@@ -63,23 +64,23 @@ def convert(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from spdcli.targets.quiet import quiet
+    from spdcli.targets.quiet import loading
 
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
-            )
-            # A model read from GGUF refuses to be saved; a clean one of the same config and weights does not.
-            config = loaded.config
-            del config.quantization_config
-            with torch.device("meta"):
-                clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            clean.load_state_dict(loaded.state_dict(), assign=True)
-            clean.tie_weights()
-            clean.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except Exception as error:  # a damaged file fails in as many ways as there are places to damage
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise SpdError(f"'{path}' cannot be converted: {reason}", "give a safetensors directory instead") from error
+    with (
+        loading(f"'{path}' cannot be converted", "give a safetensors directory instead"),
+        tempfile.TemporaryDirectory(prefix="spd-") as alone,  # nothing that lies beside the file is read
+    ):
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            alone, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        )
+        # A model read from GGUF refuses to be saved; a clean one of the same config and weights does not.
+        config = loaded.config
+        del config.quantization_config
+        with torch.device("meta"):
+            clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        clean.load_state_dict(loaded.state_dict(), assign=True)
+        clean.tie_weights()
+        clean.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

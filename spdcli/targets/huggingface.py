@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,14 @@ from transformers.activations import NewGELUActivation
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError, UsageError
 from spdcli.targets.architectures import RESIDUAL, Architecture, MatrixEntry, architecture_of
-from spdcli.targets.prompts import token_text
-from spdcli.targets.quiet import quiet
+from spdcli.targets.model_files import ModelFiles, look_through, require_fit, staged
+from spdcli.targets.prompts import EMBEDDED, token_text
+from spdcli.targets.quiet import loading
 from spdcli.targets.routes import Map, Route, back_through, columns_only, detached, final_scale, through, unchanged
 from spdcli.targets.sources import resolve
+
+TRUSTING_NOBODY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCALLY: dict[str, Any] = TRUSTING_NOBODY | {"attn_implementation": "sdpa"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,65 +62,67 @@ class LanguageModel:
 def load_model(model: str, dtype: str) -> LanguageModel:
     """Loads `model` (see `sources.resolve` for its four spellings), frozen and in evaluation mode.
 
-    `dtype` names a torch floating type. Only safetensors are read and no code that came with the
+    `dtype` names a torch floating type. Only what `model_files` names is read, and no code that came with the
     model runs. Attention is torch's own kernel ("sdpa"): transformers' eager attention rounds to
     float32 inside, so that float64 would not be exact. (The norms of the Llama family do so still.)
-    Raises SpdError for a model that is absent, unsupported, quantised or incomplete.
+    Raises SpdError for a model that is absent, unsupported, quantised, incomplete or not finite.
     """
-    folder = resolve(model)
-    config = read_config(folder)
-    architecture = architecture_of(config.get("model_type", "without a model_type"))
-    if "quantization_config" in config:
-        raise SpdError(f"'{model}' is quantised; a decomposition needs plain weights", "give its full-precision model")
-    try:
-        with quiet():
-            answer: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            loaded, report = answer
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged file fails in as many ways as there are places to damage
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise SpdError(f"'{model}' cannot be loaded: {reason}") from error
+    files, architecture = _described(model)
+    with loading(f"'{model}' cannot be loaded"), staged(files) as folder:
+        _require_fit(files, architecture, folder)
+        answer: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **LOCALLY
+        )
+        loaded, report = answer
+        loaded.config.name_or_path = str(files.folder)
+        language_model = _frozen(loaded, AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY), architecture, files)
     if report["missing_keys"]:
         raise SpdError(f"'{model}' lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
-    return _frozen(loaded, tokenizer, architecture, folder)
-
-
-def _frozen(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture, folder: Path
-) -> LanguageModel:
-    # So that whoever holds only the tokenizer can tell which prompts are too long.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    return LanguageModel(model.eval().requires_grad_(False), tokenizer, architecture, folder)
+    for name, weight in loaded.state_dict().items():
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+            raise SpdError(f"'{model}': a number of '{name}' is not finite in {dtype}", "get the model again")
+    return language_model
 
 
 def load_untrained(model: str, dtype: str, device: torch.device) -> LanguageModel:
     """As `load_model`, but the weights are not read: they are random, or on torch's `meta` device shapes alone."""
-    folder = resolve(model)
-    architecture = architecture_of(read_config(folder).get("model_type", "without a model_type"))
-    with quiet():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    files, architecture = _described(model)
+    with loading(f"'{model}' cannot be loaded"), staged(files) as folder:
+        _require_fit(files, architecture, folder)
         with device:
-            untrained = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), attn_implementation="sdpa", trust_remote_code=False
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return _frozen(untrained, tokenizer, architecture, folder)
+            untrained = _untrained(folder, getattr(torch, dtype))
+        return _frozen(untrained, AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY), architecture, files)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's `config.json` as it is, before transformers makes anything of it."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise SpdError(f"'{folder / 'config.json'}' is not a JSON object: {error}") from error
+def _described(model: str) -> tuple[ModelFiles, Architecture]:
+    """What the directory of `model` holds, and how its kind is built."""
+    files = look_through(resolve(model))
+    kind = files.config.get("model_type", "without a model_type")
+    if files.config.get("quantization_config") is not None:
+        raise SpdError(f"'{model}' is quantised; a decomposition needs plain weights", "give its full-precision model")
+    return files, architecture_of(str(kind))
+
+
+def _untrained(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, **TRUSTING_NOBODY)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+
+
+def _require_fit(files: ModelFiles, architecture: Architecture, folder: Path) -> None:
+    with torch.device("meta"):
+        model = _untrained(folder, torch.float32)
+    tensors = dict(model.named_buffers()) | model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    require_fit(files, shapes, architecture.base, architecture.blocks)
+
+
+def _frozen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture, files: ModelFiles
+) -> LanguageModel:
+    # So that whoever holds only the tokenizer can tell which prompts are too long, or not of this model.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    setattr(tokenizer, EMBEDDED, model.get_input_embeddings().weight.shape[0])
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer, architecture, files.folder)
 
 
 def build_target(language_model: LanguageModel, split_attention: bool) -> Target:

@@ -14,6 +14,7 @@ from spdcli.errors import SpdError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+EMBEDDED = "embedded_tokens"  # the attribute of a tokenizer that says how many tokens its model has an embedding for
 LISTED_TOKENS = 60  # of an error that lists the tokens there are
 
 
@@ -76,12 +77,12 @@ def encode(
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool, least: int = 2) -> list[int]:
     """The tokens of one prompt, at least `least` and at most as many as the model takes; SpdError otherwise."""
     require_unicode(text)
-    # `verbose=False`: a prompt that is too long gets the error below, not a warning as well.
-    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = plain_ids(tokenizer, text)
     if begin_token:
         if tokenizer.bos_token_id is None:
             raise SpdError("data.begin_token = true, but this model's tokenizer has no begin-of-sequence token")
         tokens = [tokenizer.bos_token_id, *tokens]
+    require_embedded(tokenizer, tokens, f"the prompt {text!r}")
     if len(tokens) < least:
         count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
         raise SpdError(
@@ -89,9 +90,37 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool, 
             "the last token is the answer, and at least one before it is fed" if least > 1 else None,
         )
     if len(tokens) > tokenizer.model_max_length:
-        start = text if len(text) <= 40 else f"{text[:40]}…"
-        raise SpdError(f"the prompt {start!r} has {len(tokens)} tokens; the model takes {tokenizer.model_max_length}")
+        raise SpdError(
+            f"the prompt {_start(text)!r} has {len(tokens)} tokens; the model takes {tokenizer.model_max_length}"
+        )
     return tokens
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text alone, however many; SpdError where the tokenizer's own tables fail on it."""
+    try:
+        # `verbose=False`: a prompt that is too long gets an error of spd's, not a warning as well.
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except (SpdError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers panics, past every `Exception`
+        raise SpdError(f"the model's tokenizer fails on {_start(text)!r}: {error}") from error
+    return ids
+
+
+def require_embedded(tokenizer: PreTrainedTokenizerBase, tokens: list[int], what: str) -> None:
+    """SpdError where `what` has a token that the tokenizer knows and its model does not."""
+    known = getattr(tokenizer, EMBEDDED, None)
+    beyond = [token for token in tokens if known is not None and token >= known]
+    if beyond:
+        raise SpdError(
+            f"{what} has the token #{beyond[0]}, but the model has embeddings of {known} tokens",
+            "its tokenizer is of another model, or has tokens that were added to it alone",
+        )
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def require_unicode(text: str, what: str = "the prompt") -> None:

@@ -7,7 +7,6 @@ Python package), a hub id. A local spelling never touches the network, and no pi
 from __future__ import annotations
 
 import importlib.util
-import json
 import queue
 import sys
 import threading
@@ -19,11 +18,11 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from spdcli.errors import SpdError, UsageError
 from spdcli.targets.gguf import converted
+from spdcli.targets.model_files import CONFIG, TOKENIZERS, is_local, weight_files
 
 HUB_SECONDS = 6.0  # for the hub's first answer, name resolution included
 OFFLINE_WAYS = "without the hub, set target.model to a local directory of safetensors, or to a .gguf file"
 PACKAGE = "package:"  # what the name of a file inside an installed package starts with
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def resolve(model: str) -> Path:
@@ -34,9 +33,14 @@ def resolve(model: str) -> Path:
     """
     if model.startswith(PACKAGE):
         return checkpoint(file_in_package(model))
-    if model.startswith(("/", ".", "~")) or model.endswith(".gguf") or Path(model).exists():
+    if is_local(model):
         return checkpoint(Path(model).expanduser())
-    return from_hub(model)
+    try:
+        return from_hub(model)
+    except SpdError as error:
+        if not Path(model).is_dir():
+            raise
+        raise SpdError(f"{error.message}; the directory '{model}' here holds no {CONFIG}", error.hint) from error
 
 
 def file_in_package(model: str) -> Path:
@@ -68,8 +72,7 @@ def checkpoint(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise SpdError(f"'{path}' holds no config.json, so it is not a checkpoint directory")
     refuse_pickles(str(path), [file.name for file in path.iterdir()])
-    if not has_weights(path):
-        raise SpdError(f"'{path}' does not hold all of its *.safetensors files")
+    weight_files(path)
     return path
 
 
@@ -83,15 +86,6 @@ def refuse_pickles(place: str, names: list[str]) -> None:
             "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
         )
     raise SpdError(f"'{place}' holds no *.safetensors weights")
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether every weight file of a checkpoint directory is there, shards included."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors"))
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / shard).is_file() for shard in shards)
 
 
 def from_hub(repo: str) -> Path:
@@ -125,8 +119,11 @@ def in_hub_cache(repo: str) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
-    return folder if has_tokenizer and has_weights(folder) else None
+    try:
+        weight_files(folder)
+    except SpdError:
+        return None
+    return folder if any((folder / name).exists() for name in TOKENIZERS) else None
 
 
 def ask_hub(repo: str) -> ModelInfo:

@@ -125,6 +125,7 @@ def test_local_files_of_a_recipe_are_found_from_anywhere(tmp_path, monkeypatch):
     Path("text.txt").write_text("broad")
     Path("generated").write_text("a file by the name of what is no file")
     Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")
     for stream, kept in (("text.txt", str(tmp_path / "text.txt")), ("generated", "generated"), ("nowhere", "nowhere")):
         recipe = model_recipe(Path("model"), f"data.stream={stream}", folder=tmp_path)
         kept_recipe = RunDirectory.create(tmp_path / "runs" / stream, recipe).recipe

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gguf
 import pytest
@@ -86,6 +87,13 @@ def test_conversion_keeps_the_logits(gguf_file, empty_cache):
     text = "Kobe Bryant plays golf"
     assert ours.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert encode(ours.tokenizer, [text]).pieces == [["K", "obe", " Bryant", " plays"]]
+
+
+def test_nothing_beside_the_file_is_read(gguf_file, empty_cache, tmp_path):
+    copy = Path(shutil.copy(gguf_file, tmp_path))
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text('{"tokenizer_class": "BertTokenizer"')
+    assert load_model(str(copy), "float32").tokenizer("golf")["input_ids"]
 
 
 def test_the_result_is_a_plain_checkpoint_directory(gguf_file, empty_cache):

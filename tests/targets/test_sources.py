@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from small_runs import model_recipe
 
 from spdcli.errors import SpdError, UsageError
+from spdcli.runs.directory import anchored
 from spdcli.targets.sources import resolve
 
 RESOLVE = """
@@ -46,6 +48,19 @@ def test_a_path_that_does_not_exist_is_never_asked_of_the_hub(model, monkeypatch
         resolve(model)
 
 
+def test_a_directory_does_not_hide_what_the_hub_has(tiny_gpt2_dir, tmp_path, monkeypatch):
+    """Runs are often called like their models. One that holds a model is meant, though."""
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2").mkdir()
+    with pytest.raises(SpdError, match=r"HF_HUB_OFFLINE is set; the directory 'gpt2' here holds no config\.json"):
+        resolve("gpt2")
+    recipe = model_recipe(Path("gpt2"), folder=tmp_path)
+    assert anchored(recipe).target.model == "gpt2"
+    shutil.copytree(tiny_gpt2_dir, "gpt2", dirs_exist_ok=True)
+    assert resolve("gpt2").samefile("gpt2")
+    assert anchored(recipe).target.model == str(tmp_path / "gpt2")
+
+
 def test_pickles_are_refused(tiny_gpt2_dir, tmp_path):
     shutil.copy(tiny_gpt2_dir / "config.json", tmp_path)
     with pytest.raises(SpdError, match=r"holds no \*\.safetensors weights"):
@@ -65,9 +80,10 @@ def test_what_is_not_a_checkpoint_says_so(tiny_gpt2_dir, tmp_path):
 
 def test_a_missing_shard_is_noticed(tiny_gpt2_dir, tmp_path):
     shutil.copytree(tiny_gpt2_dir, tmp_path / "model")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "model-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(SpdError, match="does not hold all"):
+    with pytest.raises(SpdError, match=r"does not hold all .*: model-00002\.safetensors is missing"):
         resolve(str(tmp_path / "model"))
 
 
