@@ -22,6 +22,7 @@ from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.doctor import doctor
 from spdcli.commands.evaluate import evaluate
+from spdcli.commands.explore import explore
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
 from spdcli.commands.plan import plan
@@ -106,6 +107,7 @@ COMMANDS = (
         LOOK,
         "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'",
     ),
+    ("explore", explore, LOOK, "spd explore run\nspd explore run --prompt 'Kobe Bryant plays professional'"),
     (
         "locate",
         locate,

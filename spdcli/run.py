@@ -22,6 +22,7 @@ from spdcli.edits.script import load_script
 from spdcli.edits.suppression import find_matrix, find_slices, suppression
 from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
+from spdcli.explorer.exploration import Exploration
 from spdcli.files import save_tensors
 from spdcli.location.locate import PromptSearch, Search, locate
 from spdcli.location.report import ReportSettings, RunReport, report_facts
@@ -300,6 +301,11 @@ class Run(LoadedRun):
         settings = settings or ReportSettings(TraceSettings(samples=3, seed=seed), seed=seed)
         ridge = recipe.slices.ridge
         return report_facts(self.subject, self.decomposition, recipe.data, ridge, beside, subjects, settings, progress)
+
+    def explore(self, threshold: float = 0.0, labels: int = 6) -> Exploration:
+        """What `spd explore` shows, without a screen: `prompt(1)` or `typed(text)` is a text's map of importance,
+        `slices` those of one of its cells, `next_tokens` what follows without some of them."""
+        return Exploration(self, threshold, labels)
 
     def save(self, path: str | Path, *, force: bool = False) -> RunDirectory:
         """Write a run that was kept in memory to a directory, for `load` and for the commands; it cannot go on there.

@@ -47,6 +47,7 @@ def _learning() -> dict[str, Keys]:
 def _looking() -> dict[str, Keys]:
     from spdcli.certification.certificate import Certificate
     from spdcli.certification.certify import Certifying
+    from spdcli.explorer.exploration import TextMap
     from spdcli.location.locate import PromptSearch
     from spdcli.location.report import RunReport
     from spdcli.location.tracing import Trace
@@ -64,6 +65,7 @@ def _looking() -> dict[str, Keys]:
         "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate)),
         "spd eval, sparse features": _said("eval", RUN, target, keys_of(FeatureEvaluation)),
         "spd inspect": _said("inspect", RUN, keys_of(Inspection)),
+        "spd explore": _said("explore", RUN, keys_of(TextMap)),
         "spd svd": _said("svd", RUN, keys_of(RankCurves)),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),
         "spd trace": _said("trace", {"model": str}, TRACED, {"seed": int, "layers": int, "prompts": [Trace]}, figures),

@@ -20,12 +20,14 @@ Every edit is measured on its own, from the original weights. Knows neither torc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from spdcli.disk import write_text
 from spdcli.edits.choices import ANSWER_MEASURES, MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER
 from spdcli.recipe.documents import Kind, load_document
 from spdcli.recipe.reading import Source
@@ -100,6 +102,24 @@ class Script(Section):
 def load_script(path: Path) -> tuple[Script, Source]:
     """The script at `path`, and where its keys stand. Raises RecipeError with every mistake."""
     return load_document(path, Script, KIND, mistakes)
+
+
+def add_edit(path: Path, slices: Sequence[str], name: str = "explored") -> str:
+    """Write an edit that suppresses `slices` to the script at `path`, after those that are there; gives its name.
+
+    A name that is taken gets a number. RecipeError where the file is no edit script, and it stays as it is.
+    """
+    import tomli_w
+
+    before, taken = "", set[str]()
+    if path.exists():
+        script, _ = load_script(path)
+        taken = {edit.name for edit in script.edit}
+        before = path.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
+    free = next(one for n in count(1) if (one := name if n == 1 else f"{name} {n}") not in taken)
+    body = tomli_w.dumps({"name": free, "slices": list(slices)})
+    write_text(path, f"{before}[[edit]]\n{body}")
+    return free
 
 
 def mistakes(script: Script) -> Iterator[Mistake]:

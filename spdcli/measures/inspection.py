@@ -113,7 +113,7 @@ def inspect_slices(
     else:
         places = shown.find(query.token)
     slices = [active.slices_at(place, query.top) for place in places]
-    labelled = iter(_labelled([one for at_place in slices for one in at_place], subject, decomposition, query.labels))
+    named = iter(with_labels([one for at_place in slices for one in at_place], subject, decomposition, query.labels))
     occurrences = [
         Occurrence(
             prompt=row,
@@ -121,7 +121,7 @@ def inspect_slices(
             position=position,
             token=shown.pieces[row][position],
             active=active.count_at((row, position)),
-            slices=[next(labelled) for _ in at_place],
+            slices=[next(named) for _ in at_place],
         )
         for (row, position), at_place in zip(places, slices, strict=True)
     ]
@@ -189,7 +189,7 @@ def _unique(
     return {name: active & (counts[name] == 1) for name, active in here.items()}
 
 
-def _labelled(
+def with_labels(
     activities: Sequence[SliceActivity], subject: Subject, decomposition: Decomposition, top: int
 ) -> list[SliceActivity]:
     """The same, in order, with the `top` tokens that each slice promotes and reads.

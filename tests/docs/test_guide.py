@@ -32,6 +32,9 @@ def test_its_python_runs_in_order(
     assert isinstance(whole, torch.Tensor)
     assert not torch.equal(whole, masked)  # type: ignore[arg-type]
     assert not torch.equal(whole, without)  # type: ignore[arg-type]
+    for block in shown("look.md", "python"):
+        exec(block, names)
+    assert "".join(names["view"].pieces) == "Kobe Bryant plays professional"  # type: ignore[attr-defined]
 
 
 def test_the_facts_file_is_one(tmp_path: Path) -> None:

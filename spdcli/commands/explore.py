@@ -1,0 +1,77 @@
+"""`spd explore`: a text's slices on a screen, to switch off and see what the model says then."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.errors import SpdError, UsageError
+
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", "-p", help="Begin with this text, fed whole.", show_default="the first of the run's prompts"
+    ),
+]
+Off = Annotated[
+    list[str] | None,
+    typer.Option("--slice", "-s", help="MATRIX:INDEX that is off at first; may be repeated.", show_default=False),
+]
+Script = Annotated[
+    Path, typer.Option("--script", help="The edit script that what is off is added to, unless another is typed.")
+]
+
+
+def explore(
+    run: RunPath,
+    prompt: Text = None,
+    slice: Off = None,
+    script: Script = Path("edits.toml"),
+    threshold: Threshold = 0.0,
+    device: Device = None,
+    seed: Seed = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Look at a text slice by slice on the terminal, switch slices off, and see what the model says then.
+
+    Arrow keys move on a map of importance, tokens by matrices, and below it are
+    the slices of the cell with what they read and promote. Tab goes there, space
+    switches a slice off or on, m changes what off means, t takes another text,
+    and w adds what is off to an edit script. With --json it prints the map.
+    """
+    console = make_console(json, quiet, verbose)
+    if not json:
+        require_screen()
+    from spdcli.runs.loading import load
+
+    console.note(f"opening {run} …")
+    loaded = load(run, device)
+    console.debug(str(loaded))
+    from spdcli.edits.suppression import find_slices
+    from spdcli.explorer.exploration import Exploration
+    from spdcli.records import plain
+
+    off = [str(address) for address in find_slices(loaded.decomposition, slice or [])]
+    exploration = Exploration(loaded, threshold, seed=seed)
+    view = exploration.prompt(1) if prompt is None else exploration.typed(prompt)
+    if json:
+        console.show({"schema": "spd.explore/1", "run": run, **plain(exploration.text_map(view, off))})
+        return
+    from spdcli.explorer.app import Explorer
+
+    Explorer(exploration, view, script, off).run()
+
+
+def require_screen() -> None:
+    """SpdError where Textual is not installed, UsageError where there is no terminal."""
+    if find_spec("textual") is None:
+        raise SpdError("spd explore needs Textual, which is not installed", "pip install 'spd-cli[explore]'")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("spd explore needs a terminal", "spd inspect RUN tells the same in tables; --json the map")
