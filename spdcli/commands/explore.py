@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from spdcli.commands import completion
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.errors import SpdError, UsageError
 
@@ -20,7 +21,13 @@ Text = Annotated[
 ]
 Off = Annotated[
     list[str] | None,
-    typer.Option("--slice", "-s", help="MATRIX:INDEX that is off at first; may be repeated.", show_default=False),
+    typer.Option(
+        "--slice",
+        "-s",
+        help="MATRIX:INDEX that is off at first; may be repeated.",
+        show_default=False,
+        autocompletion=completion.slices,
+    ),
 ]
 Script = Annotated[
     Path, typer.Option("--script", help="The edit script that what is off is added to, unless another is typed.")

@@ -25,7 +25,7 @@ from spdcli.explorer.rendering import OFF, ON, candidates, cut_to, heat_cell, ma
 from spdcli.measures.inspection import SliceActivity
 
 SCRIPT = "edits.toml"
-OTHER_COLUMNS, LEAST_LABELS = 38, 12  # of the table of slices: its columns but for two of labels, and these at least
+OTHER_COLUMNS, LEAST_LABELS = 31, 12  # of the table of slices: its columns but for two of labels, and these at least
 WIDE = 100  # columns from which the panels stand side by side
 TYPE, WRITE = "text", "script"  # what the input line is for
 
@@ -36,10 +36,10 @@ class Explorer(App[None]):
 
     CSS_PATH = "explorer.tcss"
     TITLE = "spd explore"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012  # App declares no class variable
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "toggle", "off/on"),
-        Binding("a", "toggle_all", "cell"),
+        Binding("space", "slice", "off/on"),
+        Binding("a", "cell", "cell"),
         Binding("r", "reset", "all on"),
         Binding("m", "way", "meaning"),
         Binding("t", "type", "text"),
@@ -186,13 +186,13 @@ class Explorer(App[None]):
 
     # --- slices off and on -------------------------------------------------------------------------
 
-    def action_toggle(self) -> None:
+    def action_slice(self) -> None:
         """Switch the slice under the cursor off or on; on the map, the first of the cell."""
         row = self.slice_table.cursor_row if self.focused is self.slice_table else 0
         if 0 <= row < len(self.listed):
             self.switch([self.listed[row].slice])
 
-    def action_toggle_all(self) -> None:
+    def action_cell(self) -> None:
         """Switch all slices of the cell off, or on if they all are off."""
         self.switch([one.slice for one in self.listed])
 

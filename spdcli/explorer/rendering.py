@@ -54,7 +54,9 @@ def visible(token: str) -> str:
 
 def shown_token(token: str) -> Text:
     """A token as the head of a column."""
-    return cut_to(visible(token.strip(" ")) or quoted(token), TOKEN_WIDTH)
+    head = cut_to(visible(token.strip(" ")) or quoted(token), TOKEN_WIDTH)
+    head.justify = "right"
+    return head
 
 
 def quoted(token: str) -> str:
