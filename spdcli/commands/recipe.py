@@ -138,7 +138,7 @@ def summary(recipe: Recipe) -> list[str]:
 
 
 def _target(recipe: Recipe) -> str:
-    from spdcli.recipe.wording import shown
+    from spdcli.recipe.contradiction import shown
 
     target = recipe.target
     if target.kind == "huggingface":

@@ -14,3 +14,13 @@ class Contradiction(NamedTuple):
 
 
 Sections = Mapping[str, Any]
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it, short enough for a line."""
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, str | int | float | list) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,9 +13,10 @@ import tomli
 from pydantic import ValidationError
 
 from spdcli.errors import RecipeError, RecipeProblem, UsageError
+from spdcli.recipe.contradiction import shown
 from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.recipe.toml_lines import KeyPath, key_lines, split_key
-from spdcli.recipe.wording import mistakes, shown
+from spdcli.recipe.wording import mistakes
 
 
 class Override(NamedTuple):

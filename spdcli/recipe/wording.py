@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from spdcli.recipe.contradiction import shown
 from spdcli.recipe.rules import contradictions
-from spdcli.recipe.schema import Recipe
+from spdcli.recipe.schema import Recipe, disagreements
 from spdcli.recipe.toml_lines import KeyPath
 
 Schema = Mapping[str, Any]
@@ -38,7 +39,8 @@ def mistakes(error: ValidationError, raw: Mapping[str, Any]) -> list[Mistake]:
     for path, sentence in _findings(error, raw, Recipe):
         broken.append(path)
         problems.append(Mistake((path,), sentence))
-    for contradiction in contradictions(_sound_part(raw, broken)):
+    tell = contradictions if broken else disagreements  # a misspelt setting is missed by those that need it
+    for contradiction in tell(_sound_part(raw, broken)):
         keys = tuple(tuple(key.split(".")) for key in contradiction.keys)
         problems.append(Mistake(keys, contradiction.message))
     return problems
@@ -52,7 +54,7 @@ def document_mistakes(error: ValidationError, raw: Mapping[str, Any], model: typ
 def _findings(error: ValidationError, raw: Mapping[str, Any], model: type[BaseModel]) -> Iterator[tuple[KeyPath, str]]:
     seen: set[KeyPath] = set()
     for detail in error.errors(include_url=False, include_context=False):
-        if detail["type"] == "value_error":  # Recipe's own check, which `contradictions` repeats with its keys
+        if detail["type"] == "value_error":  # Recipe's own check, which `disagreements` repeats with its keys
             continue
         path = _without_tag(detail["loc"])
         if detail["type"].startswith("union_tag"):
@@ -140,16 +142,6 @@ def _belongs(name: str) -> str:
     if kinds:
         places.append("[target]" if len(kinds) > 1 else f"[target] with kind = '{kinds[0]}'")
     return f" (it belongs in {' or '.join(places)})" if places else ""
-
-
-def shown(value: Any) -> str:
-    """A value as one would write it, short enough for a line."""
-    if isinstance(value, dict):
-        return "a section"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value) if isinstance(value, str | int | float | list) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def expectation(schema: Schema | None) -> str:
