@@ -67,7 +67,7 @@ def metrics(data: Data) -> str:
     ]
     for layer, value in enumerate(data["attention_kl"]):
         theirs = PAPER_ATTENTION[layer] if layer < len(PAPER_ATTENTION) else None
-        rows.append([f"attention KL, layer {layer + 1}", weakest, number(value), "", paper(theirs)])
+        rows.append([f"attention KL, layer {layer}", weakest, number(value), "", paper(theirs)])
         split = data["attention_kl_split"][layer]
         parts = {"matters": "where the pattern matters", "rest": "everywhere else", "last": "at the last query"}
         for kind, where in parts.items():
@@ -101,7 +101,7 @@ def gate_knowledge(controls: Data) -> str:
         layers = [f"{layer['accuracy']:.0%}" for layer in control["layers"]]
         steps = [number(whole[step]) for step in ("m_to_s1", "s2_to_m")]
         rows.append([name.replace("_", " "), f"{whole['accuracy']:.2%}", *steps, *[*layers, "", ""][:2]])
-    heads = ["importances", "all gates", "m to s1", "s2 to m", "layer 1 alone", "layer 2 alone"]
+    heads = ["importances", "all gates", "m to s1", "s2 to m", "layer 0 alone", "layer 1 alone"]
     words = (
         "Accuracy of active slices alone when all gates, or those of one layer, know less. *No context*: gates see "
         "their own position alone; *other sequences*, *other positions*: importances from there; *always on*: every "

@@ -48,7 +48,7 @@ Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy se
 
 ENOUGH = 0.999  # share of sequences whose m is told right
 FREE_PATTERNS = (
-    "The pattern matters for m's query in layer 1 and for s2's in layer 2; "
+    "The pattern matters for m's query in layer 0 and for s2's in layer 1; "
     "what other positions attend to never reaches the last one, and is free."
 )
 LESS = (
@@ -148,7 +148,7 @@ def metrics_table(evaluation: ToyEvaluation) -> Table:
         error = evaluation.standard_error[name]
         shown = (f"{value:.1e}", f"{error:.0e}" if error else "exact", _paper(PAPER_METRICS.get(name)))
         metrics.add_row(name, grade_of(name), *shown)
-    paper = dict(enumerate(PAPER_ATTENTION, 1))
+    paper = dict(enumerate(PAPER_ATTENTION))
     for value, split in zip(evaluation.attention_kl, evaluation.attention_kl_split, strict=True):
         shown = (f"{value:.3f}", "", _paper(paper.get(split.layer)))
         metrics.add_row(f"attention KL, layer {split.layer}", weakest, *shown)
@@ -179,7 +179,7 @@ def controls_table(controls: Mapping[str, Control]) -> Table:
     from rich.table import Table
 
     table = Table(title="Accuracy of active slices alone when all gates, or those of a part, know less", caption=LESS)
-    for heading in ("importances", "all", "m to s1", "s2 to m", "layer 1", "layer 2"):
+    for heading in ("importances", "all", "m to s1", "s2 to m", "layer 0", "layer 1"):
         table.add_column(heading, justify="left" if heading == "importances" else "right")
     table.add_column("one matrix (%)")
     for name, control in controls.items():

@@ -41,7 +41,7 @@ def save_sequence(example: CircuitExample, names: Sequence[str], directory: Path
             axes.text(place, -1.0, labels[place], ha="center", va="center", fontsize=8)
     for layer, (query, key) in enumerate((("m", "s1"), ("s2", "m"))):
         strength = example.target[layer][at[query], at[key]]
-        _arc(axes, at[query], at[key], f"layer {layer + 1}: {query} attends to {key} ({strength:.2f})")
+        _arc(axes, at[query], at[key], f"layer {layer}: {query} attends to {key} ({strength:.2f})")
     axes.set(xlim=(-1, length), ylim=(-1.4, 3.2), aspect="equal")
     axes.set_axis_off()
     return save(figure, directory, "sequence")
@@ -101,7 +101,7 @@ def save_attention(example: CircuitExample, directory: Path) -> list[Path]:
             query, key = steps[layer]
             axes.plot(key, query, marker="o", markersize=9, fillstyle="none", color="black")
             axes.plot(key, query, marker="o", markersize=11, fillstyle="none", color="white")
-            axes.set_title(f"layer {layer + 1}, {title}", fontsize=9)
+            axes.set_title(f"layer {layer}, {title}", fontsize=9)
             axes.set(xlabel="key", ylabel="query")
             figure.colorbar(image, ax=axes, shrink=0.8)
     return save(figure, directory, "attention")

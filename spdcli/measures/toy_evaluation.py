@@ -27,7 +27,7 @@ from spdcli.targets.sequences import POSITION_CLASSES
 
 @dataclass(frozen=True)
 class AttentionSplit:
-    """The attention KL of one layer, counted from 1: a mean over the queries that the circuit lives by (`matters`),
+    """The attention KL of one layer, counted from 0: a mean over the queries that the circuit lives by (`matters`),
     and over all others (`rest`), in nats, None where the layer has no such query; and at the `last` query, whose
     prediction is all that a loss on the last token looks at."""
 
@@ -125,7 +125,7 @@ def evaluate_toy(
         attention_kl=[mean.value for _, mean in sorted(toy_sums.attention.items())],
         attention_kl_split=[
             AttentionSplit(
-                layer + 1,
+                layer,
                 matters=split[layer, "matters"].value if (layer, "matters") in split else None,
                 rest=split[layer, "rest"].value if (layer, "rest") in split else None,
                 last=split[layer, "last"].value,

@@ -72,7 +72,7 @@ def _metric_claims() -> list[Claim]:
 def _attention_claims() -> list[Claim]:
     no_worse = lambda paper: Bound(None, 2 * paper, stated=False)  # noqa: E731
     layers = [
-        Claim(f"attention KL, layer {layer + 1}", _at("attention_kl", layer), paper, no_worse(paper), "importance")
+        Claim(f"attention KL, layer {layer}", _at("attention_kl", layer), paper, no_worse(paper), "importance")
         for layer, paper in enumerate(PAPER_ATTENTION)
     ]
     mean = Claim(
@@ -84,7 +84,7 @@ def _attention_claims() -> list[Claim]:
     )
     last = [
         Claim(
-            f"attention KL at the last query, layer {layer + 1}",
+            f"attention KL at the last query, layer {layer}",
             _at("attention_kl_split", layer, "last"),
             paper,
             no_worse(paper),

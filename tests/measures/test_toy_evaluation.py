@@ -94,7 +94,7 @@ def slow_evaluation(subject, decomposition, batches, threshold):
         "recon_layerwise_by_matrix": {name: statistics.mean(values) for name, values in by_matrix.items()},
         "attention_kl": [statistics.mean(values) for values in attention.values()],
         "attention_kl_split": [
-            {"layer": layer + 1} | {kind: statistics.mean(split[layer, kind]) for kind in ("matters", "rest", "last")}
+            {"layer": layer} | {kind: statistics.mean(split[layer, kind]) for kind in ("matters", "rest", "last")}
             for layer in attention
         ],
         "accuracy": {model: number / count for model, number in right.items()},
