@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdcli.api import decompose, load, train_toy
+    from spdcli.api import decompose, from_pretrained, load, train_toy
     from spdcli.errors import Interrupted, RecipeError, SpdError, UsageError
     from spdcli.progress import Progress
     from spdcli.run import Run
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HOMES = {  # of the public names
     "decompose": "spdcli.api",
     "load": "spdcli.api",
+    "from_pretrained": "spdcli.api",
     "train_toy": "spdcli.api",
     "module_target": "spdcli.targets.modules",
     "Run": "spdcli.run",
@@ -40,6 +41,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "decompose",
+    "from_pretrained",
     "load",
     "module_target",
     "train_toy",

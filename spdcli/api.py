@@ -31,6 +31,7 @@ from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirect
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.opening import can_go_on, opened_run
+from spdcli.runs.sharing import fetch
 from spdcli.runs.subject import Subject
 from spdcli.runs.training import (
     Store,
@@ -61,6 +62,14 @@ def load(
     opened = None if target is None else lambda recipe: own_subject(recipe, target, data, tokenizer)
     loaded = loading.load(path, device, opened)
     return Run(loaded.directory, loaded.recipe, loaded.subject, loaded.decomposition)
+
+
+def from_pretrained(name: str | Path, device: str | None = None, revision: str | None = None) -> Run:
+    """Open a run that was shared: a directory that `Run.save_pretrained` wrote, or OWNER/NAME on the Hugging Face hub.
+
+    SpdError, one line, where there is none or the hub cannot be reached; nothing that it holds is executed.
+    """
+    return load(name if Path(name).is_dir() else fetch(str(name), revision), device)
 
 
 def own_subject(recipe: Recipe, target: Target, data: ModuleData | None, tokenizer: Any) -> Subject:

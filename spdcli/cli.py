@@ -26,6 +26,7 @@ from spdcli.commands.explore import explore
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
 from spdcli.commands.plan import plan
+from spdcli.commands.push import push
 from spdcli.commands.report import report
 from spdcli.commands.reproduce import reproduce
 from spdcli.commands.suppress import suppress
@@ -142,6 +143,7 @@ COMMANDS = (
         "spd report run\nspd report run --subject 'Kobe Bryant' --subject 'Tiger Woods' --out where\n"
         "spd report run --json | jq '.prompts[].rows[] | {name, own}'",
     ),
+    ("push", push, LOOK, "spd push run --out shared\nspd push run --repo me/induction-slices --private"),
     (
         "ablate",
         ablate,

@@ -40,6 +40,7 @@ from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import opened_run
+from spdcli.runs.sharing import push, write_shared
 from spdcli.runs.subject import require_tokens
 from spdcli.targets.masking import importance_masks_of, masked_module
 
@@ -318,6 +319,14 @@ class Run(LoadedRun):
                 save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.trained_toy.state_dict())
             directory.save_decomposition(self.decomposition)
         return directory
+
+    def save_pretrained(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the run for others, with a model card: a directory that `load` and `from_pretrained` read."""
+        return write_shared(self, Path(path), force)
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload the run with a model card to OWNER/NAME on the Hugging Face hub; gives its address."""
+        return push(self, repository, private)
 
     def _exam(self, prompts: Sequence[str], facts: FactsSource, report: Report) -> Exam:
         return open_exam(self.subject, prompts, self._facts(facts), seed=self.recipe.seed, report=report)

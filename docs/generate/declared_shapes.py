@@ -112,6 +112,7 @@ def _costs() -> dict[str, Keys]:
         "spd reproduce tms": _said("reproduce", keys_of(PartsExperiment)),
         "spd reproduce resid-mlp": _said("reproduce", keys_of(PartsExperiment)),
         "spd plan": _said("plan", keys_of(Estimate)),
+        "spd push": _said("push", RUN, {"place": str}),
         "spd doctor": _said("doctor", keys_of(Checkup)),
         "spd compare": _said("compare", {"recipe": str, "settings": [str], "rows": rows}),
         "spd bench": _said("bench", bench),
