@@ -96,12 +96,6 @@ NEEDS = (
     ),
     Need(("losses.frequency_tokens",), "losses.frequency", "frequency", _any_of("frequency")),
     Need(
-        ("data.stream",),
-        "losses.targeted",
-        "losses.targeted, or an init that whitens",
-        lambda recipe: recipe["losses"]["targeted"] > 0 or STARTS[recipe["slices"]["init"]].needs_moment,
-    ),
-    Need(
         ("data.stream_sequences", "data.stream_length"),
         "data.stream",
         "data.stream",
@@ -120,20 +114,13 @@ NEEDS = (
 def idle_settings(recipe: Sections, usual: Mapping[str, Any]) -> Iterator[Contradiction]:
     """Every setting of `recipe` whose value is not the `usual` one (by its dotted key) and which nothing reads.
 
-    A section or key may be absent, as malformed ones are: nothing is said where one is needed to tell.
+    The second key of each is the setting, or the section, that decides about it.
     """
     for need in NEEDS:
         for setting in need.settings:
             section, _, key = setting.partition(".")
-            values = recipe.get(section) or {}
-            if key not in values or values[key] == usual[setting]:
+            values = recipe[section]
+            if values is None or values[key] == usual[setting] or need.met(recipe):
                 continue
-            try:
-                met = need.met(recipe)
-            except (KeyError, TypeError):
-                continue
-            if not met:
-                yield Contradiction(
-                    (setting, need.key),
-                    f"[{section}] {key} = {shown(values[key])} changes nothing: it needs {need.words}",
-                )
+            message = f"[{section}] {key} = {shown(values[key])} changes nothing: it needs {need.words}"
+            yield Contradiction((setting, need.key), message)

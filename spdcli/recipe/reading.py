@@ -14,9 +14,23 @@ from pydantic import ValidationError
 
 from spdcli.errors import RecipeError, RecipeProblem, UsageError
 from spdcli.recipe.contradiction import shown
-from spdcli.recipe.schema import Recipe, ToyTarget
+from spdcli.recipe.idle import idle_settings
+from spdcli.recipe.losses import Losses
+from spdcli.recipe.schema import Data, Decompose, Importance, Recipe, Slices, ToyTarget
 from spdcli.recipe.toml_lines import KeyPath, key_lines, split_key
 from spdcli.recipe.wording import mistakes
+
+USUAL = {  # the usual value of every setting of the sections that have one, by its dotted key
+    f"{section}.{key}": field.default
+    for section, model in (
+        ("data", Data),
+        ("slices", Slices),
+        ("importance", Importance),
+        ("losses", Losses),
+        ("decompose", Decompose),
+    )
+    for key, field in model.model_fields.items()
+}
 
 
 class Override(NamedTuple):
@@ -78,6 +92,7 @@ def load_recipe(
     *,
     seed: int | None = None,
     device: str | None = None,
+    written_by_a_run: bool = False,
 ) -> LoadedRecipe:
     """Reads a recipe file, or a shipped recipe by its name, and applies the command line on top.
 
@@ -86,7 +101,15 @@ def load_recipe(
     """
     path = find_recipe(path_or_name)
     text = read_toml(path)
-    return checked_recipe(parse_toml(text, str(path)), str(path), key_lines(text), overrides, seed=seed, device=device)
+    return checked_recipe(
+        parse_toml(text, str(path)),
+        str(path),
+        key_lines(text),
+        overrides,
+        seed=seed,
+        device=device,
+        written_by_a_run=written_by_a_run,
+    )
 
 
 def checked_recipe(
@@ -97,10 +120,12 @@ def checked_recipe(
     *,
     seed: int | None = None,
     device: str | None = None,
+    written_by_a_run: bool = False,
 ) -> LoadedRecipe:
     """The recipe that the tables `raw` write, with the overrides of `load_recipe` on top, which are put into `raw`.
 
-    Mistakes blame the file (or whatever else) called `name`, and `lines` says where its keys stand.
+    Mistakes blame the file (or whatever else) called `name`, and `lines` says where its keys stand. A setting that
+    changes nothing is one, unless an override made it so, or the recipe was `written_by_a_run`: then it is dropped.
     """
     applied = [parse_override(one) if isinstance(one, str) else one for one in overrides]
     if seed is not None:
@@ -111,8 +136,9 @@ def checked_recipe(
     source = Source(name, dict(lines), tuple(applied))
     try:
         recipe = Recipe.model_validate(raw)
+        problems += _idle_problems(recipe, raw, source, written_by_a_run)
         if not problems:
-            loaded = LoadedRecipe(recipe, source)
+            loaded = LoadedRecipe(Recipe.model_validate(raw), source)
             if isinstance(recipe.target, ToyTarget):  # whose matrices are known before it is trained
                 select_matrices(loaded, recipe.target.matrix_names)
             return loaded
@@ -120,6 +146,20 @@ def checked_recipe(
         problems += [source.problem(mistake.keys, mistake.message) for mistake in mistakes(error, raw)]
     problems.sort(key=lambda problem: problem.line or 0)
     raise RecipeError(problems, f"`spd recipe show {_example(raw)}` prints a recipe that works")
+
+
+def _idle_problems(recipe: Recipe, raw: dict[str, Any], source: Source, written_by_a_run: bool) -> list[RecipeProblem]:
+    """Settings that change nothing; those that the user is not to blame for are taken out of `raw` instead."""
+    problems = []
+    for idle in idle_settings(recipe.model_dump(), USUAL):
+        setting, decider = (tuple(key.split(".")) for key in idle.keys)
+        overridden = [override.path for override in source.overrides]
+        undone = setting not in overridden and any(path[0] == decider[0] for path in overridden)
+        if written_by_a_run or undone:
+            raw[setting[0]].pop(setting[1], None)
+        else:
+            problems.append(source.problem([setting, decider], idle.message))
+    return problems
 
 
 def dump_recipe(recipe: Recipe, **header: object) -> str:

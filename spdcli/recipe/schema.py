@@ -26,8 +26,6 @@ from spdcli.engine.part_tables import (
 from spdcli.engine.tables import ADVERSARIES
 from spdcli.recipe.bounds import Certify
 from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS
-from spdcli.recipe.contradiction import Contradiction, Sections
-from spdcli.recipe.idle import idle_settings
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
 from spdcli.recipe.rules import contradictions
@@ -320,25 +318,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def settings_agree(self) -> Recipe:
-        if problems := disagreements(self.model_dump()):
+        if problems := contradictions(self.model_dump()):
             raise ValueError("; ".join(contradiction.message for contradiction in problems))
         return self
-
-
-def disagreements(recipe: Sections) -> list[Contradiction]:
-    """Settings of `recipe`, a dict of sections with their defaults filled in, that cannot be together, and settings
-    that change nothing beside the others."""
-    return [*contradictions(recipe), *idle_settings(recipe, USUAL)]
-
-
-USUAL = {
-    f"{section}.{key}": field.default
-    for section, model in (
-        ("data", Data),
-        ("slices", Slices),
-        ("importance", Importance),
-        ("losses", Losses),
-        ("decompose", Decompose),
-    )
-    for key, field in model.model_fields.items()
-}

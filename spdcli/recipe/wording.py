@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from spdcli.recipe.contradiction import shown
 from spdcli.recipe.rules import contradictions
-from spdcli.recipe.schema import Recipe, disagreements
+from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import KeyPath
 
 Schema = Mapping[str, Any]
@@ -39,8 +39,7 @@ def mistakes(error: ValidationError, raw: Mapping[str, Any]) -> list[Mistake]:
     for path, sentence in _findings(error, raw, Recipe):
         broken.append(path)
         problems.append(Mistake((path,), sentence))
-    tell = contradictions if broken else disagreements  # a misspelt setting is missed by those that need it
-    for contradiction in tell(_sound_part(raw, broken)):
+    for contradiction in contradictions(_sound_part(raw, broken)):
         keys = tuple(tuple(key.split(".")) for key in contradiction.keys)
         problems.append(Mistake(keys, contradiction.message))
     return problems
@@ -54,7 +53,7 @@ def document_mistakes(error: ValidationError, raw: Mapping[str, Any], model: typ
 def _findings(error: ValidationError, raw: Mapping[str, Any], model: type[BaseModel]) -> Iterator[tuple[KeyPath, str]]:
     seen: set[KeyPath] = set()
     for detail in error.errors(include_url=False, include_context=False):
-        if detail["type"] == "value_error":  # Recipe's own check, which `disagreements` repeats with its keys
+        if detail["type"] == "value_error":  # Recipe's own check, which `contradictions` repeats with its keys
             continue
         path = _without_tag(detail["loc"])
         if detail["type"].startswith("union_tag"):

@@ -149,7 +149,7 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Recipe:
-        return load_recipe(str(self.path / RECIPE), []).recipe
+        return load_recipe(str(self.path / RECIPE), written_by_a_run=True).recipe
 
     @property
     def checkpoint_before(self) -> Path:

@@ -218,12 +218,12 @@ def test_broad_text_is_counted_and_its_steps_are_made(tiny_gpt2_dir, tmp_path):
         "data.stream=generated",
         "data.stream_sequences=600",
         "data.stream_length=12",
-        "decompose.stream_batch=600",
     )
+    targeted = ("losses.targeted=1", "decompose.stream_batch=600")
     model_recipe(tiny_gpt2_dir, folder=tmp_path)
     settings = [f"target.model={tiny_gpt2_dir}", *stream]
     alone = estimate(load_recipe(tmp_path / "model.toml", settings), CPU)
-    beside = estimate(load_recipe(tmp_path / "model.toml", [*settings, "losses.targeted=1"]), CPU)
+    beside = estimate(load_recipe(tmp_path / "model.toml", [*settings, *targeted]), CPU)
     assert beside.flops_per_step > 1.5 * alone.flops_per_step
     assert beside.bytes.activations > alone.bytes.activations + 2**20
     assert beside.seconds_per_step > 0

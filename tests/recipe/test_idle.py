@@ -28,7 +28,6 @@ OTHER = {  # a value that is not the usual one, and what meets its need
     "losses.gamma_start": (0.9, ["losses.minimality=1", "losses.penalty=smooth_l0"]),
     "losses.gamma_final": (0.02, ["losses.minimality=1", "losses.penalty=smooth_l0"]),
     "losses.frequency_tokens": (64, ["losses.frequency=1"]),
-    "data.stream": ("generated", ["losses.targeted=1", "slices.delta=true"]),
     "data.stream_sequences": (8, ["data.stream=generated", "losses.targeted=1", "slices.delta=true"]),
     "data.stream_length": (8, ["data.stream=generated", "losses.targeted=1", "slices.delta=true"]),
     "decompose.stream_batch": (2, ["data.stream=generated", "losses.targeted=1", "slices.delta=true"]),
@@ -61,8 +60,9 @@ def test_a_setting_that_nothing_reads(setting, tmp_path):
     value, meets = OTHER[setting]
     section, _, key = setting.partition(".")
     option = f"{setting}={str(value).lower() if isinstance(value, bool) else value}"
+    beside = ["importance.relative=scalar"] if setting == "importance.relative_start" else []
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path, [option])
+        load_recipe(path, [option, *beside])
     assert f"--set {option}: [{section}] {key} = " in caught.value.message
     assert "changes nothing: it needs " in caught.value.message
     load_recipe(path, [option, *meets])
@@ -78,10 +78,23 @@ def test_what_a_run_writes_can_be_read_again(name, tmp_path):
 
 def test_the_line_of_a_setting_that_nothing_reads_is_named(tmp_path):
     path = tmp_path / "plain.toml"
-    path.write_text(PLAIN.replace('prompts = ["one two"]', 'prompts = ["one two"]\nstream = "/no/such/file.txt"'))
+    path.write_text(PLAIN.replace('prompts = ["one two"]', 'prompts = ["one two"]\nstream_length = 5'))
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert caught.value.message == (
-        f"{path}:8: [data] stream = '/no/such/file.txt' changes nothing: it needs losses.targeted, or an init that "
-        "whitens"
-    )
+    assert caught.value.message == f"{path}:8: [data] stream_length = 5 changes nothing: it needs data.stream"
+
+
+def test_what_an_option_made_idle_is_dropped():
+    """A shipped recipe with another importance function is no mistake, and what the run writes can be read again."""
+    recipe = load_recipe("induction-quick", ["importance.kind=vector"]).recipe
+    assert (recipe.importance.relative, recipe.importance.relative_start) == ("query", "zero")
+    with pytest.raises(RecipeError):
+        load_recipe("induction-quick", ["importance.kind=vector", "importance.backend=dense"])
+
+
+def test_the_recipe_of_an_older_run_is_read(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(PLAIN.replace('kind = "vector"', 'kind = "vector"\nrelative = "scalar"'))
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+    assert load_recipe(path, written_by_a_run=True).recipe.importance.relative == "query"

@@ -239,8 +239,7 @@ def test_duals_need_fixed_prompts_and_whitened_ones_broad_text(init: str, tmp_pa
         with pytest.raises(RecipeError) as caught:
             load_recipe("gpt2", settings)
         assert caught.value.message == f"--set slices.init={init}: {needs}"
-        settings.append("data.stream=generated")
-    assert load_recipe("gpt2", settings).recipe.slices.init == init
+    assert load_recipe("gpt2", [*settings, "data.stream=generated"]).recipe.slices.init == init
 
 
 def test_a_module_has_no_broad_text_to_whiten_by(tmp_path: Path) -> None:

@@ -194,10 +194,15 @@ def test_the_seed_decides_the_start(tmp_path, init):
     assert not torch.equal(one["importances.gates.Q0.w1"], other["importances.gates.Q0.w1"])
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector", "shared", "attention"])
-@pytest.mark.parametrize("relative", ["scalar", "query"])
-def test_parameters_are_counted_without_making_them(tmp_path, kind, relative):
-    recipe = toy_recipe(f"importance.kind={kind}", f"importance.relative={relative}", folder=tmp_path)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *[(f"importance.kind={kind}",) for kind in ("scalar", "vector", "shared", "attention")],
+        ("importance.kind=attention", "importance.relative=scalar"),
+    ],
+)
+def test_parameters_are_counted_without_making_them(tmp_path, settings):
+    recipe = toy_recipe(*settings, folder=tmp_path)
     check_counts(recipe, toy_subject(recipe, loud_toy(recipe)), ["Q0", "K0", "V1"])
 
 
@@ -266,13 +271,12 @@ def test_every_setting_reaches_the_engine(tmp_path):
         "losses.samples": 3,
         "losses.p_start": 0.8,
         "losses.p_final": 0.3,
-        "losses.anneal_p": "false",
         "losses.epsilon": 0.125,
-        "losses.penalty": "smooth_l0",
-        "losses.gamma_start": 0.7,
-        "losses.gamma_final": 0.2,
+        "losses.frequency": 1,
         "losses.frequency_tokens": 99,
         "losses.subset": "position",
+        "losses.recon_partial": 1,
+        "losses.stochastic_recon": 1,
         "losses.kl": "variant_to_target",
         "losses.layerwise_matrices": 5,
         "losses.stochastic_recon_layerwise": 1,
@@ -288,9 +292,8 @@ def test_every_setting_reaches_the_engine(tmp_path):
     }
     recipe = toy_recipe(*(f"{key}={value}" for key, value in settings.items()), folder=tmp_path)
     losses, fit, optimiser = loss_settings(recipe), fit_settings(recipe), optimiser_settings(recipe.decompose)
-    assert (losses.samples, losses.p_start, losses.p_final, losses.anneal_p) == (3, 0.8, 0.3, False)
+    assert (losses.samples, losses.p_start, losses.p_final, losses.anneal_p) == (3, 0.8, 0.3, True)
     assert (losses.epsilon, losses.subset, losses.reverse_kl) == (0.125, "position", True)
-    assert (losses.penalty, losses.gamma_start, losses.gamma_final) == ("smooth_l0", 0.7, 0.2)
     assert losses.frequency_tokens == 99
     assert (losses.layerwise_matrices, losses.faithfulness_probes) == (5, 6)
     assert (fit.steps, fit.clip_slices, fit.clip_gates, fit.log_every) == (40, 2.0, 3.0, 7)
@@ -298,6 +301,11 @@ def test_every_setting_reaches_the_engine(tmp_path):
     assert (optimiser.optimizer, optimiser.learning_rate, optimiser.weight_decay) == ("adam", 0.01, 0.5)
     assert (optimiser.schedule, optimiser.warmup, optimiser.steps) == ("cosine", 10, 40)
     assert not loss_settings(toy_recipe(folder=tmp_path)).reverse_kl
+    smooth = {"minimality": 1, "penalty": "smooth_l0", "gamma_start": 0.7, "gamma_final": 0.2}
+    losses = loss_settings(toy_recipe(*(f"losses.{key}={value}" for key, value in smooth.items()), folder=tmp_path))
+    assert (losses.penalty, losses.gamma_start, losses.gamma_final) == ("smooth_l0", 0.7, 0.2)
+    still = loss_settings(toy_recipe("losses.minimality=1", "losses.anneal_p=false", folder=tmp_path))
+    assert not still.anneal_p
 
 
 def test_gates_of_another_shape_are_told_in_one_line(tmp_path):
