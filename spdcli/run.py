@@ -320,9 +320,9 @@ class Run(LoadedRun):
             directory.save_decomposition(self.decomposition)
         return directory
 
-    def save_pretrained(self, path: str | Path, *, force: bool = False) -> Path:
+    def save_pretrained(self, path: str | Path, *, force: bool = False) -> None:
         """Write the run for others, with a model card: a directory that `load` and `from_pretrained` read."""
-        return write_shared(self, Path(path), force)
+        write_shared(self, Path(path), force)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the run with a model card to OWNER/NAME on the Hugging Face hub; gives its address."""
