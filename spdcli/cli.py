@@ -169,7 +169,7 @@ app.add_typer(recipe.app, name="recipe", rich_help_panel=RECIPES)
 def main() -> NoReturn:
     """Runs `spd` with the command line's arguments and exits.
 
-    Exit codes: 0 done, 1 the answer is no, 2 usage or recipe, 130 interrupted.
+    Exit codes: 0 done, 1 the answer is no, 2 usage, recipe or a missing run, 130 interrupted.
     """
     _open_standard_streams()
     with _ends_heard():

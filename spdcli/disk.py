@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spdcli.errors import SpdError
+from spdcli.errors import Missing, SpdError
 from spdcli.records import plain
 
 UNFINISHED = ".part"  # ends the name of a folder whose content is not whole yet
@@ -104,7 +104,7 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 def _unreadable(path: Path, error: OSError) -> SpdError:
     if isinstance(error, FileNotFoundError):
-        return SpdError(f"{path}: no such file")
+        return Missing(f"{path}: no such file")
     return SpdError(f"{path}: cannot be read: {error.strerror or error}", "ask its owner")
 
 

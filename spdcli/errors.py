@@ -6,7 +6,8 @@ from __future__ import annotations
 class SpdError(Exception):
     """An expected failure. `message` is one line; `hint` says what to do next.
 
-    Exit codes: 1 when the command ran and the answer is no, 2 for usage and recipes, 130 when interrupted.
+    Exit codes: 1 when the command ran and the answer is no, or it could not be done; 2 for usage, recipes, and what is
+    named and not there; 130 when interrupted.
     """
 
     exit_code = 1
@@ -22,6 +23,10 @@ class UsageError(SpdError):
     """The command line asks for something that cannot be: a wrong value, a token that is nowhere."""
 
     exit_code = 2
+
+
+class Missing(UsageError):
+    """A run, a file or a model that the command line or a recipe names is not there."""
 
 
 class NotFinite(SpdError):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spdcli.disk import write_atomically
-from spdcli.errors import SpdError
+from spdcli.errors import Missing, SpdError
 
 CHECKSUM = "checksum"  # the metadata's key of it
 
@@ -37,7 +37,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except FileNotFoundError as error:
-        raise SpdError(f"{path}: no such file", "is this a finished run?") from error
+        raise Missing(f"{path}: no such file", "is this a finished run?") from error
     except PermissionError as error:
         raise SpdError(f"{path}: cannot be read: {error.strerror}", "ask its owner") from error
     except (SafetensorError, OSError) as error:

@@ -14,7 +14,7 @@ from spdcli.disk import write_directory, write_json
 from spdcli.edits.patches import edited_weights, set_weights
 from spdcli.edits.suppression import Edit
 from spdcli.engine.target import Target
-from spdcli.errors import SpdError, UsageError
+from spdcli.errors import Missing, UsageError
 from spdcli.files import save_tensors
 from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.runs.directory import TOY, TOY_WEIGHTS
@@ -49,7 +49,7 @@ def recipe_on(recipe: Recipe, base: Path | None) -> Recipe:
     if base is None:
         return recipe
     if not base.is_dir():
-        raise SpdError(f"--base {base}: no such directory", "give a directory that --save wrote, or a checkpoint")
+        raise Missing(f"--base {base}: no such directory", "give a directory that --save wrote, or a checkpoint")
     key = "path" if isinstance(recipe.target, ToyTarget) else "model"
     target = recipe.target.model_copy(update={key: str(base.resolve())})
     return recipe.model_copy(update={"target": target})

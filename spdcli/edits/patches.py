@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spdcli.edits.suppression import Edit, Factors, subtract
 from spdcli.engine.target import Target
-from spdcli.errors import SpdError
+from spdcli.errors import Missing, SpdError
 from spdcli.files import load_tensors, save_tensors
 from spdcli.records import plain
 
@@ -141,7 +141,7 @@ def save_patch(path: Path, patch: Patch) -> None:
 def load_patch(path: Path) -> Patch:
     """A patch file. SpdError, one line, for a file that is missing, damaged or none."""
     if not path.exists():
-        raise SpdError(f"{path}: no such file", "spd suppress RUN --slice ADDRESS --patch FILE writes one")
+        raise Missing(f"{path}: no such file", "spd suppress RUN --slice ADDRESS --patch FILE writes one")
     try:
         tensors, metadata = load_tensors(path)
     except SpdError as error:

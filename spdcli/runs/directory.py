@@ -26,7 +26,7 @@ from torch import nn
 
 from spdcli.disk import UNFINISHED, remove, sync, write_text
 from spdcli.engine.fit import FitState
-from spdcli.errors import RecipeError, SpdError, UsageError
+from spdcli.errors import Missing, RecipeError, SpdError, UsageError
 from spdcli.files import save_tensors
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.choices import TOYS
@@ -140,7 +140,7 @@ class RunDirectory:
     def open(cls, path: Path) -> Self:
         """An existing run; SpdError when there is none."""
         if not (path / RECIPE).exists():
-            raise SpdError(f"{path}: no run here", "spd decompose RECIPE --out DIRECTORY makes one")
+            raise Missing(f"{path}: no run here", "spd decompose RECIPE --out DIRECTORY makes one")
         return cls(path)
 
     def write_recipe(self, recipe: Recipe) -> None:

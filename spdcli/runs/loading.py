@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.errors import SpdError, UsageError
+from spdcli.errors import Missing, UsageError
 from spdcli.files import load_tensors
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.decomposition import load_decomposition
@@ -65,7 +65,7 @@ def load(
     directory = RunDirectory.open(Path(path))
     recipe = directory.recipe
     if (directory / TOY_WEIGHTS).exists():
-        raise SpdError(
+        raise Missing(
             f"{path} holds a trained toy and no decomposition",
             f"spd decompose RECIPE --set target.path={path} takes it apart",
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spdcli.disk import sweep
-from spdcli.errors import SpdError, UsageError
+from spdcli.errors import Missing, SpdError, UsageError
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe
 from spdcli.recipe.schema import Recipe
@@ -89,7 +89,7 @@ def refuse_without_beginning(run: RunDirectory) -> None:
     if not there and run.path.is_dir() and any(run.path.iterdir()):
         raise UsageError(f"{run} is not empty and holds no run", "name another with --out")
     if not there:
-        raise SpdError(f"{run}: no run to go on with", "leave --resume out, and it begins")
+        raise Missing(f"{run}: no run to go on with", "leave --resume out, and it begins")
     raise SpdError(
         f"{run}: no checkpoint to go on from; there is {', '.join(there)}",
         "--force begins it anew and replaces that, --out names another directory",

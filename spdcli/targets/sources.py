@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download, try_
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from spdcli.errors import SpdError, UsageError
+from spdcli.errors import Missing, SpdError, UsageError
 from spdcli.targets.gguf import converted
 from spdcli.targets.model_files import CONFIG, TOKENIZERS, is_local, weight_files
 
@@ -64,11 +64,11 @@ def file_in_package(model: str) -> Path:
 def checkpoint(path: Path) -> Path:
     """`path` if it is a checkpoint directory, or the converted directory of a `.gguf` file."""
     if not path.exists():
-        raise SpdError(f"there is no model at '{path}'", "give a directory with config.json, or a .gguf file")
+        raise Missing(f"there is no model at '{path}'", "give a directory with config.json, or a .gguf file")
     if path.is_file() and path.suffix == ".gguf":
         return converted(path)
     if path.is_file():
-        raise SpdError(f"'{path}' is neither a directory nor a .gguf file", "give the directory that holds it")
+        raise Missing(f"'{path}' is neither a directory nor a .gguf file", "give the directory that holds it")
     if not (path / "config.json").is_file():
         raise SpdError(f"'{path}' holds no config.json, so it is not a checkpoint directory")
     refuse_pickles(str(path), [file.name for file in path.iterdir()])

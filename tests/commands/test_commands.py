@@ -597,15 +597,15 @@ def test_load_gives_what_the_commands_use(spd, recipe, straight):
 @pytest.mark.parametrize("command", [["eval"], ["inspect"], ["inspect", "--json"]], ids=" ".join)
 def test_a_missing_run_is_one_line(spd, recipe, tmp_path, command):
     code, printed, err = spd(command[0], tmp_path / "nowhere", *command[1:])
-    assert (code, printed) == (1, "")
+    assert (code, printed) == (2, "")
     one_line(err, f"{tmp_path / 'nowhere'}: no run here")
     assert spd("train", recipe, "--out", tmp_path / "toy")[0] == 0
     code, printed, err = spd(command[0], tmp_path / "toy", *command[1:])
-    assert (code, printed) == (1, "")
+    assert (code, printed) == (2, "")
     one_line(err, f"{tmp_path / 'toy'} holds a trained toy and no decomposition")
     (tmp_path / "toy" / TOY_WEIGHTS).rename(tmp_path / "elsewhere")
     code, printed, err = spd(command[0], tmp_path / "toy", *command[1:])
-    assert (code, printed) == (1, "")
+    assert (code, printed) == (2, "")
     one_line(err, "decomposition.safetensors: no such file")
 
 

@@ -354,7 +354,7 @@ def test_check_refuses_what_it_cannot_do(spd, few, tiny_gpt2_dir, tmp_path):
     assert code == 2
     one_line(err, "notes on other are for other thresholds")
     code, _, err = spd("facts", "check", "./nowhere")
-    assert code == 1
+    assert code == 2
     one_line(err, "there is no model at 'nowhere'")
 
 

@@ -99,7 +99,7 @@ def test_what_is_missing_is_asked_for(spd, run, tmp_path, tiny_gpt2_dir):
         assert (code, out) == (2, "")
         one_line(err, said)
     code, _, err = spd("trace", tmp_path / "nowhere" / "x", "--prompt", KOBE, "--subject", "Kobe")
-    assert code == 1
+    assert code == 2
     one_line(err, "there is no model at")
     trained = save_toy(tmp_path / "trained", toy_recipe(folder=tmp_path))
     recipe = tmp_path / "toy.toml"

@@ -159,5 +159,5 @@ def test_what_makes_no_sense_is_refused(spd, tmp_path, arguments):
 
 def test_a_directory_without_a_run_is_refused(spd, tmp_path):
     code, _, err = spd("svd", tmp_path)
-    assert code == 1
+    assert code == 2
     one_line(err, "no run here")

@@ -199,7 +199,7 @@ def test_force_leaves_files_of_others_alone(tmp_path, recipe):
 def test_there_is_no_run_where_there_is_no_recipe(tmp_path, name):
     with pytest.raises(SpdError, match="no run here") as info:
         RunDirectory.open(tmp_path / name)
-    assert info.value.exit_code == 1
+    assert info.value.exit_code == 2
 
 
 # --- metrics ---------------------------------------------------------------------------------------

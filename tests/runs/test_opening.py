@@ -82,7 +82,7 @@ def test_metrics_alone_are_told_by_their_step(tmp_path, recipe):
 def test_where_nothing_is_nothing_is_made(tmp_path, recipe):
     with pytest.raises(SpdError, match="no run to go on with") as info:
         begin(RunDirectory(tmp_path / "run"), recipe, resume=True)
-    assert info.value.exit_code == 1
+    assert info.value.exit_code == 2
     assert not (tmp_path / "run").exists()
 
 
