@@ -18,8 +18,8 @@ Results go to standard output and everything else to standard error. `--json` pr
 `spd eval "$(spd decompose induction-quick -q)"`.
 
 Exit codes: 0 done; 1 it ran and the answer is no (an expectation failed, a bound is broken, a recipe does not fit), or
-it could not be done; 2 usage, a recipe, or a run or file that is named and not there; 130 interrupted. An expected error
-is one line that names file, line and key; `SPD_DEBUG=1` shows a traceback.
+it could not be done; 2 usage, a recipe, or a run or file that is named and not there; 130 interrupted. An expected
+error is one line that names file, line and key; `SPD_DEBUG=1` shows a traceback.
 """
 SHARED = 5  # commands that must have an option before it is described once for all
 

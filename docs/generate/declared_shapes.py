@@ -125,12 +125,20 @@ def _files() -> dict[str, Keys]:
     from spdcli.errors import RecipeProblem
 
     listed = {"file": str, "models": [str], "known": Known, "facts": [Fact], "related": [Related]}
-    checked = {"model": str, "file": str, "thresholds": Known, "known": int, "asked": int, "disagree": int}
+    checked = {
+        "model": str,
+        "file": str,
+        "thresholds": Known,
+        "known": int,
+        "asked": int,
+        "compared": int,
+        "disagree": int,
+    }
     problem = {name: one.annotation for name, one in inspect.signature(RecipeProblem, eval_str=True).parameters.items()}
     files = [{"file": str, "ok": bool, "problems": [problem], "recipe?": RECIPE}]
     return {
-        "spd facts ls": _said("facts", listed),
-        "spd facts check": _said("facts", checked, {"facts": [FactCheck], "written": Path | None}),
+        "spd facts ls": _said("facts.ls", listed),
+        "spd facts check": _said("facts.check", checked, {"facts": [FactCheck], "written": Path | None}),
         "spd recipe ls": _said("recipe.ls", {"recipes": [{"name": str, "about": str, "path": Path}]}),
         "spd recipe show": _said("recipe.show", {"path": Path, "recipe": RECIPE}),
         "spd recipe cp": _said("recipe.cp", {"source": Path, "path": Path}),

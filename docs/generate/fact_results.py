@@ -77,7 +77,7 @@ def words(tokens: list[str]) -> str:
 
 
 def known_facts(data: Data) -> str:
-    """`spd.facts/1`: how many facts of each category the model knows."""
+    """`spd.facts.check/1`: how many facts of each category the model knows."""
     categories = list(dict.fromkeys(entry["category"] for entry in data["facts"]))
     rows = []
     for category in categories:

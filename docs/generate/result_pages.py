@@ -102,7 +102,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.reproduce/1": reproduction,
     "spd.variants/1": toy_results.variants,
     "spd.inspect/1": fact_results.inspection,
-    "spd.facts/1": fact_results.known_facts,
+    "spd.facts.check/1": fact_results.known_facts,
     "spd.locate/1": fact_results.location,
     "spd.suppress/1": edit_results.suppression,
     "spd.trace/1": fact_results.tracing,

@@ -58,7 +58,7 @@ def list_facts(facts: FactsFile = None, json: Json = False, quiet: Quiet = False
     console = make_console(json, quiet, verbose)
     file = load_facts(facts)
     data = {
-        "schema": "spd.facts/1",
+        "schema": "spd.facts.ls/1",
         "file": facts or BUILTIN,
         "models": file.models,
         "known": file.known.model_dump(),
@@ -117,15 +117,30 @@ def check(
     if write is not None:
         write_notes(write, facts or BUILTIN, file, checks, name, known)
     wrong = sum(one.agrees is False for one in checks)
-    counts = {"known": sum(one.known for one in checks), "asked": len(checks), "disagree": wrong}
-    data = {"schema": "spd.facts/1", "model": name, "file": facts or BUILTIN, "thresholds": known.model_dump()}
+    compared = sum(one.agrees is not None for one in checks)
+    counts = {
+        "known": sum(one.known for one in checks),
+        "asked": len(checks),
+        "compared": compared,
+        "disagree": wrong,
+    }
+    data = {"schema": "spd.facts.check/1", "model": name, "file": facts or BUILTIN, "thresholds": known.model_dump()}
     title = f"{name}: {counts['known']} of {counts['asked']} known"
     console.show({**data, **counts, "facts": checks, "written": write}, checks_table(title, checks))
     kinds = {"facts": checks[: len(file.fact)], "related prompts": checks[len(file.fact) :]}
     shares = [f"{sum(one.known for one in own)} of {len(own)} {kind}" for kind, own in kinds.items() if own]
-    console.result(write or f"{' and '.join(shares)} known, {wrong} notes wrong")
+    if not compared and write is None:
+        console.warn(f"the file has no notes on {name!r}, so none was compared{name_hint(file)}")
+    verdict = f"{wrong} of {compared} notes wrong" if compared else "no note compared"
+    console.result(write or f"{' and '.join(shares)} known, {verdict}")
     if wrong and write is None:
         raise typer.Exit(1)
+
+
+def name_hint(facts: Facts) -> str:
+    """How to ask by the notes that a file has; nothing where it has none."""
+    models = ", ".join(facts.models)
+    return f"; its notes are on {models}: --name says that it is one of them" if models else ""
 
 
 def model_name(spelling: str) -> str:

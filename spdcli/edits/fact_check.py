@@ -14,7 +14,7 @@ from spdcli.engine.target import Target
 
 @dataclass(frozen=True)
 class FactCheck:
-    """One fact or related prompt put to a model: an entry of `spd facts check` (`spd.facts/1`).
+    """One fact or related prompt put to a model: an entry of `spd facts check` (`spd.facts.check/1`).
 
     The answer `token` has probability `p` and rank `rank`, by which the model has it `known` or not. `noted` is what
     the file says of this model, None where it does not speak of it, and `agrees` whether that is right.

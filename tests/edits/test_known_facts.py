@@ -291,14 +291,14 @@ def test_intervals_are_those_of_a_slow_bootstrap():
 
 def checked(spd, *arguments):
     code, out, err = spd("facts", "check", *arguments, "--json")
-    assert err == ""
+    assert err == "" or err.startswith("warning: the file has no notes on ")
     return code, json.loads(out)
 
 
 def test_check_says_what_a_model_knows_and_whether_the_notes_are_right(spd, few, tiny_gpt2_dir, tmp_path):
     code, data = checked(spd, tiny_gpt2_dir, "--facts", few)
     assert code == 0, "the file says nothing about this model"
-    assert data["schema"] == "spd.facts/1"
+    assert data["schema"] == "spd.facts.check/1"
     assert data["model"] == tiny_gpt2_dir.name
     assert [entry["agrees"] for entry in data["facts"]] == [None] * 5
     below, above = sorted(entry["p"] for entry in data["facts"])[2:4]
@@ -327,6 +327,16 @@ def test_check_says_what_a_model_knows_and_whether_the_notes_are_right(spd, few,
     code, out, _ = spd("facts", "check", tiny_gpt2_dir, "--facts", new, "--name", "other")
     assert code == 1
     assert out.count("WRONG") == 1
+
+
+def test_notes_on_other_models_are_told_not_to_be_compared(spd, few, tiny_gpt2_dir):
+    code, _, err = spd("facts", "check", tiny_gpt2_dir, "--facts", few, "--name", "nobody")
+    assert code == 0
+    noted = load_facts(few).models
+    hint = f"; its notes are on {', '.join(noted)}: --name says that it is one of them" if noted else ""
+    assert f"warning: the file has no notes on 'nobody', so none was compared{hint}" in err
+    _, data = checked(spd, tiny_gpt2_dir, "--facts", few, "--name", "nobody")
+    assert data["compared"] == 0
 
 
 def test_check_takes_a_run(spd, few, tiny_gpt2_dir, tmp_path):
