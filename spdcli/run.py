@@ -14,6 +14,7 @@ from spdcli.certification.certify import Certifying, certify
 from spdcli.edits.ablation import AblationReport, Masking, ablate
 from spdcli.edits.checkpoints import edited_model
 from spdcli.edits.choices import OTHERS, TOGETHER, USUAL_OTHERS, USUAL_TOGETHER
+from spdcli.edits.counterfact import Record, load_records
 from spdcli.edits.edit_reports import SuppressionReport, report_suppression
 from spdcli.edits.exam import Exam, open_exam
 from spdcli.edits.facts_file import Facts, load_facts
@@ -212,15 +213,20 @@ class Run(LoadedRun):
         *,
         together: str = USUAL_TOGETHER,
         prompts: Sequence[str] = (),
+        answers: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
+        counterfact: str | Path | None = None,
         progress: Report = silent,
     ) -> SuppressionReport:
         """What `suppress` does to the run's prompts (or `prompts`) and to other facts, as `spd suppress` reports it.
 
-        `facts` are those that come with spd, those of a file, or None.
+        `answers` are those of `prompts`, of one or several tokens each; without them a prompt's last token is its
+        answer. `facts` are those that come with spd, those of a file, or None. `scores` are the efficacy, paraphrase
+        and specificity of papers on editing, on the facts, and on the records of `counterfact`, a file in that format.
         """
         addresses = find_slices(self.decomposition, slices)
-        exam = self._exam(prompts, facts, progress)
+        records = [] if counterfact is None else load_records(Path(counterfact))
+        exam = self._exam(prompts, facts, progress, answers, records)
         return report_suppression(self.subject, self.decomposition, addresses, _one_of(TOGETHER, together), exam)
 
     def ablate(
@@ -232,6 +238,7 @@ class Run(LoadedRun):
         others: str = USUAL_OTHERS,
         samples: int = 16,
         prompts: Sequence[str] = (),
+        answers: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
         progress: Report = silent,
     ) -> AblationReport | FeatureAblation:
@@ -248,7 +255,7 @@ class Run(LoadedRun):
         masking = Masking(_one_of(OTHERS, others), samples, self.recipe.seed)
         if self.subject.feature_toy is not None:
             return ablate_features(self.subject, self.decomposition, addresses, zeroed, masking)
-        exam = self._exam(prompts, facts, progress)
+        exam = self._exam(prompts, facts, progress, answers)
         return ablate(self.subject, self.decomposition, exam, addresses, zeroed, masking)
 
     def locate(
@@ -328,8 +335,18 @@ class Run(LoadedRun):
         """Upload the run with a model card to OWNER/NAME on the Hugging Face hub; gives its address."""
         return push(self, repository, private)
 
-    def _exam(self, prompts: Sequence[str], facts: FactsSource, report: Report) -> Exam:
-        return open_exam(self.subject, prompts, self._facts(facts), seed=self.recipe.seed, report=report)
+    def _exam(
+        self,
+        prompts: Sequence[str],
+        facts: FactsSource,
+        report: Report,
+        answers: Sequence[str] = (),
+        records: Sequence[Record] = (),
+    ) -> Exam:
+        if answers and len(answers) != len(prompts):
+            raise UsageError(f"{len(answers)} answers of {len(prompts)} prompts", "give one a prompt, or none")
+        beside, seed = self._facts(facts), self.recipe.seed
+        return open_exam(self.subject, prompts, beside, answers=answers, records=records, seed=seed, report=report)
 
     def _facts(self, facts: FactsSource) -> Facts | None:
         """The facts that are meant; the toy knows none of those that come with spd."""

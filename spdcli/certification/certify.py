@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from spdcli.certification.certificate import Certificate, CertificateRow, Measured, judged
 from spdcli.certification.held_out import held_out
 from spdcli.certification.matching import matched
+from spdcli.edits.exam import script_exam
 from spdcli.edits.expectations import report_script
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import facts_beside
 from spdcli.edits.script import Script
 from spdcli.edits.script_plan import plan_script
 from spdcli.measures.evaluation import evaluate_without_circuit
@@ -121,9 +121,9 @@ def of_script(
 ) -> list[CertificateRow]:
     """A row an expectation of an edit script, and one an edit for each statistic of its collateral on other facts."""
     plan = plan_script(run.subject, run.decomposition, *script, seed)
-    beside = None if facts is None else facts_beside(run.subject, facts, (), report)
+    exam = script_exam(run.subject, plan.questions, facts, seed=seed, report=report)
     edits = plan.edits(run.subject.target, run.decomposition)
-    outcome = report_script(run.subject, run.decomposition, plan, edits, beside, seed)
+    outcome = report_script(run.subject, run.decomposition, plan, edits, exam)
     rows = [
         CertificateRow(
             name=f"edit:{one.edit}: {one.name}",

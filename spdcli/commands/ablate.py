@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from spdcli.commands import completion
-from spdcli.commands.edit_options import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
+from spdcli.commands.edit_options import Answer, FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
 from spdcli.commands.effect_tables import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
@@ -55,6 +55,7 @@ def ablate(
     samples: Samples = 16,
     figure: WithFigure = False,
     prompt: Prompt = None,
+    answer: Answer = None,
     facts: FactsOption = None,
     no_facts: NoFacts = False,
     sequences: Sequences = 16,
@@ -79,7 +80,7 @@ def ablate(
     if figure and not (mlp and (len(mlp) > 1 or mlp == ["all"])):
         raise UsageError("--figure draws one MLP layer after the other", "give --mlp all, or several --mlp")
     each_mlp = bool(mlp and "all" in mlp)
-    options = exam_options(prompt, facts, no_facts, sequences, each_mlp)
+    options = exam_options(prompt, answer, facts, no_facts, sequences, all_mlp=each_mlp)
     from spdcli.edits.ablation import Masking
     from spdcli.edits.ablation import ablate as ablate_run
     from spdcli.edits.suppression import find_slices

@@ -15,6 +15,7 @@ from spdcli.console import Console
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from spdcli.edits.counterfact import Record
     from spdcli.edits.exam import Exam
     from spdcli.edits.facts_file import Facts
     from spdcli.engine.subcomponents import Decomposition
@@ -39,6 +40,14 @@ Prompt = Annotated[
         show_default=False,
     ),
 ]
+Answer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--answer",
+        help="What follows a --prompt, of one or several tokens; one a prompt, in their order.",
+        show_default=False,
+    ),
+]
 FactsOption = Annotated[
     str | None,
     typer.Option(
@@ -56,14 +65,17 @@ Sequences = Annotated[int, typer.Option("--sequences", min=1, help="Fresh toy se
 class ExamOptions:
     """What a changed model is asked, as the options say it.
 
-    `prompts` are the texts of `--prompt`, and `facts` the facts of `--facts`, or those that come with spd; `named` says
-    whether the option was given, without which the toy is asked no facts. `sequences` is of the toy.
+    `prompts` are the texts of `--prompt`, `answers` those of `--answer`, and `facts` the facts of `--facts`, or those
+    that come with spd; `named` says whether the option was given, without which the toy is asked no facts. `records`
+    are those of `--counterfact`. `sequences` is of the toy.
     """
 
     prompts: list[str]
     facts: Facts | None
     named: bool
     sequences: int = 16
+    answers: Sequence[str] = ()
+    records: Sequence[Record] = ()
 
     def open(self, console: Console, subject: Subject, seed: int, gates: Decomposition | None = None) -> Exam:
         """The exam of a run's subject, with a warning where `gates`, by which it is read, do not see it whole."""
@@ -74,7 +86,16 @@ class ExamOptions:
         with console.progress() as report:
             if gates is not None and self.prompts:
                 warn_of_span(gates, report)
-            return open_exam(subject, self.prompts, facts, sequences=self.sequences, seed=seed, report=report)
+            return open_exam(
+                subject,
+                self.prompts,
+                facts,
+                answers=self.answers,
+                records=self.records,
+                sequences=self.sequences,
+                seed=seed,
+                report=report,
+            )
 
     def facts_for(self, subject: Subject) -> Facts | None:
         """The facts to ask; none of the toy, which knows none, unless they were named."""
@@ -82,14 +103,29 @@ class ExamOptions:
 
 
 def exam_options(
-    prompts: Sequence[str] | None, facts: str | None, no_facts: bool, sequences: int = 16, all_mlp: bool = False
+    prompts: Sequence[str] | None,
+    answers: Sequence[str] | None,
+    facts: str | None,
+    no_facts: bool,
+    sequences: int = 16,
+    *,
+    all_mlp: bool = False,
+    counterfact: Path | None = None,
 ) -> ExamOptions:
     """The options as they stand on the command line, their files and standard input read.
 
     Where every MLP layer is zeroed (`all_mlp`), facts are asked only if they are named.
     """
+    from spdcli.edits.counterfact import load_records
+
     without = no_facts or (all_mlp and facts is None)
-    return ExamOptions(read_prompts(prompts), read_facts(facts, without), facts is not None, sequences)
+    texts, beside = read_prompts(prompts), list(answers or ())
+    if beside and len(beside) != len(texts):
+        raise UsageError(f"--answer is there {len(beside)} times, --prompt {len(texts)}", "give one a prompt, or none")
+    if not all(answer.strip() for answer in beside):
+        raise UsageError("--answer is blank", "give what follows the prompt")
+    records = [] if counterfact is None else load_records(counterfact)
+    return ExamOptions(texts, read_facts(facts, without), facts is not None, sequences, beside, records)
 
 
 def read_prompts(options: Sequence[str] | None) -> list[str]:

@@ -62,8 +62,8 @@ def suppress_slices(console: Console, options: RunOptions, addresses: list[str],
 def suppress_script(console: Console, options: RunOptions, sections: tuple[Script, Source], dry_run: bool) -> Outcome:
     """The edits of a script on a run: measured, or with `dry_run` only looked up."""
     from spdcli.edits.checkpoints import base_of
+    from spdcli.edits.exam import script_exam
     from spdcli.edits.expectations import report_plan, report_script
-    from spdcli.edits.known_facts import facts_beside
     from spdcli.edits.script_plan import plan_script
     from spdcli.runs.loading import load
 
@@ -73,12 +73,12 @@ def suppress_script(console: Console, options: RunOptions, sections: tuple[Scrip
     plan = plan_script(subject, loaded.decomposition, *sections, seed)
     if dry_run:
         return Outcome(report_plan(plan), subject, base, {})
-    facts = None
-    if options.exam.facts is not None and (options.exam.named or plan.script.asks_facts):
-        with console.progress() as progress:
-            facts = facts_beside(subject, options.exam.facts, (), progress)
+    wanted = options.exam.named or plan.script.asks_facts
+    facts = options.exam.facts if wanted else None
+    with console.progress() as progress:
+        exam = script_exam(subject, plan.questions, facts, options.exam.records, seed, progress)
     edits = plan.edits(subject.target, loaded.decomposition)
-    report = report_script(subject, loaded.decomposition, plan, edits, facts, seed)
+    report = report_script(subject, loaded.decomposition, plan, edits, exam)
     return Outcome(report, subject, base, next(iter(edits.values())))
 
 
@@ -101,7 +101,7 @@ def use_patch(
     subject = open_subject(recipe, choose_device(options.device or recipe.device), base or directory / TOY)
     edit, weights = patch_target(subject.target, patch, path, apply is None)
     exam = options.exam.open(console, subject, seed_or(recipe, options.seed))
-    report = report_patch(subject.target, patch, edit, exam, apply is None)
+    report = report_patch(subject, patch, edit, exam, apply is None)
     return Outcome(report, subject, base_of(recipe, options.run), edit, weights)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from spdcli.edits.answer_changes import AnswerChange, AnswerChanges
     from spdcli.edits.collateral import Collateral
+    from spdcli.edits.editing_scores import EditingScores
+    from spdcli.records import Absent
 
 ACTIVE_MARK = "* one of the slices is active in this prompt"
 SHOWN_ALONE = 6  # prompts that a table has a column for
@@ -41,6 +43,22 @@ def facts_tables(facts: Collateral | None, effects: AnswerChanges, verbose: bool
     worst = ", ".join(f"{fact.prompt} {fact.ratio - 1:+.1%}" for fact in facts.worst)
     every = [effects_table("Facts", [effect for effect in effects if effect.group == "fact"])] if verbose else []
     return [title, table, f"most moved: {worst}", *every]
+
+
+def scores_tables(scores: Mapping[str, EditingScores] | Absent) -> list[RenderableType]:
+    """Efficacy, paraphrase and specificity, a row for each of where they come from."""
+    from rich.table import Table
+
+    if not scores:
+        return []
+    table = Table(title="Scores of the edit: shares of prompts, and their harmonic mean")
+    for name in ("on", "efficacy", "paraphrase", "specificity", "score"):
+        table.add_column(name, justify="left" if name == "on" else "right")
+    for source, own in scores.items():
+        shares = (own.efficacy, own.paraphrase, own.specificity)
+        shown = ["–" if one.after is None else f"{one.after:.0%} of {one.prompts}" for one in shares]
+        table.add_row(source, *shown, "–" if own.score is None else f"{own.score:.0%}")
+    return [table]
 
 
 def prompts_only(effects: AnswerChanges) -> list[AnswerChange]:

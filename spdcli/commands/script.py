@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spdcli.commands.effect_tables import effects_table, facts_tables, in_title, prompts_only
+from spdcli.commands.effect_tables import effects_table, facts_tables, in_title, prompts_only, scores_tables
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def script_tables(report: ScriptReport, verbose: bool) -> list[RenderableType]:
         removed = ", ".join(f"{cut.removed:.2%}" for cut in edit.matrices or ())
         table.add_row(edit.name, "\n".join(edit.slices), removed)
     parts: list[RenderableType] = [table, *verdicts_table(report.expectations)]
+    each = [(edit, edit.scores) for edit in report.edits if edit.scores]
+    parts += scores_tables({f"{edit.name}, {source}": own for edit, scores in each for source, own in scores.items()})
     for edit in report.edits if verbose else ():
         if edit.effects:
             title = f"{edit.name}: suppressed {in_title(edit.slices)}"

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from spdcli.commands.edit_options import FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
+from spdcli.commands.edit_options import Answer, FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
 from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_slices, use_patch, write
-from spdcli.commands.effect_tables import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
+from spdcli.commands.effect_tables import (
+    alone_table,
+    effects_table,
+    facts_tables,
+    in_title,
+    prompts_only,
+    quiet_lines,
+    scores_tables,
+)
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.commands.script import check_script, script_tables, verdict_lines
 from spdcli.console import Console
@@ -51,6 +59,14 @@ ScriptFile = Annotated[
     Path | None,
     typer.Option("--script", help="Named edits with what is expected of each, as TOML.", show_default=False),
 ]
+CounterFact = Annotated[
+    Path | None,
+    typer.Option(
+        "--counterfact",
+        help="Score the edit on records in CounterFact's format too: JSON, a list or a record a line.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Find what a script edits, and do nothing.")]
 
 
@@ -61,8 +77,10 @@ def suppress(
     script: ScriptFile = None,
     dry_run: DryRun = False,
     prompt: Prompt = None,
+    answer: Answer = None,
     facts: FactsOption = None,
     no_facts: NoFacts = False,
+    counterfact: CounterFact = None,
     save: Save = None,
     patch: PatchFile = None,
     apply: Apply = None,
@@ -86,15 +104,20 @@ def suppress(
     measured on its own, from the original weights, and exit code 1 says that an
     expectation failed. Nothing is written then.
 
+    Efficacy, paraphrase and specificity are those of papers on editing: shares of
+    prompts whose answer is lost (of the edited prompts, those the slices are active
+    in, and of their paraphrases among the facts) or kept (of the others).
+
     --save writes a checkpoint that transformers loads unaided. --patch writes the
     edit alone; --apply and --revert put it on or take it off again, bit for bit.
     """
     console = make_console(json, quiet, verbose)
-    instead = {"--slice": slice, "--together": together, "--prompt": prompt}
+    instead = {"--slice": slice, "--together": together, "--prompt": prompt, "--answer": answer}
     outputs = {"--patch": patch, "--save": save}
     check_usage(instead, script, dry_run, {"--apply": apply, "--revert": revert}, base, outputs)
     check_outputs(patch, save, force)
-    options = RunOptions(run, device, seed, exam_options(prompt, facts, no_facts, sequences))
+    asked = exam_options(prompt, answer, facts, no_facts, sequences, counterfact=counterfact)
+    options = RunOptions(run, device, seed, asked)
     if script is not None:
         sections = check_script(script, "--save" if save else "--patch" if patch else None, no_facts)
         outcome = suppress_script(console, options, sections, dry_run)
@@ -181,7 +204,7 @@ def tables(report: SuppressionReport | PatchReport, verbose: bool) -> list[Rende
     )
     title = f"{verb}: {in_title(report.slices)}"
     parts = [effects_table(title, prompts_only(report.effects)), *alone_table(report.alone)]
-    parts += facts_tables(report.facts, report.effects, verbose)
+    parts += [*facts_tables(report.facts, report.effects, verbose), *scores_tables(report.scores)]
     return parts if isinstance(report, PatchReport) else [*parts, cuts_table(report.matrices, report.together or "")]
 
 

@@ -23,7 +23,6 @@ from spdcli.edits.answer_changes import (
     PLAN_BYTES,
     AnswerChange,
     compare_answers,
-    divergence,
     log_probabilities,
     with_active,
 )
@@ -94,7 +93,10 @@ def without(masks: Masks, slices: Sequence[Address]) -> Masks:
 def masked_answers(
     target: Target, slices: SliceSet, clean: Clean, masks: Sequence[Masks], zeroed: Sequence[Zeroed]
 ) -> Tensor:
-    """Next-token log-probabilities `[B, N]`, float64: the log of the mean distribution over the draws in `masks`."""
+    """Next-token log-probabilities `[n, N]`, float64: the log of the mean distribution over the draws in `masks`.
+
+    Of an answer of several tokens the mean is taken for each, given those before it.
+    """
     draws = []
     for draw in masks:
         touched = [target.matrices[name].block for name in draw] + [one.matrix.block for one in zeroed]
@@ -195,15 +197,11 @@ def measure_cuts(
     exact = not slices or (others == "on" and decomposition.delta)
     log_p = clean.log_probs.double()
     before = log_p if exact else masked_answers(target, decomposition, clean, masks, ())
-    answers = questions.batch.answers
-    assert answers is not None
-    original = log_p.gather(1, answers[:, None]).exp()[:, 0].tolist()
 
     def effects(addresses: Sequence[Address], off: Sequence[Zeroed]) -> list[AnswerChange]:
         cut = [without(one, addresses) for one in masks]
         after = masked_answers(target, decomposition, clean, cut, off)
-        far = divergence(log_p, after).tolist()
-        rows = compare_answers(questions, before, after)
-        return [replace(row, target=p, kl_target=kl) for row, p, kl in zip(rows, original, far, strict=True)]
+        rows, original = compare_answers(questions, before, after), compare_answers(questions, log_p, after)
+        return [replace(row, target=own.before, kl_target=own.kl) for row, own in zip(rows, original, strict=True)]
 
     return {name: effects(*cut) for name, cut in cuts.items()}

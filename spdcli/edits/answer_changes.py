@@ -1,6 +1,7 @@
-"""What a change of a model does to its answers: probability, rank and KL of the next token, a prompt at a time.
+"""What a change of a model does to its answers: probability, rank and KL of what follows, a prompt at a time.
 
-B questions, N vocabulary.
+An answer of several tokens has the product of their probabilities, each given those before it. B questions, n answer
+tokens of all of them, N vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdcli.edits.prompts_and_answers import Questions, question_groups
+from spdcli.edits.prompts_and_answers import Questions, answer_tokens, question_groups
 from spdcli.edits.suppression import Address, Edit, by_matrix, edit_variants
 from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.masks import chunk_masks
@@ -34,8 +35,9 @@ class AnswerChange:
     """What becomes of one answer: an entry of `effects` in `spd.suppress/1`.
 
     `before` and `after` are probabilities of the answer `token` of `prompt`, and `ratio` is after / before; ranks count
-    from 1, the likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution, in nats. `group` is
-    prompt or fact.
+    from 1, the likeliest token; `kl` is KL(before ‖ after) of the whole next-token distribution after the prompt, in
+    nats. Of an answer of several tokens the probability is their joint one and the rank the worst of theirs, so that it
+    is 1 where greedy decoding gives the answer. `group` is prompt or fact.
 
     What does not apply is ABSENT. Of an edit of a script: `edit`, its name. Of an ablation: `target`, the probability
     in the target (`before` is the decomposed model's), and `kl_target`, KL(target ‖ after). `active`: which of the
@@ -72,7 +74,7 @@ def log_probabilities(target: Target, hidden: Tensor) -> Tensor:
 def predictions(
     target: Target, slices: SliceSet, clean: Clean, variants: Sequence[Variant]
 ) -> Iterator[tuple[str, slice, Tensor]]:
-    """Next-token log-probabilities of every fixed variant, each row at its looked-at place.
+    """Next-token log-probabilities of every fixed variant, each row at its looked-at places.
 
     Yields a variant's name, some of its questions and their `[n, N]` in float64, in the order of the plan: a variant
     may come in parts. One plan for all: no model is copied, no variant is run before its first changed block, and no
@@ -98,18 +100,35 @@ class AnswerColumns(NamedTuple):
     kl: Tensor
 
 
-def answer_columns(answers: Tensor, before: Tensor, after: Tensor) -> AnswerColumns:
-    """What becomes of answers `[n]` between the log-probabilities `before` and `after` `[n, N]`."""
+def answer_columns(
+    answers: Tensor, before: Tensor, after: Tensor, lengths: Sequence[int] | None = None
+) -> AnswerColumns:
+    """What becomes of answers between the log-probabilities `before` and `after` `[n, N]` of their tokens `[n]`.
+
+    `lengths` says how many tokens each of the B answers has; None is one each.
+    """
     before, after = before.double(), after.double()
-    first, then = before.gather(1, answers[:, None]), after.gather(1, answers[:, None])
+    first, then = before.gather(1, answers[:, None])[:, 0], after.gather(1, answers[:, None])[:, 0]
+    ranks = [(log_p > own[:, None]).sum(1) + 1 for log_p, own in ((before, first), (after, then))]
+    starts: Tensor | slice = slice(None)
+    if lengths is not None and max(lengths) > 1:
+        sizes = torch.tensor(lengths, device=answers.device)
+        starts = sizes.cumsum(0) - sizes
+        first, then = joint(first, sizes), joint(then, sizes)
+        ranks = [torch.segment_reduce(rank.double(), "max", lengths=sizes).long() for rank in ranks]
     return AnswerColumns(
-        before=first.exp()[:, 0],
-        after=then.exp()[:, 0],
-        ratio=(then - first).exp()[:, 0],
-        rank_before=(before > first).sum(1) + 1,
-        rank_after=(after > then).sum(1) + 1,
-        kl=divergence(before, after),
+        before=first.exp(),
+        after=then.exp(),
+        ratio=(then - first).exp(),
+        rank_before=ranks[0],
+        rank_after=ranks[1],
+        kl=divergence(before[starts], after[starts]),
     )
+
+
+def joint(log_p: Tensor, lengths: Tensor) -> Tensor:
+    """The log-probabilities `[B]` of answers, of those of their tokens `[n]`; they have `lengths` `[B]` tokens."""
+    return torch.segment_reduce(log_p, "sum", lengths=lengths)
 
 
 def changes_of(questions: Questions, columns: AnswerColumns) -> list[AnswerChange]:
@@ -124,13 +143,13 @@ def changes_of(questions: Questions, columns: AnswerColumns) -> list[AnswerChang
 
 
 def compare_answers(questions: Questions, before: Tensor, after: Tensor) -> list[AnswerChange]:
-    """The change of every answer between log-probabilities `before` and `after` `[B, N]`."""
-    assert questions.batch.answers is not None
-    return changes_of(questions, answer_columns(questions.batch.answers, before, after))
+    """The change of every answer between log-probabilities `before` and `after` `[n, N]` at the looked-at positions."""
+    batch = questions.batch
+    return changes_of(questions, answer_columns(answer_tokens(batch), before, after, batch.looked.sum(1).tolist()))
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before ‖ after) `[B]` in nats of log-probabilities `[B, N]`; rounding below 0 is 0."""
+    """KL(before ‖ after) `[n]` in nats of log-probabilities `[n, N]`; rounding below 0 is 0."""
     return (before.exp() * (before - after)).nan_to_num(0.0).sum(1).clamp(min=0)
 
 
@@ -157,11 +176,12 @@ def measure_columns(target: Target, questions: Questions, edits: Mapping[str, Ed
 def measure_group(target: Target, clean: Clean, edits: Mapping[str, Edit]) -> dict[str, AnswerColumns]:
     """What every edit, by name, does to the answers of one clean pass, all in one plan."""
     slices, variants = edit_variants(target, edits)
-    answers = clean.batch.answers
-    assert answers is not None
+    answers, firsts = answer_tokens(clean.batch), clean.at.firsts
     parts: dict[str, list[tuple[int, AnswerColumns]]] = {name: [] for name in edits}
     for name, own, after in predictions(target, slices, clean, variants):
-        parts[name].append((own.start, answer_columns(answers[own], clean.log_probs[own], after)))
+        spots = slice(firsts[own.start], firsts[own.stop])
+        lengths = [firsts[row + 1] - firsts[row] for row in range(own.start, own.stop)]
+        parts[name].append((own.start, answer_columns(answers[spots], clean.log_probs[spots], after, lengths)))
     in_order = {name: sorted(own, key=lambda part: part[0]) for name, own in parts.items()}
     return {name: joined([columns for _, columns in own]) for name, own in in_order.items()}
 
@@ -184,10 +204,9 @@ def present_answers(target: Target, questions: Questions) -> PresentAnswers:
     p = torch.zeros(len(questions.texts), dtype=torch.float64, device=target.device)
     rank = torch.zeros(len(questions.texts), dtype=torch.long, device=target.device)
     for rows, batch in question_groups(questions.batch):
-        assert batch.answers is not None
-        log_p = clean_pass(target, batch, ()).log_probs.double()
-        own = log_p.gather(1, batch.answers[:, None])
-        p[rows], rank[rows] = own.exp()[:, 0], (log_p > own).sum(1) + 1
+        log_p = clean_pass(target, batch, ()).log_probs
+        now = answer_columns(answer_tokens(batch), log_p, log_p, batch.looked.sum(1).tolist())
+        p[rows], rank[rows] = now.before, now.rank_before
     return PresentAnswers(p, rank)
 
 

@@ -48,6 +48,7 @@ def report_suppression(
         effects=effects + on_facts,
         alone=alone,
         facts=facts,
+        scores=exam.scores(subject, edits[""], effects, on_facts, [bool(effect.active) for effect in effects]),
     )
 
 
@@ -63,13 +64,15 @@ def patch_target(target: Target, patch: Patch, path: Path, revert: bool = False)
     return patch.edit, applied(target, patch, path)
 
 
-def report_patch(target: Target, patch: Patch, edit: Edit, exam: Exam, revert: bool = False) -> PatchReport:
+def report_patch(subject: Subject, patch: Patch, edit: Edit, exam: Exam, revert: bool = False) -> PatchReport:
     """What `edit`, that of a patch or its opposite, does to an exam."""
-    on_facts, facts = exam.on_facts(target, edit)
+    effects = measure_edits(subject.target, exam.questions, {"": edit})[""]
+    on_facts, facts = exam.on_facts(subject.target, edit)
     return PatchReport(
         slices=patch.about["slices"],
         action="revert" if revert else "apply",
-        effects=measure_edits(target, exam.questions, {"": edit})[""] + on_facts,
+        effects=effects + on_facts,
         alone={},
         facts=facts,
+        scores=exam.scores(subject, edit, effects, on_facts),
     )

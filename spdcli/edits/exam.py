@@ -6,23 +6,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, measure_edits
+from spdcli.edits.answer_text import warn_of_blanks
 from spdcli.edits.collateral import Collateral
+from spdcli.edits.counterfact import Record
+from spdcli.edits.editing_scores import EditingScores, RecordQuestions, fact_scores, record_questions, record_scores
 from spdcli.edits.facts_file import Facts
-from spdcli.edits.known_facts import OtherFacts, facts_beside
+from spdcli.edits.known_facts import OtherFacts, Paraphrases, facts_beside, paraphrases_of
 from spdcli.edits.prompts_and_answers import Questions, given_questions, own_questions
 from spdcli.edits.suppression import Edit
 from spdcli.engine.target import Target
 from spdcli.progress import Report, silent
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 
 
 @dataclass(frozen=True, eq=False)
 class Exam:
-    """Questions whose answers may change, and `facts` that should stay as they are; `seed` is of their bootstrap."""
+    """Questions whose answers may change, and `facts` that should stay as they are; `seed` is of their bootstrap.
+
+    `paraphrases` are those of the questions, and `records` those of a file in CounterFact's format; `chosen` says
+    whether the questions were chosen for the edit, and are not the run's own.
+    """
 
     questions: Questions
     facts: OtherFacts | None = None
     seed: int = 0
+    paraphrases: Paraphrases | None = None
+    records: RecordQuestions | None = None
+    chosen: bool = False
 
     def on_facts(self, target: Target, edit: Edit) -> tuple[list[AnswerChange], Collateral | None]:
         """What an edit does to every fact, and their collateral; nothing and None where there are no facts."""
@@ -31,25 +42,84 @@ class Exam:
         effects = measure_edits(target, self.facts.questions, {"": edit})[""]
         return self.facts.marked(effects), self.facts.summary(effects, self.seed)
 
+    def scores(
+        self,
+        subject: Subject,
+        edit: Edit,
+        effects: AnswerChanges,
+        of_facts: AnswerChanges,
+        edited: Sequence[bool] | None = None,
+    ) -> dict[str, EditingScores]:
+        """Efficacy, paraphrase and specificity of an edit with these effects on the questions and on the facts.
+
+        `edited` says which of the questions the edit is about; all of them, where they were chosen for it. Where
+        neither is known the facts give no scores.
+        """
+        scores = {}
+        edited = [True] * len(effects) if self.chosen else edited
+        if self.facts is not None and edited is not None:
+            prompts = {effect.prompt for effect, own in zip(effects, edited, strict=True) if own}
+            again: AnswerChanges = []
+            if self.paraphrases is not None:
+                measured = measure_edits(subject.target, self.paraphrases.questions, {"": edit})[""]
+                again = self.paraphrases.about(measured, prompts)
+            others = {effect.prompt: effect for effect in [*of_facts, *effects] if effect.prompt not in prompts}
+            cut = [effect for effect in effects if effect.prompt in prompts]
+            scores["facts"] = fact_scores(cut, again, list(others.values()))
+        if self.records is not None:
+            scores["counterfact"] = record_scores(subject, self.records, {"": edit})[""]
+        return scores
+
 
 def open_exam(
     subject: Subject,
     prompts: Sequence[str] = (),
     facts: Facts | None = None,
     *,
+    answers: Sequence[str] = (),
+    records: Sequence[Record] = (),
     sequences: int = 16,
     seed: int = 0,
     report: Report = silent,
 ) -> Exam:
     """The run's own prompts (of the toy `sequences` fresh ones), or `prompts` in their place, and the `facts` that are
-    none of either.
+    none of either. `answers` are those of `prompts`, one each, where they are not their last tokens.
 
-    UsageError where the toy is to be asked for facts; `report` hears of facts that are left out.
+    UsageError where the toy is to be asked for facts or records; `report` hears of facts that are left out, and of
+    prompts that end in a blank.
     """
-    questions = given_questions(subject, prompts) if prompts else own_questions(subject, sequences, seed)
+    questions = given_questions(subject, prompts, answers) if prompts else own_questions(subject, sequences, seed)
+    warn_of_blanks(questions.texts, answers, report)
     own = subject.prompts.texts if subject.prompts is not None else []
     beside = None if facts is None else facts_beside(subject, facts, [*own, *prompts], report)
-    return Exam(questions, beside, seed)
+    return Exam(
+        questions,
+        beside,
+        seed,
+        None if facts is None else paraphrases_of(subject, facts, questions.texts),
+        record_questions(subject, records) if records else None,
+        chosen=bool(prompts),
+    )
+
+
+def script_exam(
+    subject: Subject,
+    questions: Questions,
+    facts: Facts | None,
+    records: Sequence[Record] = (),
+    seed: int = 0,
+    report: Report = silent,
+) -> Exam:
+    """What the edits of a script are asked: its `questions`, the run's own prompts first, and all `facts`."""
+    own = subject.prompts.texts if subject.prompts is not None else []
+    warn_of_blanks(questions.texts, (), report)
+    return Exam(
+        questions,
+        None if facts is None else facts_beside(subject, facts, (), report),
+        seed,
+        None if facts is None else paraphrases_of(subject, facts, own),
+        record_questions(subject, records) if records else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +143,9 @@ class ChangeReport:
     """What a change of a model does (`spd.suppress/1`, but for the name of the run and of what was written).
 
     `slices` are the addresses of what was cut. `effects` are those of the whole change on every question, then on
-    every fact; `alone` those of each part of it by its name, where it has several; `facts` sums the facts up.
+    every fact; `alone` those of each part of it by its name, where it has several; `facts` sums the facts up. `scores`
+    are efficacy, paraphrase and specificity by where they come from, `facts` or `counterfact`; of an edit of weights
+    alone.
     """
 
     slices: list[str]
@@ -81,3 +153,4 @@ class ChangeReport:
     alone: Mapping[str, AnswerChanges]
     facts: Collateral | None
     expectations: Sequence[Expectation] = ()
+    scores: Mapping[str, EditingScores] | Absent = ABSENT

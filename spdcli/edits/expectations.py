@@ -12,8 +12,8 @@ from spdcli.edits.answer_changes import AnswerChanges, measure_edits
 from spdcli.edits.choices import ANSWER_MEASURES
 from spdcli.edits.collateral import Collateral, collateral
 from spdcli.edits.edit_reports import SuppressionReport
-from spdcli.edits.exam import Expectation
-from spdcli.edits.known_facts import OtherFacts
+from spdcli.edits.editing_scores import EditingScores
+from spdcli.edits.exam import Exam, Expectation
 from spdcli.edits.script import Expect
 from spdcli.edits.script_plan import ScriptPlan
 from spdcli.edits.suppression import Edit, MatrixCut, describe
@@ -27,7 +27,8 @@ class EditResult:
     """One edit of a script; what is measured is ABSENT in a dry run.
 
     `effects` are those on the run's own prompts, then on the script's, then on the facts; `facts` is their summary
-    without the run's own prompts.
+    without the run's own prompts. `scores` are as in `exam.ChangeReport`; the edited prompts are those of the run that
+    the slices were selected in, or are active in.
     """
 
     name: str
@@ -37,6 +38,7 @@ class EditResult:
     effects: AnswerChanges | Absent = ABSENT
     facts: Collateral | Absent | None = ABSENT
     expectations: Sequence[Expectation] | Absent = ABSENT
+    scores: Mapping[str, EditingScores] | Absent = ABSENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +65,20 @@ def report_script(
     decomposition: Decomposition,
     plan: ScriptPlan,
     edits: Mapping[str, Edit],
-    facts: OtherFacts | None,
-    seed: int,
+    exam: Exam,
 ) -> ScriptReport:
-    """What a script's `edits`, by name, do to its questions and to `facts`; `seed` is of their bootstrap.
+    """What a script's `edits`, by name, do to an exam, that of `script_exam`.
 
-    The run's own prompts are among `facts`, if these have them, for expectations of all facts.
+    The run's own prompts are among its facts, if these have them, for expectations of all facts.
     """
-    on_questions = measure_edits(subject.target, plan.questions, edits)
+    facts = exam.facts
+    on_questions = measure_edits(subject.target, exam.questions, edits)
     on_facts = measure_edits(subject.target, facts.questions, edits) if facts is not None else {}
     results = []
-    for edit, slices, rows in zip(plan.script.edit, plan.slices, plan.rows, strict=True):
+    for edit, slices, rows, edited in zip(plan.script.edit, plan.slices, plan.rows, plan.edited, strict=True):
         effects = on_questions[edit.name]
         of_facts = facts.marked(on_facts[edit.name]) if facts is not None else []
-        summaries = _summaries(of_facts, subject, seed) if facts is not None else {}
+        summaries = _summaries(of_facts, subject, exam.seed) if facts is not None else {}
         verdicts = []
         for expect, row in zip(edit.expect, rows, strict=True):
             value = _value(expect, row, effects, summaries)
@@ -90,6 +92,7 @@ def report_script(
                 effects=effects + of_facts,
                 facts=summaries.get("others"),
                 expectations=verdicts,
+                scores=exam.scores(subject, edits[edit.name], effects[: len(edited)], of_facts, edited),
             )
         )
     return _whole(results, [one for result in results for one in result.expectations or ()])
@@ -120,6 +123,7 @@ def _whole(results: Sequence[EditResult], expectations: Sequence[Expectation]) -
         effects=[replace(effect, edit=result.name) for result in results for effect in result.effects or ()],
         alone={},
         facts=(only.facts or None) if only else None,
+        scores=only.scores if only else ABSENT,
         edits=results,
         expectations=expectations,
     )

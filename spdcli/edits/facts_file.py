@@ -1,7 +1,8 @@
 """Facts that a language model may know: the shipped file, and files of the user's own.
 
-A fact is a prompt whose last token is its answer. Knows neither torch nor transformers, so that a mistake in a file
-is told at once; `edits/known_facts.py` puts facts to a model.
+A fact is a prompt whose last token is its answer, or a prompt with its `answer`, of one or several tokens, beside it.
+Knows neither torch nor transformers, so that a mistake in a file is told at once; `edits/known_facts.py` puts facts to
+a model.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ class Known(Section):
 
 
 class Fact(Section):
-    """A prompt, its last token being the answer; two facts of one `pair` are sentences of one form.
+    """A prompt, its last token being the answer unless there is an `answer`; two facts of one `pair` are sentences of
+    one form.
 
     `subject` are the words that it is about, for causal tracing.
     """
 
     category: Text
     prompt: Text
+    answer: Text | None = None  # what follows the prompt, of any number of tokens
     subject: Text | None = None
     pair: Text | None = None
     known_by: list[Text] = Field(default_factory=list)
@@ -57,6 +60,7 @@ class Related(Section):
     of: Text
     kind: Literal["paraphrase", "reversed"]
     prompt: Text
+    answer: Text | None = None
     known_by: list[Text] = Field(default_factory=list)
 
 

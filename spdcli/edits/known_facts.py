@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, present_answers
+from spdcli.edits.answer_text import warn_of_blanks, with_answer
 from spdcli.edits.collateral import Collateral, collateral, mark_known
 from spdcli.edits.facts_file import Fact, Facts, Known, Related
-from spdcli.edits.prompts_and_answers import Questions, pick, prompt_questions
+from spdcli.edits.prompts_and_answers import Questions, pick, text_questions
 from spdcli.engine.target import Target
 from spdcli.errors import UsageError
 from spdcli.progress import Progress, Report, silent
 from spdcli.runs.subject import Subject, require_tokens
-from spdcli.targets.prompts import encode, plain_ids
+from spdcli.targets.prompts import plain_ids
+
+if TYPE_CHECKING:
+    from spdcli.targets.prompts import Prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +45,24 @@ class OtherFacts:
         return collateral(self.marked(effects), seed)
 
 
+@dataclass(frozen=True, eq=False)
+class Paraphrases:
+    """Prompts that say in other words what other prompts say: `of[i]` is the one that question i paraphrases."""
+
+    questions: Questions
+    of: list[str]
+
+    def about(self, effects: AnswerChanges, prompts: Collection[str]) -> list[AnswerChange]:
+        """Those of the effects on all of them that are on paraphrases of `prompts`."""
+        return [effect for effect, of in zip(effects, self.of, strict=True) if of in prompts]
+
+
 def fact_questions(
     tokenizer: Any, facts: Sequence[Fact | Related], begin_token: bool, device: torch.device
 ) -> Questions:
     """The facts as questions, group `fact`, in their order; `tokenizer` is the model's."""
-    prompts = encode(tokenizer, [fact.prompt for fact in facts], "held_out", begin_token)
-    return prompt_questions(prompts, device, "fact")
+    prompts, answers = [fact.prompt for fact in facts], [fact.answer for fact in facts]
+    return text_questions(tokenizer, prompts, answers, begin_token, device, "fact")
 
 
 def facts_beside(subject: Subject, facts: Facts, own: Sequence[str], report: Report = silent) -> OtherFacts | None:
@@ -58,16 +74,34 @@ def facts_beside(subject: Subject, facts: Facts, own: Sequence[str], report: Rep
     require_tokens(subject)
     if subject.prompts is None:
         raise UsageError("the induction toy knows no facts", "leave --facts out")
-    tokenizer, begin = subject.prompts.tokenizer, subject.prompts.begin_token
     others = facts.without(own)
-    limit = tokenizer.model_max_length - begin
-    fitting = [fact for fact in others if len(plain_ids(tokenizer, fact.prompt)) <= limit]
+    fitting = [fact for fact in others if _fits(subject.prompts, fact)]
     if len(fitting) < len(others):
         text = f"{len(others) - len(fitting)} facts are longer than this model takes, and are left out"
         report(Progress(text, warning=True))
     if not fitting:
         return None
+    warn_of_blanks([fact.prompt for fact in fitting], [fact.answer for fact in fitting], report)
+    tokenizer, begin = subject.prompts.tokenizer, subject.prompts.begin_token
     return OtherFacts(fact_questions(tokenizer, fitting, begin, subject.target.device), facts.known)
+
+
+def paraphrases_of(subject: Subject, facts: Facts, prompts: Sequence[str]) -> Paraphrases | None:
+    """The paraphrases that a facts file has of `prompts` and that the model can take; None where there are none."""
+    assert subject.prompts is not None
+    own = subject.prompts
+    related = [one for prompt in prompts for one in facts.related_to(prompt) if one.kind == "paraphrase"]
+    fitting = [one for one in related if _fits(own, one)]
+    if not fitting:
+        return None
+    questions = fact_questions(own.tokenizer, fitting, own.begin_token, subject.target.device)
+    return Paraphrases(questions, [one.of for one in fitting])
+
+
+def _fits(prompts: Prompts, fact: Fact | Related) -> bool:
+    """Whether a fact is no longer than the model takes."""
+    tokens = plain_ids(prompts.tokenizer, with_answer(fact.prompt, fact.answer))
+    return len(tokens) + prompts.begin_token <= prompts.tokenizer.model_max_length
 
 
 def known_facts(subject: Subject, facts: Facts, own: Sequence[str], report: Report = silent) -> OtherFacts | None:

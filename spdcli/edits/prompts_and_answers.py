@@ -1,6 +1,6 @@
-"""Questions: prompts of which one position's next token is the answer; made, grouped, picked, joined.
+"""Questions: prompts and what follows them, one token or several; made, grouped, picked, joined.
 
-B questions, T positions.
+B questions, T positions, n looked-at positions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spdcli.edits.answer_text import with_answer
 from spdcli.engine.target import Batch
-from spdcli.errors import UsageError
+from spdcli.errors import SpdError, UsageError
 from spdcli.runs.subject import Subject, require_tokens
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ GROUP_PADDING = 1  # tokens that a question of a group may be shorter than its l
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """Sequences and their answers: `batch` looks at one position a sequence, `batch.answers` `[B]` is what follows.
+    """Sequences and their answers: `batch` looks at the position before every token of an answer.
 
-    `texts` and `tokens` (the answers) are for people; `group` says what they are asked for: prompt or fact.
+    `batch.answers` `[B]` is an answer's last token, which is not fed; those before it are. `texts` and `tokens` (the
+    answers) are for people; `group` says what they are asked for: prompt or fact.
     """
 
     batch: Batch
@@ -48,28 +50,29 @@ def own_questions(subject: Subject, sequences: int, seed: int) -> Questions:
     return _toy_questions(subject, _toy(subject).shape.sequences.draw(sequences, generator))
 
 
-def given_questions(subject: Subject, prompts: Sequence[str]) -> Questions:
-    """Texts of the user's own. The last token of a text is its answer, and is not fed.
+def given_questions(subject: Subject, prompts: Sequence[str], answers: Sequence[str] = ()) -> Questions:
+    """Texts of the user's own. The last token of a text is its answer, and is not fed; unless `answers` has them, one a
+    prompt, of one or several tokens.
 
     They begin as the run's own prompts do, with or without a begin-of-sequence token. For the toy a text is a sequence
     such as `3 s 17 4 s`, fed whole; its answer m follows the first s.
     """
     require_tokens(subject)
     if subject.prompts is not None:
-        from spdcli.targets.prompts import encode
-
-        own = subject.prompts
-        return _language_questions(subject, encode(own.tokenizer, list(prompts), "held_out", own.begin_token))
+        own, last = subject.prompts, [None] * len(prompts)
+        return text_questions(own.tokenizer, prompts, answers or last, own.begin_token, subject.target.device)
+    if answers:
+        raise UsageError("the toy's prompts have their answer in them", "leave --answer out")
     rows = [_toy(subject).shape.sequences.prompt(text) for text in prompts]
     if len({len(row) for row in rows}) > 1:
         raise UsageError("the toy's prompts must be of one length")
     if len(rows[0]) > subject.length:
         raise UsageError(f"{len(rows[0])} tokens, but the toy takes {subject.length}", "give a shorter prompt")
     tokens = torch.tensor(rows)
-    answers = torch.tensor([_follows_s(row, text, subject) for row, text in zip(rows, prompts, strict=True)])
+    follow = torch.tensor([_follows_s(row, text, subject) for row, text in zip(rows, prompts, strict=True)])
     looked = torch.zeros_like(tokens, dtype=torch.bool)
     looked[:, -1] = True
-    return _toy_questions(subject, Batch(tokens, torch.ones_like(looked), looked, answers))
+    return _toy_questions(subject, Batch(tokens, torch.ones_like(looked), looked, follow))
 
 
 def _toy(subject: Subject) -> Any:
@@ -88,12 +91,56 @@ def _language_questions(subject: Subject, prompts: Prompts) -> Questions:
     return prompt_questions(prompts, subject.target.device)
 
 
-def prompt_questions(prompts: Prompts, device: torch.device, group: str = "prompt") -> Questions:
+def prompt_questions(prompts: Prompts, device: torch.device) -> Questions:
     """Prompts of a language model as questions about their last token."""
     batch = prompts.batch.to(device)
     at = prompts.answer_at.to(batch.tokens.device)
     looked = torch.arange(batch.tokens.shape[1], device=at.device) == at[:, None]
-    return Questions(replace(batch, looked=looked), prompts.texts, prompts.answer_texts, group)
+    return Questions(replace(batch, looked=looked), prompts.texts, prompts.answer_texts)
+
+
+def text_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str | None],
+    begin_token: bool,
+    device: torch.device,
+    group: str = "prompt",
+) -> Questions:
+    """Prompts as questions about the answers beside them, of any number of tokens; None is a prompt's last token.
+
+    Prompt and answer are tokenised as one text; the answer is what follows the tokens that this has in common with the
+    prompt alone. SpdError for a prompt without a token before its answer, or that is longer than the model takes.
+    """
+    from spdcli.targets.prompts import encode, span_text, token_ids
+
+    whole = [with_answer(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = encode(tokenizer, whole, "held_out", begin_token)
+    starts = encoded.answer_at + 1  # of a last token
+    tokens = list(encoded.answer_texts)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if answer is None:
+            continue
+        together = token_ids(tokenizer, whole[row], begin_token)
+        alone = token_ids(tokenizer, prompt, begin_token, least=1)
+        same = [one == other for one, other in zip(together, alone, strict=False)]
+        start = same.index(False) if False in same else len(same)
+        if not 0 < start < len(together):
+            raise SpdError(f"the prompt {prompt!r} has no token of its own before the answer {answer!r}")
+        starts[row] = start
+        tokens[row] = span_text(tokenizer, together[start:])
+    places = torch.arange(encoded.batch.tokens.shape[1])
+    looked = encoded.batch.valid & (places >= starts[:, None] - 1)
+    return Questions(replace(encoded.batch, looked=looked).to(device), list(prompts), tokens, group)
+
+
+def answer_tokens(batch: Batch) -> Tensor:
+    """The token that an answer has after every looked-at position, `[n]` in their order."""
+    assert batch.answers is not None
+    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    last = (batch.looked * places).amax(1, keepdim=True)
+    follows = batch.tokens.roll(-1, dims=1).scatter(1, last, batch.answers[:, None])
+    return follows[batch.looked]
 
 
 def _toy_questions(subject: Subject, batch: Batch) -> Questions:

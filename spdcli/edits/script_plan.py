@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
 from spdcli.edits.exam import Expectation
 from spdcli.edits.prompts_and_answers import Questions, about_token, given_questions, join, pick
 from spdcli.edits.script import Expect, Script, ScriptEdit, Select
@@ -25,13 +27,15 @@ class ScriptPlan:
     """A script on a run, nothing measured but what a selection by effect needs.
 
     `slices[i]` are edit i's; `rows[i][j]` is the row of `questions` that its expectation j looks at, None for facts.
-    The run's own prompts come first in `questions`.
+    The run's own prompts come first in `questions`; `edited[i]` says which of them edit i is about: the one that its
+    slices are selected in, or those that they are active in.
     """
 
     script: Script
     slices: list[list[Address]]
     questions: Questions
     rows: list[list[int | None]] = field(default_factory=list)
+    edited: list[list[bool]] = field(default_factory=list)
 
     def edits(self, target: Target, decomposition: Decomposition) -> dict[str, Edit]:
         """Every edit by its name, each of the original weights."""
@@ -103,7 +107,17 @@ def plan_script(
             looked.append(problems.attempt(key, partial(sheet.row, expect), None))
         rows.append(looked)
     problems.check()
-    return ScriptPlan(script, slices, sheet.questions(), rows)
+    edited = [_edited(activity, own, edit, each) for edit, each in zip(script.edit, slices, strict=True)]
+    return ScriptPlan(script, slices, sheet.questions(), rows, edited)
+
+
+def _edited(activity: Activity, own: Questions, edit: ScriptEdit, slices: Sequence[Address]) -> list[bool]:
+    """Which of the run's `own` prompts an edit of these slices is about."""
+    if edit.select is not None:
+        chosen = find_prompt(own.texts, edit.select.prompt)
+        return [row == chosen for row in range(len(own.texts))]
+    active = [activity.g[one.matrix][:, :, one.index].amax(1) > 0 for one in slices]
+    return torch.stack(active).any(0).tolist()
 
 
 def _slices_of(

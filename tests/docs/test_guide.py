@@ -10,6 +10,7 @@ from conftest import save_tiny_model
 from printed import ROOT, blocks
 from small_world import make_small_world
 
+from spdcli.edits.counterfact import load_records
 from spdcli.edits.facts_file import load_facts
 
 GUIDE = ROOT / "docs/guide"
@@ -41,5 +42,14 @@ def test_the_facts_file_is_one(tmp_path: Path) -> None:
     (text,) = [text for text in shown("edits.md", "toml") if "[[fact]]" in text]
     (tmp_path / "facts.toml").write_text(text)
     facts = load_facts(tmp_path / "facts.toml")
-    assert [fact.prompt for fact in facts.fact] == ["The capital of Norway is Oslo", "The capital of Peru is Lima"]
+    assert [fact.prompt for fact in facts.fact][:2] == ["The capital of Norway is Oslo", "The capital of Peru is Lima"]
+    assert facts.fact[2].answer == "New York City"
     assert facts.related[0].kind == "reversed"
+
+
+def test_the_records_are_those_of_counterfact(tmp_path: Path) -> None:
+    (text,) = shown("edits.md", "json")
+    (tmp_path / "records.json").write_text(text)
+    (record,) = load_records(tmp_path / "records.json")
+    assert record.requested_rewrite.text == "Kobe Bryant plays professional"
+    assert record.neighborhood_prompts == ["Michael Jordan plays professional"]

@@ -453,3 +453,33 @@ def test_smollm2_of_a_gguf_file_is_saved_and_restored(spd, smollm2, tmp_path):
     for name, tensor in load_file(back / "model.safetensors").items():
         assert torch.equal(tensor, smollm2.model.state_dict()[name]), name
     assert patch.stat().st_size < 0.1 * smollm2.model.get_submodule("model.layers.0.mlp.up_proj").weight.numel() * 4
+
+
+# --- answers beside their prompts, and scores ------------------------------------------------------------
+
+
+def test_answers_and_records_from_the_command_line(spd, run, tmp_path):
+    rewrite = {"prompt": "{} plays", "subject": "Bryant", "target_true": {"str": "golf"}, "target_new": {"str": "obe"}}
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"requested_rewrite": rewrite, "neighborhood_prompts": ["Woods plays"]}]))
+    asked = ["--prompt", "Kobe Bryant plays", "--answer", "professional golf", "--counterfact", records]
+    report = answer(spd, "suppress", run, "--slice", f"{FC}:0", *asked)
+    assert report["effects"][0]["token"] == " professional golf"
+    assert list(report["scores"]) == ["counterfact"]
+    assert report["scores"]["counterfact"]["specificity"]["prompts"] == 1
+    assert report["scores"]["counterfact"]["score"] is None, "no paraphrases"
+    code, out, _ = spd("suppress", run, "--slice", f"{FC}:0", "--no-facts", *asked)
+    assert code == 0
+    assert "specificity" in out
+    assert "of 1" in out
+    ablated = answer(spd, "ablate", run, "--slice", f"{FC}:0", *asked[:4])
+    assert ablated["effects"][0]["target"] == pytest.approx(report["effects"][0]["before"], rel=1e-4)
+    assert "scores" not in ablated
+    for wrong, said in (
+        (["--answer", "golf"], "--answer is there 1 times, --prompt 0"),
+        (["--prompt", "a b", "--answer", " "], "--answer is blank"),
+        (["--counterfact", tmp_path / "none.json"], "No such file"),
+    ):
+        code, _, err = spd("suppress", run, "--slice", f"{FC}:0", *wrong)
+        assert code != 0
+        assert said in one_line(err)

@@ -27,6 +27,7 @@ from spdcli.edits.suppression import (
     suppression,
 )
 from spdcli.engine.subcomponents import Slices, SliceSet
+from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
 from spdcli.records import plain
@@ -267,7 +268,7 @@ def test_an_edit_is_held_once_a_matrix(tiny_gpt2_dir, request, tmp_path):
 
 
 def test_compare_answers_by_hand():
-    batch = SimpleNamespace(answers=torch.tensor([1]))
+    batch = Batch(torch.tensor([[0]]), torch.tensor([[True]]), torch.tensor([[True]]), torch.tensor([1]))
     questions = SimpleNamespace(batch=batch, texts=["x"], tokens=["y"], group="prompt")
     before, after = torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([[0.5, 0.125, 0.375]])
     (effect,) = compare_answers(questions, before.log(), after.log())
