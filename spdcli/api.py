@@ -227,8 +227,9 @@ def prepared(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Sub
     subject = prepared_subject(store, loaded, report)
     if isinstance(store, RunDirectory) and (store / TOY / METRICS).exists():
         toy = RunDirectory(store / TOY)
-        if not (toy / FIGURES).exists():
-            save_training_curve(toy.metrics(), toy / FIGURES)
+        records = [record for record in toy.metrics() if isinstance(record.get("loss"), float)]
+        if records and not (toy / FIGURES).exists():
+            save_training_curve(records, toy / FIGURES)
     return subject
 
 

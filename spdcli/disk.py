@@ -24,6 +24,7 @@ from spdcli.records import plain
 
 UNFINISHED = ".part"  # ends the name of a folder whose content is not whole yet
 FORGOTTEN = 24 * 3600  # seconds after which such a folder is removed, whoever made it
+APPENDING = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # neither through a link nor a pipe
 NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}  # of disks that cannot flush a directory
 MORE_SPACE = "free some space, or use --out"
 LARGEST = 64 * 2**20  # bytes of a file that is read whole; recipes, reports and indexes are far smaller
@@ -67,6 +68,12 @@ def write_directory(path: Path, write: Callable[[Path], object], hint: str = MOR
 
 def write_text(path: Path, text: str, hint: str = MORE_SPACE) -> None:
     write_atomically(path, lambda new: new.write_text(text, encoding="utf-8", newline="\n"), hint)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file; SpdError where it cannot be, or leads elsewhere by a link."""
+    with written(path), os.fdopen(os.open(path, APPENDING, 0o666), "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -230,7 +237,7 @@ def _mode_of_a_new_file(folder: Path) -> int:
 def sync(path: Path) -> None:
     """Wait until a file's content, or a directory's list of names, is on the disk."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.fsync(handle)
         finally:

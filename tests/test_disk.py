@@ -262,7 +262,7 @@ def test_damaged_numbers_are_noticed(tmp_path, damage):
     else:
         content[-50:] = bytes(50)
     path.write_bytes(content)
-    with pytest.raises(SpdError, match=r"t\.safetensors: damaged: its numbers are not those that were written"):
+    with pytest.raises(SpdError, match=r"t\.safetensors: damaged: it does not hold what was written"):
         load_tensors(path)
 
 

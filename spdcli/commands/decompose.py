@@ -45,7 +45,7 @@ def decompose(
     with console.progress() as progress:
         run = api.decompose(loaded, out, progress=progress, force=force, resume=resume)
     console.debug(str(run))
-    last = run.home.metrics()[-1]
+    last = run.home.last_record
     active = sum(last["active"].values())
     console.show(
         {"schema": "spd.decompose/1", "run": out, **last},

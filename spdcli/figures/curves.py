@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,8 @@ def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -
     if not predicts:
         return save(figure, directory, "training")
     accuracy_axes = loss_axes.twinx()
-    accuracy_axes.plot(steps, [record["accuracy"] for record in records], color="0.5", linestyle="--", label="accuracy")
+    accuracies = [record.get("accuracy", math.nan) for record in records]
+    accuracy_axes.plot(steps, accuracies, color="0.5", linestyle="--", label="accuracy")
     accuracy_axes.set(ylabel="accuracy", ylim=(-0.02, 1.02))
     lines = [*loss_axes.get_lines(), *accuracy_axes.get_lines()]
     loss_axes.legend(handles=lines, loc="center right", frameon=False)

@@ -15,14 +15,13 @@ from typing import Any
 from spdcli.api import prepared
 from spdcli.disk import read_json, write_json
 from spdcli.edits.facts_file import Facts
-from spdcli.files import load_tensors
 from spdcli.paper.fact_claims import MethodRow, Pair, Tables, fact_claims, method_rows
 from spdcli.paper.fact_table import fact_table, open_table
 from spdcli.paper.verdict import REPORT, SCHEMA, ClaimRow, Verdict, judge
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.records import plain
-from spdcli.runs.decomposition import load_decomposition
+from spdcli.runs.decomposition import read_decomposition
 from spdcli.runs.directory import DECOMPOSITION, RunDirectory
 from spdcli.runs.opening import claimed_run
 from spdcli.runs.training import finish_run
@@ -105,7 +104,7 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: Pair, facts: Facts, 
         return before["table"]
     subject = prepared(run, loaded, report)
     finish_run(run, loaded, lambda: subject, report)
-    decomposition = load_decomposition(loaded.recipe, subject, load_tensors(run / DECOMPOSITION)[0])
+    decomposition = read_decomposition(run / DECOMPOSITION, loaded.recipe, subject, run.way_back)
     ridge, seed = loaded.recipe.slices.ridge, loaded.recipe.seed
     context = open_table(subject, decomposition, facts, pair.subjects, ridge, seed)
     table = plain(fact_table(context))

@@ -198,7 +198,7 @@ def induction_seed(run: LoadedRun, evaluation: Mapping[str, Any], ranks: RankLef
         passed=not broken,
         broken=broken,
         toy_accuracy=evaluation["accuracy"]["target"],
-        minutes=run.home.metrics()[-1]["seconds"] / 60,
+        minutes=run.home.last_record["seconds"] / 60,
         attention_kl_split=evaluation["attention_kl_split"],
         attention=circuit["attention"],
         controls={name: control["all"] for name, control in circuit["controls"].items()},

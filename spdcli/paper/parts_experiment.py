@@ -158,7 +158,7 @@ def parts_seed(
         run=str(run.home.path),
         passed=not broken,
         broken=broken,
-        minutes=run.home.metrics()[-1]["seconds"] / 60,
+        minutes=run.home.last_record["seconds"] / 60,
         own={name: parts["own"] for name, parts in evaluation["parts"].items()},
         active=evaluation["active"],
         metrics=evaluation["metrics"],

@@ -126,7 +126,7 @@ def recovery_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
     assert isinstance(evaluation, Evaluation)
     recoveries = {SPD: evaluation.recovery, **baseline_recoveries(run, sequences)}
     data = settings | {
-        "minutes": run.home.metrics()[-1]["seconds"] / 60,
+        "minutes": run.home.last_record["seconds"] / 60,
         "metrics": plain(evaluation.metrics),
         "recovery": plain(recoveries),
     }

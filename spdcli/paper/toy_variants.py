@@ -115,5 +115,5 @@ def _measured(run: LoadedRun, sequences: int) -> ToyVariant:
         active={name: evaluation["active"][name][kind] for name, kind in places.items()},
         needs={name: evaluation["circuit"]["needs"][name][kind] for name, kind in places.items()},
         metrics=evaluation["metrics"],
-        minutes=run.home.metrics()[-1]["seconds"] / 60,
+        minutes=run.home.last_record["seconds"] / 60,
     )

@@ -221,6 +221,11 @@ def select_matrices(loaded: LoadedRecipe, names: Sequence[str]) -> list[str]:
     ]
     if problems:
         raise RecipeError(problems, "a pattern is a matrix's name, or has * (anything), ? and [0-5]")
+    return matching(patterns, names)
+
+
+def matching(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of `names` that at least one of the patterns matches, in their order."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from spdcli.engine.fit import FitState
 from spdcli.errors import SpdError
 from spdcli.files import load_tensors, save_tensors
+from spdcli.runs.contents import of_checkpoint
+
+NO_WAY_BACK = "--force begins the run anew"
 
 
 def write_checkpoint(path: Path, before: Path | None, module: nn.Module, state: FitState) -> None:
@@ -27,14 +31,16 @@ def read_checkpoint(path: Path, module: nn.Module, state: FitState) -> None:
 
     On another kind of device than then, whose generators have another state, the noise begins anew.
     """
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_tensors(path, partial(of_checkpoint, module, state), NO_WAY_BACK)
     try:
-        _restore(tensors, metadata, module, state)
-    except (KeyError, ValueError, RuntimeError) as error:  # torch's own words are a page
-        raise SpdError(f"{path}: not a checkpoint of this run", "--force begins it anew") from error
+        step, seconds = int(metadata["step"]), float(metadata["seconds"])
+    except (KeyError, ValueError) as error:
+        raise SpdError(f"{path}: does not say of which step it is", NO_WAY_BACK) from error
+    _restore(tensors, module, state)
+    state.step, state.seconds = step, seconds
 
 
-def _restore(tensors: dict[str, Tensor], metadata: dict[str, str], module: nn.Module, state: FitState) -> None:
+def _restore(tensors: dict[str, Tensor], module: nn.Module, state: FitState) -> None:
     parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}, "generator": {}, "adversary": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
@@ -50,4 +56,3 @@ def _restore(tensors: dict[str, Tensor], metadata: dict[str, str], module: nn.Mo
             state.generators[name].set_state(value)
     device = state.optimiser.param_groups[0]["params"][0].device
     state.adversary = {name: numbers.to(device) for name, numbers in parts["adversary"].items()}
-    state.step, state.seconds = int(metadata["step"]), float(metadata["seconds"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +14,10 @@ from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
 from spdcli.engine.part_tables import STARTS
 from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
 from spdcli.errors import SpdError
+from spdcli.files import Contents, load_tensors
+from spdcli.recipe.reading import matching
 from spdcli.recipe.schema import Recipe
+from spdcli.runs.contents import of_module
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import ridged, second_moments
 
@@ -61,10 +66,12 @@ def _assemble(
     return decomposition.to(subject.target.device, subject.target.unembedding.dtype)
 
 
-def untrained_decomposition(recipe: Recipe, subject: Subject, names: list[str], device: torch.device) -> Decomposition:
+def untrained_decomposition(
+    recipe: Recipe, subject: Subject, names: list[str], device: torch.device, ranks: Mapping[str, int] | None = None
+) -> Decomposition:
     """The decomposition of the matrices `names` with random numbers, or on torch's `meta` device shapes alone.
 
-    A basis of the data's span is taken to have as many directions as there are real positions.
+    A basis of the data's span has `ranks[m]` directions; if they are not known, as many as there are real positions.
     """
     matrices = {name: subject.target.matrices[name] for name in names}
     bases = None
@@ -75,7 +82,8 @@ def untrained_decomposition(recipe: Recipe, subject: Subject, names: list[str], 
         }
         if recipe.importance.basis == "span" and subject.prompts is not None:
             rows = int(subject.prompts.batch.valid.sum())
-            bases = {name: torch.randn(min(m.d_in, rows), m.d_in) / math.sqrt(m.d_in) for name, m in matrices.items()}
+            ranks = ranks or {name: min(matrix.d_in, rows) for name, matrix in matrices.items()}
+            bases = {name: torch.randn(ranks[name], m.d_in) / math.sqrt(m.d_in) for name, m in matrices.items()}
         importances = _importances(recipe, subject, names, bases)
     return Decomposition(slices, importances, recipe.slices.delta).to(device, subject.target.unembedding.dtype)
 
@@ -85,6 +93,18 @@ def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tupl
     shapes = untrained_decomposition(recipe, subject, names, torch.device("meta"))
     trained = [p for p in shapes.importances.parameters() if p.requires_grad]
     return sum(p.numel() for p in shapes.slices.parameters()), sum(p.numel() for p in trained)
+
+
+def read_decomposition(path: Path, recipe: Recipe, subject: Subject, hint: str | None = None) -> Decomposition:
+    """The decomposition in the file that a run saved; SpdError with `hint` where that is not what the recipe makes."""
+    names = matching(recipe.slices.matrices, subject.target.matrices)
+
+    def expected(found: Mapping[str, Tensor]) -> Contents:
+        bases = {name: found.get(f"importances.bases.{name.replace('.', '/')}") for name in names}
+        ranks = {name: 1 if basis is None or not basis.dim() else basis.shape[0] for name, basis in bases.items()}
+        return of_module(untrained_decomposition(recipe, subject, names, torch.device("meta"), ranks))
+
+    return load_decomposition(recipe, subject, load_tensors(path, expected, hint)[0])
 
 
 def load_decomposition(recipe: Recipe, subject: Subject, tensors: dict[str, Tensor]) -> Decomposition:

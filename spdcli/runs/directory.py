@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from spdcli.disk import UNFINISHED, remove, sync, write_text
+from spdcli.disk import UNFINISHED, append_line, read_bytes, remove, sync, write_text
 from spdcli.engine.fit import FitState
 from spdcli.errors import Missing, RecipeError, SpdError, UsageError
 from spdcli.files import save_tensors
@@ -35,6 +35,7 @@ from spdcli.recipe.schema import GENERATED, Recipe
 from spdcli.recipe.section import Section
 from spdcli.records import plain
 from spdcli.runs.checkpoints import read_checkpoint, write_checkpoint
+from spdcli.runs.contents import is_record, is_whole_record
 from spdcli.runs.lock import LOCK, locked
 from spdcli.targets.model_files import is_local
 
@@ -42,6 +43,7 @@ RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "f
 CERTIFICATE = "certificate.json"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
 TOY_WEIGHTS, TOY_CHECKPOINT = "target.safetensors", "checkpoint/toy.safetensors"
+LARGEST_METRICS = 2**30  # bytes
 WRITTEN_BY_SPD = "# spd-cli: "  # begins the recipe of a run, and no recipe that somebody wrote
 HELD = (
     RECIPE,
@@ -161,6 +163,23 @@ class RunDirectory:
     def has_checkpoint(self) -> bool:
         return (self / self.checkpoint).exists() or self.checkpoint_before.exists()
 
+    @property
+    def way_back(self) -> str:
+        """A hint for when the decomposition is damaged: what makes it again."""
+        how = "--resume writes it again from the checkpoint" if self.has_checkpoint else "--force makes it again"
+        return f"spd decompose {self / RECIPE} --out {self} {how}"
+
+    @property
+    def last_record(self) -> dict[str, Any]:
+        """The last record of the decomposition's training; SpdError where the metrics hold none."""
+        whole = [record for record in self.metrics() if is_whole_record(record)]
+        if not whole:
+            raise SpdError(
+                f"{self / METRICS}: holds no record of the training",
+                f"the decomposition can be read without it: spd eval {self}",
+            )
+        return whole[-1]
+
     def content(self) -> list[str]:
         """What there is of a run, for people."""
         about = {METRICS: f" up to step {self.metrics()[-1]['step']}" if self.metrics() else ", empty"}
@@ -191,25 +210,22 @@ class RunDirectory:
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         self.require()
-        try:
-            with (self / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(record), allow_nan=False) + "\n")
-        except OSError as error:
-            raise SpdError(f"{self / METRICS}: cannot be written: {error.strerror}", "free some space") from error
+        append_line(self / METRICS, json.dumps(plain(record), allow_nan=False))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records; a line cut short by a crash is left out."""
+        """All records; a line that is cut short or damaged is left out."""
         return [record for record, _ in self._metric_lines()]
 
     def _metric_lines(self) -> list[tuple[dict[str, Any], str]]:
         path = self / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         records = []
-        for line in lines:
+        for line in read_bytes(path, LARGEST_METRICS).split(b"\n") if path.exists() else []:
             try:
-                records.append((json.loads(line), f"{line.rstrip()}\n"))  # a crash may have cut its end alone
-            except json.JSONDecodeError:
+                record = json.loads(line)  # a crash may have cut its end alone
+            except (ValueError, RecursionError):
                 continue
+            if is_record(record):
+                records.append((record, f"{line.decode().rstrip()}\n"))
         return records
 
     def save(self, decomposition: nn.Module, state: FitState) -> None:
@@ -223,7 +239,7 @@ class RunDirectory:
     def save_checkpoint(self, module: nn.Module, state: FitState) -> None:
         """Everything `--resume` needs, in one file; the newest before it is kept beside it."""
         self.require()
-        if (self / METRICS).exists():
+        if (self / METRICS).is_file():
             sync(self / METRICS)
         kept = not self._spoilt and self._newest != state.step
         write_checkpoint(self / self.checkpoint, self.checkpoint_before if kept else None, module, state)

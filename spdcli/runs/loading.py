@@ -8,9 +8,8 @@ from pathlib import Path
 
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import Missing, UsageError
-from spdcli.files import load_tensors
 from spdcli.recipe.schema import Recipe
-from spdcli.runs.decomposition import load_decomposition
+from spdcli.runs.decomposition import read_decomposition
 from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.subject import Subject, choose_device, open_subject
 
@@ -69,9 +68,11 @@ def load(
             f"{path} holds a trained toy and no decomposition",
             f"spd decompose RECIPE --set target.path={path} takes it apart",
         )
-    tensors, _ = load_tensors(directory / DECOMPOSITION)
+    if not (directory / DECOMPOSITION).exists():
+        raise Missing(f"{directory / DECOMPOSITION}: no such file", "is this a finished run?")
     if open_target is not None:
         subject = open_target(recipe)
     else:
         subject = open_subject(recipe, choose_device(device or recipe.device), directory / TOY)
-    return LoadedRun(directory, recipe, subject, load_decomposition(recipe, subject, tensors))
+    decomposition = read_decomposition(directory / DECOMPOSITION, recipe, subject, directory.way_back)
+    return LoadedRun(directory, recipe, subject, decomposition)

@@ -21,6 +21,7 @@ from spdcli.files import save_tensors
 from spdcli.recipe.schema import HuggingFaceTarget, Recipe
 from spdcli.runs.directory import DECOMPOSITION, EVAL, RECIPE, TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
+from spdcli.targets.model_files import is_local
 from spdcli.targets.sources import PACKAGE, hub_error
 
 CARD, LIBRARY, TAGS = "README.md", "spd", ["interpretability", "parameter-decomposition"]
@@ -92,8 +93,7 @@ def base_model(recipe: Recipe) -> str | None:
     if not isinstance(recipe.target, HuggingFaceTarget):
         return None
     model = recipe.target.model
-    local = model.startswith((PACKAGE, "/", ".", "~")) or model.endswith(".gguf") or Path(model).exists()
-    return None if local else model
+    return None if model.startswith(PACKAGE) or is_local(model) else model
 
 
 def _about(run: LoadedRun) -> list[str]:

@@ -29,6 +29,7 @@ from spdcli.recipe.schema import (
     TMSTarget,
     ToyTarget,
 )
+from spdcli.runs.contents import of_module
 from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import optimiser_settings
 from spdcli.targets.broad_text import draw_stream
@@ -133,13 +134,9 @@ def toy_training(recipe: Recipe, toy: Toy, state: FitState) -> Iterator[ToyRecor
 
 def load_toy(directory: Path, target: ToyTarget, device: torch.device) -> Toy:
     """The toy that a run of `spd train` left in `directory`, checked against the recipe's shape."""
-    tensors, _ = load_tensors(directory / TOY_WEIGHTS)
     toy = empty_toy(target)
-    wanted = {name: tensor.shape for name, tensor in toy.state_dict().items()}
-    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
-        raise SpdError(
-            f"{directory / TOY_WEIGHTS}: not the toy that [target] describes", "give the recipe it was trained by"
-        )
+    hint = f"give the recipe it was trained by; if it is damaged, remove {directory / TOY_WEIGHTS} and train it again"
+    tensors, _ = load_tensors(directory / TOY_WEIGHTS, lambda found: of_module(toy), hint)
     toy.load_state_dict(tensors)
     return toy.to(device).eval()
 

@@ -238,10 +238,10 @@ def test_a_line_that_a_crash_cut_short_costs_no_other(run, cut):
 
 
 def test_a_full_disk_stops_the_metrics_in_one_line(run, monkeypatch):
-    def refuse(path: Path, *mode: str, **options: str) -> None:
+    def refuse(path: Path, flags: int, mode: int) -> None:
         raise FULL
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises(SpdError, match=r"metrics\.jsonl: cannot be written: No space left on device") as info:
         run.add_metrics({"step": 1})
     assert "\n" not in info.value.message
@@ -422,7 +422,7 @@ def test_a_checkpoint_of_something_else_is_one_line(tmp_path, recipe, run):
     other_recipe = toy_recipe("slices.C=4", folder=tmp_path)
     _, other, fresh = started(other_recipe)
     run.checkpoint_before.unlink()
-    with pytest.raises(SpdError, match=r"state\.safetensors: not a checkpoint of this run$"):
+    with pytest.raises(SpdError, match=r"state\.safetensors: 'parameters\..*' has the shape \[5\], not \[4\]$"):
         run.load_checkpoint(other, fresh)
 
 
