@@ -422,7 +422,7 @@ def test_a_checkpoint_of_something_else_is_one_line(tmp_path, recipe, run):
     other_recipe = toy_recipe("slices.C=4", folder=tmp_path)
     _, other, fresh = started(other_recipe)
     run.checkpoint_before.unlink()
-    with pytest.raises(SpdError, match=r"state\.safetensors: 'parameters\..*' has the shape \[5\], not \[4\]$"):
+    with pytest.raises(SpdError, match=r"state\.safetensors: '.*' has the shape \[.*5\], not \[.*4\]$"):
         run.load_checkpoint(other, fresh)
 
 
