@@ -22,6 +22,7 @@ from spdcli.recipe.reading import (
     load_recipe,
     parse_toml,
     read_toml,
+    text_in_place_of_prompts,
 )
 from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import split_key
@@ -95,7 +96,7 @@ def decompose(
     force: bool = False,
     resume: bool = False,
     target: Target | None = None,
-    data: ModuleData | None = None,
+    data: ModuleData | str | Path | None = None,
     tokenizer: Any = None,
     **settings: Any,
 ) -> Run:
@@ -105,17 +106,22 @@ def decompose(
     `**{"decompose.steps": 200}`. With `out` the run directory is written there (`force` replaces another run, `resume`
     goes on with this one); without, nothing is. `progress` is called with what there is to tell: `print` will do.
 
-    A `target` of `module_target` is taken apart in place of the recipe's, on `data`: token ids `[B, T]`, or a function
+    `data` is text in place of the recipe's prompts, as `--data`: a file, a directory, `datasets:NAME`, `generated`. Or
+    a `target` of `module_target` is taken apart in place of the recipe's, on `data`: token ids `[B, T]`, or a function
     that draws them from a generator; its `tokenizer` is for words in place of numbers.
 
     RecipeError with every mistake of the recipe; Interrupted after Ctrl-C, with everything saved.
     """
-    if target is None and data is not None:
+    text, own_data = (data, None) if isinstance(data, str | Path) else (None, data)
+    if target is None and own_data is not None:
         raise UsageError(
-            "data= is for a target of your own, and there is no target=", "a recipe's [data] has its prompts"
+            "data= is for a target of your own, and there is no target=",
+            "a recipe's [data] has its prompts; data= may be the path of a text",
         )
-    loaded = recipe_of(recipe, settings, seed, device, own_target=target is not None)
-    subject = None if target is None else own_subject(loaded.recipe, target, data, tokenizer)
+    if target is not None and text is not None:
+        raise UsageError("data= is a text, and a target of your own is given tokens", "give token ids [B, T]")
+    loaded = recipe_of(recipe, settings, seed, device, own_target=target is not None, text=text)
+    subject = None if target is None else own_subject(loaded.recipe, target, own_data, tokenizer)
     report = _report(progress)
     if out is None:
         if resume or force:
@@ -179,13 +185,15 @@ def recipe_of(
     seed: int | None = None,
     device: str | None = None,
     own_target: bool = False,
+    text: str | Path | None = None,
 ) -> LoadedRecipe:
     """A recipe from a file, a shipped recipe's name, its sections as a dict, or one that is read already.
 
     `settings` map dotted keys to values. With `own_target` its target is a module of the caller's own, whatever the
-    recipe was for. RecipeError with every mistake.
+    recipe was for; a `text` takes the place of its prompts. RecipeError with every mistake.
     """
-    changes = [override(key, value) for key, value in (settings or {}).items()]
+    changes = [] if text is None else text_in_place_of_prompts(text)
+    changes += [override(key, value) for key, value in (settings or {}).items()]
     if isinstance(recipe, LoadedRecipe):
         assert not changes
         return recipe

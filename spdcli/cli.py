@@ -23,12 +23,14 @@ from spdcli.commands.decompose import decompose
 from spdcli.commands.doctor import doctor
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.explore import explore
+from spdcli.commands.harvest import harvest
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
 from spdcli.commands.plan import plan
 from spdcli.commands.push import push
 from spdcli.commands.report import report
 from spdcli.commands.reproduce import reproduce
+from spdcli.commands.search import search
 from spdcli.commands.suppress import suppress
 from spdcli.commands.svd import svd
 from spdcli.commands.trace import trace
@@ -71,8 +73,8 @@ COMMANDS = (
         "decompose",
         decompose,
         BUILD,
-        "spd decompose induction-quick --out run\nspd decompose recipes/gpt2.toml --set target.model=./gpt2"
-        "\nspd decompose recipes/gpt2.toml --out run --resume",
+        "spd decompose induction-quick --out run\nspd decompose smollm2-text --data texts.txt\n"
+        "spd decompose recipes/gpt2.toml --out run --resume",
     ),
     (
         "plan",
@@ -106,7 +108,21 @@ COMMANDS = (
         "inspect",
         inspect,
         LOOK,
-        "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'",
+        "spd inspect run --token Bryant\nspd inspect run --token Bryant --json | jq '.occurrences[0].slices'"
+        "\nspd inspect run --slice layers.0.mlp.up_proj:2",
+    ),
+    (
+        "harvest",
+        harvest,
+        LOOK,
+        "spd harvest run\nspd harvest run --data texts.txt --tokens 1000000\n"
+        "spd harvest run --json | jq '.slices[] | {slice, density}'",
+    ),
+    (
+        "search",
+        search,
+        LOOK,
+        "spd search run 'New York'\nspd search run 'New York' --json | jq '.matches[0].slice'",
     ),
     ("explore", explore, LOOK, "spd explore run\nspd explore run --prompt 'Kobe Bryant plays professional'"),
     (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,21 @@ from spdcli.location.tracing import Trace, TraceSettings, trace
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.evidence_choices import ADVERSARIES, STARTS, USUAL_ADVERSARY, MaskSearch
 from spdcli.measures.feature_evaluation import FeatureEvaluation
+from spdcli.measures.harvest import Harvest, harvest
+from spdcli.measures.harvest_files import save_harvest
 from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.measures.inspection import Inspection, Query, inspect_texts
 from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.svd import RankCurves, svd_curves
 from spdcli.measures.toy_evaluation import ToyEvaluation
-from spdcli.progress import Report, silent
+from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import opened_run
 from spdcli.runs.sharing import push, write_shared
 from spdcli.runs.subject import require_tokens
+from spdcli.runs.text_data import text_to_read
 from spdcli.targets.masking import importance_masks_of, masked_module
 
 BUILTIN_FACTS = "builtin"  # those that come with spd
@@ -116,7 +120,7 @@ class Run(LoadedRun):
 
     def evaluate(
         self,
-        sequences: int = 8192,
+        sequences: int | None = None,
         *,
         threshold: float = 0.0,
         seed: int | None = None,
@@ -125,11 +129,12 @@ class Run(LoadedRun):
     ) -> ToyEvaluation | FeatureEvaluation | LanguageEvaluation:
         """What the decomposition is worth, as `spd eval`: active and unique slices, reconstruction, attention, circuit.
 
-        A toy is measured on `sequences` fresh sequences, a language model on its prompts, a module of your own on its
-        data (one draw, where they are drawn); a slice is active where its importance is above `threshold`. `adversary`
-        (none, quick or curve) says how hard masks are sought that break it, from so many random `starts`.
+        A toy is measured on `sequences` fresh sequences (8192 if None), a language model on so many of its prompts, or
+        of text that nothing was trained on (if None on as many as have a few hundred tokens), a module of your own on
+        its data (one draw, where they are drawn); a slice is active where its importance is above `threshold`.
+        `adversary` (none, quick or curve) says how hard masks are sought that break it, from so many random `starts`.
         """
-        _at_least(2, sequences=sequences)
+        _at_least(2, sequences=2 if sequences is None else sequences)
         _at_least(1, starts=starts)
         sought = MaskSearch(_one_of(ADVERSARIES, adversary), starts)
         return evaluate(self.subject, self.decomposition, sequences, threshold, self.seed_or(seed), sought)
@@ -165,19 +170,44 @@ class Run(LoadedRun):
         top: int = 20,
         labels: int = 5,
         threshold: float = 0.0,
+        places: int | None = None,
         progress: Report = silent,
     ) -> Inspection:
         """The slices that are active at a token (None: everywhere), as `spd inspect`: what they read and promote.
 
         On the run's own prompts, or on `prompts`, fed whole. Of `matrices` (names or patterns) the `top` slices at each
-        place, each with so many `labels`. UsageError for a token that is nowhere.
+        place, each with so many `labels`, at the first `places` (None: at all). UsageError for a token that is nowhere.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts= is a text", "give a list of texts")
         _at_least(1, top=top)
-        query = Query(token, list(matrices), top, labels, threshold)
+        query = Query(token, list(matrices), top, labels, threshold, places)
         seed = self.recipe.seed
         return inspect_texts(self.subject, self.decomposition, query, prompts, self.begin_token, seed, progress)
+
+    def harvest(
+        self,
+        data: str | Path | None = None,
+        *,
+        field: str = "text",
+        tokens: int = 100_000,
+        matrices: Sequence[str] = ("*",),
+        threshold: float = 0.0,
+        progress: Report = silent,
+    ) -> Harvest:
+        """What every slice does over about so many `tokens` of text, as `spd harvest`; kept in the run's directory.
+
+        `data` is a corpus as in `decompose`, whose rows have their text in `field`; the run's own if None. Of
+        `matrices` (names or patterns) a slice is active above `threshold`. UsageError for a run whose gates hold on its
+        own prompts alone.
+        """
+        _at_least(1, tokens=tokens)
+        source = None if data is None else str(data)
+        text = partial(text_to_read, self.recipe, self.subject, source, field, progress)
+        gathered = harvest(self.subject, self.decomposition, text, tokens, matrices, threshold, progress)
+        if self.directory and not save_harvest(self.directory.path, gathered, self.subject.token_text):
+            progress(Progress("no pyarrow, so no slices.parquet: pip install 'spd-cli[text]'", warning=True))
+        return gathered
 
     def svd(self, tolerance: float = 1e-3, *, sequences: int = 512, progress: Report = silent) -> RankCurves:
         """How small a model says the same, as `spd svd`: KL (nats) against rank, beside greedy SVD (Figure 2).

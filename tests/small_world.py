@@ -29,7 +29,14 @@ FACTS = (
     "decompose.steps=60",
     "decompose.learning_rate=0.02",
 )
-SMALL = {"induction-quick": TOY, "smollm2-facts": FACTS}
+TEXT = (
+    "slices.C=6",
+    "data.stream_length=32",
+    "data.stream_sequences=40",
+    "decompose.steps=4",
+    "decompose.batch=4",
+)
+SMALL = {"induction-quick": TOY, "smollm2-facts": FACTS, "smollm2-text": TEXT}
 
 
 def make_small_world(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,12 +52,16 @@ def _looking() -> dict[str, Keys]:
     from spdcli.location.report import RunReport
     from spdcli.location.tracing import Trace
     from spdcli.measures.feature_evaluation import FeatureEvaluation
-    from spdcli.measures.inspection import Inspection
+    from spdcli.measures.harvest_files import SliceInText
+    from spdcli.measures.inspection import Heat, Inspection, Occurrence, SliceLabels
     from spdcli.measures.language_evaluation import LanguageEvaluation
+    from spdcli.measures.slice_search import Match
     from spdcli.measures.svd import RankCurves
     from spdcli.measures.toy_evaluation import ToyEvaluation
 
     target, figures = {"target": str}, {"figures": [Path]}
+    one_slice = keys_of(SliceInText) | keys_of(SliceLabels)
+    nothing: Keys = {"token": None, "occurrences": [Occurrence], "heat": [Heat]}
     settings = {"settings": TRACED | {"random": int, "seed": int, "layers": int}}
     return {
         "spd eval, toy": _said("eval", RUN, target, keys_of(ToyEvaluation)),
@@ -66,6 +70,9 @@ def _looking() -> dict[str, Keys]:
         "spd eval, sparse features": _said("eval", RUN, target, keys_of(FeatureEvaluation)),
         "spd inspect": _said("inspect", RUN, keys_of(Inspection)),
         "spd explore": _said("explore", RUN, keys_of(TextMap)),
+        "spd inspect --slice": _said("inspect", RUN, nothing, {"slices": [one_slice]}),
+        "spd harvest": _said("harvest", RUN, {"tokens": int, "slices": [SliceInText]}),
+        "spd search": _said("search", RUN, {"text": str, "matches": [Match]}),
         "spd svd": _said("svd", RUN, keys_of(RankCurves)),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),
         "spd trace": _said("trace", {"model": str}, TRACED, {"seed": int, "layers": int, "prompts": [Trace]}, figures),

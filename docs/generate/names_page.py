@@ -41,6 +41,7 @@ PYTHON = {
         "spdcli.explorer.exploration.TextView",
         "spdcli.explorer.exploration.NextTokens",
         "spdcli.explorer.exploration.NextToken",
+        "spdcli.measures.harvest.Harvest",
         "spdcli.measures.svd.RankCurves",
         "spdcli.edits.exam.ChangeReport",
         "spdcli.edits.edit_reports.SuppressionReport",

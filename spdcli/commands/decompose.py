@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from spdcli.commands.options import (
     Device,
@@ -18,10 +21,20 @@ from spdcli.commands.options import (
     make_console,
 )
 
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Decompose on this text in place of the recipe's prompts: data.stream, with importance.basis=full.",
+        show_default=False,
+    ),
+]
+
 
 def decompose(
     recipe: RecipeName,
     out: Out = Path("run"),
+    data: Text = None,
     set_: Set = None,
     device: Device = None,
     seed: Seed = None,
@@ -36,10 +49,11 @@ def decompose(
     An induction toy that the recipe does not name by target.path is trained first, into OUT/toy.
     Ctrl-C stops cleanly; --resume goes on exactly there.
     """
-    from spdcli.recipe.reading import load_recipe
+    from spdcli.recipe.reading import load_recipe, text_in_place_of_prompts
 
     console = make_console(json, quiet, verbose)
-    loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
+    on_text = text_in_place_of_prompts(data) if data else []
+    loaded = load_recipe(recipe, [*on_text, *(set_ or [])], seed=seed, device=device)
     from spdcli import api
 
     with console.progress() as progress:

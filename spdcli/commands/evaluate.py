@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spdcli.commands.evidence_tables import evidence_tables, grade_of
+from spdcli.commands.language_tables import language_tables, losses_line
 from spdcli.commands.options import (
     AdversaryOption,
     Device,
@@ -36,15 +37,20 @@ if TYPE_CHECKING:
 
     from spdcli.measures.circuit import Circuit
     from spdcli.measures.evaluation import AnyEvaluation
-    from spdcli.measures.evaluation_totals import Evaluation
     from spdcli.measures.gate_knowledge import Control
-    from spdcli.measures.language_evaluation import LanguageEvaluation
     from spdcli.measures.slice_recovery import Recovery
-    from spdcli.measures.target_share import TargetShare
     from spdcli.measures.toy_evaluation import ToyEvaluation
     from spdcli.runs.subject import Subject
 
-Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure on.")]
+Sequences = Annotated[
+    int | None,
+    typer.Option(
+        "--sequences",
+        min=2,
+        help="Fresh toy sequences, prompts or held-out sequences to measure on.",
+        show_default="8192 of a toy; of text as many as have 512 tokens",
+    ),
+]
 
 ENOUGH = 0.999  # share of sequences whose m is told right
 FREE_PATTERNS = (
@@ -66,7 +72,7 @@ STEPS = {  # of the circuit: what it is called here, and the paper's number
 
 def evaluate(
     run: RunPath,
-    sequences: Sequences = 8192,
+    sequences: Sequences = None,
     threshold: Threshold = 0.0,
     adversary: AdversaryOption = USUAL_ADVERSARY,
     starts: Starts = STARTS,
@@ -81,8 +87,9 @@ def evaluate(
     Reconstruction is told by how strong the evidence is: under importance masks, random
     ones, with the delta at 0, ½ and 1, and under the worst masks that a search by gradient
     finds (PGD). The toy is measured on fresh sequences and set beside the paper, its circuit explained
-    (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts;
-    of a toy of sparse features it is told whether its known parts were found.
+    (section 6.1) and drawn into RUN/figures; a language model is measured on its prompts,
+    or on text that it was not trained on; of a toy of sparse features it is told whether
+    its known parts were found.
     """
     console = make_console(json, quiet, verbose)
     from spdcli.figures.run_files import write_evaluation
@@ -108,10 +115,9 @@ def render(evaluation: AnyEvaluation, subject: Subject) -> list[Table | str]:
 
         return feature_tables(evaluation)
     if evaluation.recovery:
-        return [recovery_table(evaluation.recovery), _losses(evaluation), *evidence_tables(evaluation.evidence)]
+        return [recovery_table(evaluation.recovery), losses_line(evaluation), *evidence_tables(evaluation.evidence)]
     if isinstance(evaluation, LanguageEvaluation):
-        assert subject.prompts is not None
-        return language_tables(evaluation, subject.prompts.pieces)
+        return language_tables(evaluation, subject)
     circuit = circuit_tables(evaluation.circuit) if evaluation.circuit else []
     evidence = evidence_tables(evaluation.evidence)
     return [active_table(evaluation), metrics_table(evaluation), FREE_PATTERNS, *evidence, *circuit]
@@ -229,38 +235,6 @@ def _paper(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def language_tables(evaluation: LanguageEvaluation, pieces: list[list[str]]) -> list[Table | str]:
-    """Active slices a token and matrix, then what the model of active slices alone still predicts."""
-    from rich.table import Table
-
-    tables: list[Table | str] = []
-    for prompt, tokens in enumerate(pieces):
-        table = Table(title=f"Active slices a token, prompt {prompt + 1}")
-        table.add_column("matrix")
-        for token in tokens:
-            table.add_column(token.strip() or repr(token), justify="right")
-        for name, counts in evaluation.active.items():
-            row = [counts[f"{prompt}:{position}"] for position in range(len(tokens))]
-            if any(row):
-                table.add_row(name, *(str(count) if count else "·" for count in row))
-        tables.append(table)
-    answers = Table(title=f"Probability of the answer; active slices alone: {GRADES['importance'].label}")
-    for heading in ("prompt", "answer", "target", "active slices alone"):
-        answers.add_column(heading, justify="left" if heading in ("prompt", "answer") else "right")
-    for one in evaluation.answers:
-        answers.add_row(one.prompt, one.answer, f"{one.target:.3f}", f"{one.masked:.3f}")
-    entropy = evaluation.cross_entropy
-    return [
-        *tables,
-        answers,
-        *evidence_tables(evaluation.evidence, [one.prompt for one in evaluation.answers]),
-        _losses(evaluation),
-        *target_share_lines(evaluation.grounding),
-        f"Cross-entropy of the text, nats a token: target {entropy.target:.3f}, "
-        f"active slices alone {entropy.masked:.3f}.",
-    ]
-
-
 def recovery_table(recovery: Recovery) -> Table:
     """How well the slices of a planted target are found, by matrix and of all together."""
     from rich.table import Table
@@ -275,23 +249,3 @@ def recovery_table(recovery: Recovery) -> Table:
         shares = [f"{getattr(one, key):.3f}" for key in numbers]
         table.add_row(name, str(one.planted), str(one.active), str(one.matches), *shares)
     return table
-
-
-def _losses(evaluation: Evaluation) -> str:
-    """How many slices are active anywhere, and every loss."""
-    metrics = ", ".join(
-        f"{name} {value:.2e}" + (f" ({grade_of(name)})" if grade_of(name) else "")
-        for name, value in evaluation.metrics.items()
-    )
-    return f"{evaluation.total_active} of {evaluation.total_slices} slices are active somewhere. {metrics}."
-
-
-def target_share_lines(share: TargetShare) -> list[str]:
-    """How far active slices lie along the target's weights, and where they are."""
-    if share.last_block is None:
-        return []
-    blocks = ", ".join(f"{block}: {count}" for block, count in share.blocks.items())
-    return [
-        f"Of an active slice {share.in_weights:.0%} is in the weights, of what active slices write "
-        f"{share.in_outputs:.0%} lies along the target's own answer (means). Active slices by block: {blocks}."
-    ]

@@ -7,13 +7,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spdcli.commands import completion
-from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.commands.options import (
+    Device,
+    Json,
+    MatrixPattern,
+    Quiet,
+    RunPath,
+    Seed,
+    Threshold,
+    Verbose,
+    make_console,
+)
 from spdcli.records import plain
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from rich.console import RenderableType
 
-    from spdcli.measures.inspection import Heat, Inspection, Occurrence
+    from spdcli.console import Console
+    from spdcli.measures.harvest_files import SliceInText
+    from spdcli.measures.inspection import Heat, Inspection, Occurrence, SliceLabels
 
 Token = Annotated[
     str | None,
@@ -22,17 +37,17 @@ Token = Annotated[
 Prompt = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", help="Look at this text instead of the run's.", show_default=False)
 ]
-MatrixPattern = Annotated[
+Slice = Annotated[
     list[str] | None,
     typer.Option(
-        "--matrix",
-        "-m",
-        help="Only matrices like this; * and ? are wild.",
-        autocompletion=completion.matrices,
+        "--slice",
+        help="Show what this slice does over text, as spd harvest saw it.",
+        autocompletion=completion.slices,
         show_default=False,
     ),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show at each place.")]
+Places = Annotated[int, typer.Option("--places", min=1, help="Places to show, the first ones.")]
 Labels = Annotated[int, typer.Option("--labels", min=0, help="Tokens to label a slice with.")]
 UNIQUE_MARK = "* unique: active in this prompt and in no other"
 SHADES = "▁▂▃▄▅▆▇█"
@@ -42,8 +57,10 @@ def inspect(
     run: RunPath,
     token: Token = None,
     prompt: Prompt = None,
+    slice_: Slice = None,
     matrix: MatrixPattern = None,
     top: Top = 20,
+    places: Places = 20,
     labels: Labels = 5,
     threshold: Threshold = 0.0,
     device: Device = None,
@@ -54,15 +71,19 @@ def inspect(
 ) -> None:
     """Show the slices that are active at a token: importance, activation, what they read and promote.
 
-    A slice marked * is unique: active in this prompt and in no other.
+    A slice marked * is unique: active in this prompt and in no other. With --slice: what that slice does
+    over the text that spd harvest read.
     """
     console = make_console(json, quiet, verbose)
+    if slice_:
+        show_slices(console, run, slice_, labels, device)
+        return
     from spdcli.measures.inspection import Query, inspect_texts
     from spdcli.runs.loading import load
 
     loaded = load(run, device)
     console.debug(str(loaded))
-    query = Query(token, matrix or ["*"], top, labels, threshold)
+    query = Query(token, matrix or ["*"], top, labels, threshold, places)
     begin, seed = loaded.begin_token, loaded.seed_or(seed)
     with console.progress() as report:
         inspection = inspect_texts(loaded.subject, loaded.decomposition, query, prompt or [], begin, seed, report)
@@ -72,9 +93,51 @@ def inspect(
             console.result(address)
 
 
+def show_slices(console: Console, run: Path, addresses: Sequence[str], labels: int, device: str | None) -> None:
+    """What each slice does over text, with the tokens that it promotes and reads."""
+    from spdcli.measures.harvest_files import described, load_harvest, slice_number
+    from spdcli.measures.inspection import labels_of
+    from spdcli.runs.loading import load
+
+    harvest = load_harvest(run)
+    numbers = [slice_number(harvest, address) for address in addresses]
+    loaded = load(run, device)
+    found = [described(harvest, number, loaded.subject.token_text) for number in numbers]
+    named = labels_of(loaded.subject, loaded.decomposition, [one.slice for one in found], labels)
+    rows = [plain(one) | plain(own) for one, own in zip(found, named, strict=True)]
+    data = {"schema": "spd.inspect/1", "run": run, "token": None, "occurrences": [], "heat": [], "slices": rows}
+    console.show(data, *(slice_table(one, own) for one, own in zip(found, named, strict=True)))
+
+
+def slice_table(one: SliceInText, labels: SliceLabels) -> RenderableType:
+    """What a slice prefers, what it is active with, and its strongest contexts with the token that counts in «»."""
+    from rich.table import Table
+
+    title = f"{one.slice}: active at {one.density:.2%} of tokens, mean importance {one.importance:.2g}"
+    table = Table(title=title, show_header=False, expand=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(ratio=1)
+    facts = {
+        "input tokens": [repr(token.token) for token in one.input_tokens],
+        "next tokens": [repr(token.token) for token in one.next_tokens],
+        "promotes": [repr(token) for token in labels.promotes],
+        "reads": [repr(token) for token in labels.reads],
+        "fires with": [f"{other.slice} ({other.overlap:.0%})" for other in one.fires_with],
+    }
+    for name, words in facts.items():
+        table.add_row(name, "  ".join(words))
+    table.add_section()
+    for context in one.examples:
+        table.add_row(f"{context.importance:.2f}", " ".join(context.marked.split()))
+    return table
+
+
 def render(inspection: Inspection) -> list[RenderableType]:
-    """A heat strip a prompt, and a table an occurrence."""
-    parts: list[RenderableType] = [heat_strip(heat) for heat in inspection.heat]
+    """How many places are shown, where not all are; a heat strip a prompt, and a table an occurrence."""
+    shown, parts = len(inspection.occurrences), list[RenderableType]()
+    if inspection.places and shown < inspection.places:
+        parts.append(f"The first {shown} of {inspection.places} places; --places N shows more, --token one token.")
+    parts += [heat_strip(heat) for heat in inspection.heat]
     return parts + [occurrence_table(occurrence) for occurrence in inspection.occurrences]
 
 

@@ -53,6 +53,16 @@ AdversaryOption = Annotated[
     ),
 ]
 Starts = Annotated[int, typer.Option("--starts", min=1, help="Random starts of that search, beside two corners.")]
+MatrixPattern = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--matrix",
+        "-m",
+        help="Only matrices like this; * and ? are wild.",
+        autocompletion=completion.matrices,
+        show_default=False,
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
 RecipeName = Annotated[

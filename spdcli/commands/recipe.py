@@ -13,7 +13,7 @@ from spdcli.disk import write_text
 from spdcli.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
-    from spdcli.recipe.schema import Recipe
+    from spdcli.recipe.schema import Data, Recipe
 
 app = typer.Typer(help="Find, read, copy and check recipes.", no_args_is_help=True)
 
@@ -117,6 +117,14 @@ def check_recipes(
         raise typer.Exit(2)
 
 
+def _data(data: Data) -> str:
+    """What a language model is decomposed on."""
+    if data.prompts is None:
+        return f"{data.stream}, sequences of {data.length} tokens"
+    beside = f", beside text: {data.stream}" if data.stream else ""
+    return f"{len(data.prompts)} prompts{beside}"
+
+
 def summary(recipe: Recipe) -> list[str]:
     """What a recipe comes to, one line a section."""
     terms = [f"{name} {size:g}" for name, size in recipe.losses.coefficients.items() if size]
@@ -126,7 +134,7 @@ def summary(recipe: Recipe) -> list[str]:
         penalty = f"smooth L0, gamma {losses.gamma_start:g} to {losses.gamma_final:g}"
     rows = {
         "target": _target(recipe),
-        "data": f"{len(recipe.data.prompts)} prompts" if recipe.data else "",
+        "data": _data(recipe.data) if recipe.data else "",
         "train": _steps(recipe.train) if recipe.train else "",
         "slices": f"{recipe.slices.C} a matrix, of {', '.join(recipe.slices.matrices)}; start {recipe.slices.init}",
         "importance": f"{recipe.importance.kind}, gate width {recipe.importance.gate_width}, "

@@ -132,7 +132,7 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
         assert subject.prompts is not None
         tokenizer, begin = subject.prompts.tokenizer, begin_token or recipe.data.begin_token
         return Traceable(
-            subject.target, tokenizer, texts or recipe.data.prompts, begin, Path(model) / FIGURES, recipe.seed
+            subject.target, tokenizer, texts or recipe.data.prompts or [], begin, Path(model) / FIGURES, recipe.seed
         )
     if not texts:
         raise UsageError("nothing to trace", "give --prompt TEXT; its last token is the answer")

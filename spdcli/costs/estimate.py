@@ -23,7 +23,8 @@ from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.settings import fit_settings
-from spdcli.runs.subject import Subject, stream_batches
+from spdcli.runs.subject import Subject
+from spdcli.runs.text_data import stream_batches
 
 
 @dataclass(frozen=True)
@@ -192,21 +193,21 @@ def _dry_step(
     patterns = losses.coefficients.get("attention", 0) > 0
 
     def passes(batch: Batch) -> Clean:
-        return clean_pass(subject.target, batch, decomposition.names, patterns)
+        return clean_pass(subject.target, batch, decomposition.names, patterns, losses.compares_outputs)
 
     def backward(clean: Clean, losses: LossSettings) -> None:
         annealed, budget = losses.annealed(0, 1), settings.plan_bytes
         backward_step(subject.target, decomposition, clean, losses, annealed, generator, NoNoise(), budget)
 
     with Dry(heap):
-        batch, broad = subject.batches(generator), stream_batches(recipe, subject)
-        fixed = batch is subject.batches(generator)
+        batch, broad = subject.batches(generator, 0), stream_batches(recipe, subject)
+        fixed = batch is subject.batches(generator, 1)
         clean = passes(batch) if fixed else None
     with Dry(heap) as step:
         clean = clean or passes(batch)
         backward(clean, losses)
         if broad is not None:
-            backward(passes(broad(generator)), losses.on_stream(settings.targeted))
+            backward(passes(broad(generator, 0)), losses.on_stream(settings.targeted))
     decomposition.zero_grad(set_to_none=True)
     return StepCosts(tokens=int(batch.valid.sum()), flops=step.flops, bytes=step.bytes)
 
@@ -218,7 +219,8 @@ def changes(recipe: Recipe, needed: Need, free: int, gates_largest: bool) -> lis
     settings = []
     if needed.activations > needed.weights + needed.optimizer:
         settings += ["decompose.plan_memory=auto", "a smaller decompose.batch"]
-    spannable = IMPORTANCE_FUNCTIONS[recipe.importance.kind].spans and recipe.target.kind == "huggingface"
+    prompts = recipe.data is not None and recipe.data.prompts is not None
+    spannable = IMPORTANCE_FUNCTIONS[recipe.importance.kind].spans and prompts
     if gates_largest and spannable and recipe.importance.basis != "span":
         settings.append("importance.basis=span")
     if gates_largest:

@@ -9,7 +9,7 @@ made whole too, as three lines of PyTorch would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,7 +27,7 @@ from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
 from spdcli.engine.part_tables import ACTIVATIONS
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.target import Batch, Target
+from spdcli.engine.target import Batches, Target
 from spdcli.engine.variants import Piece, Variant, draw_variants
 
 
@@ -99,7 +99,7 @@ def whole_gates() -> Iterator[None]:
 def fit_one_by_one(
     target: Target,
     decomposition: Decomposition,
-    batches: Callable[[torch.Generator], Batch],
+    batches: Batches,
     state: FitState,
     settings: FitSettings,
 ) -> Iterator[dict[str, Tensor]]:
@@ -108,7 +108,7 @@ def fit_one_by_one(
     blocks = {name: target.matrices[name].block for name in decomposition.names}
     losses = settings.losses
     while state.step < settings.steps:
-        batch = batches(state.generators["data"])
+        batch = batches(state.generators["data"], state.step)
         clean = clean_pass(target, batch, decomposition.names)
         generator, shape = state.generators["plan"], (len(clean.batch.tokens), clean.batch.tokens.shape[1])
         delta_masks = losses.delta_masks if decomposition.delta else "position"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from spdcli.targets.prompts import Prompts
 def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
     """The subject of a recipe with random weights, or on torch's `meta` device as shapes alone.
 
-    The prompts of a language model are read; its broad text is random tokens.
+    The prompts of a language model are read; its corpus is random tokens.
     """
     if isinstance(recipe.target, ToyTarget):
         with device:
@@ -25,12 +24,7 @@ def untrained_subject(recipe: Recipe, device: torch.device) -> Subject:
         return toy_subject(recipe, toy.eval())
     if recipe.target.kind.startswith("planted"):
         return open_subject(recipe, device)
-    subject, data = language_subject(recipe, device, trained=False), recipe.data
-    if data is None or data.stream is None:
-        return subject
-    tokens = torch.randint(len(subject.target.unembedding), (data.stream_sequences, data.stream_length))
-    broad = Batch.everywhere(tokens).to(device)
-    return replace(subject, stream=lambda: broad)
+    return language_subject(recipe, device, trained=False)
 
 
 def random_subject(recipe: Recipe, device: torch.device, prompts: tuple[int, int] = (2, 9)) -> Subject:
@@ -59,9 +53,13 @@ def random_gpt2(recipe: Recipe, device: torch.device, shape: tuple[int, int]) ->
     looked = valid.clone()
     looked[:, :-1] = not recipe.losses.last_token_only
     batch = Batch(tokens, valid, looked, answers=tokens[:, -1]).to(device)
+
+    def batches(generator: torch.Generator, number: int = 0) -> Batch:
+        return batch
+
     return Subject(
         target=build_target(language_model, split_attention=False),
-        batches=lambda generator: batch,
+        batches=batches,
         length=shape[1],
         token_text=str,
         routes={},

@@ -16,7 +16,8 @@ from spdcli.machine import synchronise
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.settings import allow_tensor_cores, optimiser_settings
-from spdcli.runs.subject import begin_toy, stream_batches, toy_training
+from spdcli.runs.subject import begin_toy, toy_training
+from spdcli.runs.text_data import stream_batches
 
 ENOUGH_SECONDS, ENOUGH_STEPS = 6.0, 20  # of measured steps; one is made whatever it takes
 FIRST_ENOUGH = 20.0  # seconds; where the first step takes longer, that is the answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.step import Step, backward_step
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.target import Batch, Target
+from spdcli.engine.target import Batches, Target
 from spdcli.errors import NotFinite
 
 ON_STREAM = "stream_"  # before a loss's name: its value on broad text
@@ -118,16 +118,16 @@ def warm_up_faithfulness(target: Target, decomposition: Decomposition, steps: in
 def fit(
     target: Target,
     decomposition: Decomposition,
-    batches: Callable[[torch.Generator], Batch],
+    batches: Batches,
     state: FitState,
     settings: FitSettings,
-    stream: Callable[[torch.Generator], Batch] | None = None,
+    stream: Batches | None = None,
 ) -> Iterator[Record | None]:
     """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
 
-    `batches(generator)` gives the next minibatch, tokens `[B, T]`; when it gives the same object again the clean pass
-    is not repeated. `stream(generator)` gives broad text beside it, for a targeted decomposition. `state` and
-    `decomposition` are changed in place, so that the loop may be left after any step and gone on with later.
+    `batches(generator, step)` gives the next minibatch, tokens `[B, T]`; when it gives the same object again the clean
+    pass is not repeated. `stream(generator, step)` gives broad text beside it, for a targeted decomposition. `state`
+    and `decomposition` are changed in place, so that the loop may be left after any step and gone on with later.
 
     Raises NotFinite, naming step and loss, when a loss or a gradient is not finite: at once on a processor, at the next
     record on a GPU, which is not waited for in between. The parameters are then those of the step before.
@@ -137,10 +137,10 @@ def fit(
     begun = time.monotonic() - state.seconds
     clean: Clean | None = None
     while state.step < settings.steps:
-        batch = batches(state.generators["data"])
+        batch = batches(state.generators["data"], state.step)
         if clean is None or clean.batch is not batch:
             patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
-            clean = clean_pass(target, batch, decomposition.names, patterns)
+            clean = clean_pass(target, batch, decomposition.names, patterns, settings.losses.compares_outputs)
         annealed = settings.losses.annealed(state.step, settings.steps)
         state.optimiser.zero_grad(set_to_none=True)
         backward = partial(
@@ -153,9 +153,10 @@ def fit(
         )
         step = backward(target, decomposition, clean, settings.losses)
         if stream is not None and settings.targeted > 0:
-            broad = stream(state.generators["data"])
+            broad = stream(state.generators["data"], state.step)
             losses = settings.losses.on_stream(settings.targeted)
-            beside = backward(target, decomposition, clean_pass(target, broad, decomposition.names), losses)
+            passed = clean_pass(target, broad, decomposition.names, outputs=losses.compares_outputs)
+            beside = backward(target, decomposition, passed, losses)
             step = Step(step.losses | {f"{ON_STREAM}{name}": loss for name, loss in beside.losses.items()}, step.active)
         norms = _clipped(state.optimiser, settings)
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
@@ -166,7 +167,8 @@ def fit(
         state.optimiser.step()
         state.step += 1
         if state.step == settings.prune_step:
-            frequent = frequent_slices(target, decomposition, batches, state.generators["data"], settings.prune_below)
+            to_come = lambda generator, number: batches(generator, state.step + number)  # noqa: E731
+            frequent = frequent_slices(target, decomposition, to_come, state.generators["data"], settings.prune_below)
             decomposition.importances.prune(frequent)
         state.seconds = time.monotonic() - begun
         yield _record(state, step, norms, settings, rate, annealed) if due else None
@@ -185,18 +187,18 @@ def _clipped(optimiser: torch.optim.Optimizer, settings: FitSettings) -> dict[st
 def frequent_slices(
     target: Target,
     decomposition: Decomposition,
-    batches: Callable[[torch.Generator], Batch],
+    batches: Batches,
     generator: torch.Generator,
     share: float,
 ) -> dict[str, Tensor]:
     """Which slices are active in at least `share` of PRUNE_BATCHES batches' sequences, `[C]` bool a matrix."""
     counts: dict[str, Tensor] = {}
     sequences, batch = 0, None
-    for _ in range(PRUNE_BATCHES):
-        previous, batch = batch, batches(generator)
+    for number in range(PRUNE_BATCHES):
+        previous, batch = batch, batches(generator, number)
         if batch is previous:  # a fixed set of prompts: once is enough
             break
-        clean = clean_pass(target, batch, decomposition.names)
+        clean = clean_pass(target, batch, decomposition.names, outputs=False)
         g, _ = decomposition.importance(clean.inputs, clean.padding)
         sequences += len(batch.tokens)
         for name, values in g.items():

@@ -12,7 +12,7 @@ N vocabulary, n positions that losses look at, H attention heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,8 @@ class Clean:
     """What the target does on a batch of B sequences of T positions.
 
     `entries[b]` `[B, T, D]` is the hidden state that enters block b, `calls[b]` the other arguments it got, `exit` `[B,
-    T, D]` leaves the last one, `inputs[m]` `[B, T, I]` is what matrix m reads, `outputs` `[n, N]` what the target says
-    at the n positions looked at, which `at` has: log-probabilities of the next token, or vectors
+    T, D]` leaves the last one that was run, `inputs[m]` `[B, T, I]` is what matrix m reads, `outputs` `[n, N]` what the
+    target says at the n positions looked at, which `at` has: log-probabilities of the next token, or vectors
     (`Target.output_loss`). `patterns[b]` `[B, H, T, T]` are block b's attention log-probabilities; the list is empty
     unless `clean_pass` was told to keep them.
     """
@@ -64,17 +64,27 @@ class Clean:
 
 
 @torch.no_grad()
-def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: bool = False) -> Clean:
+def clean_pass(
+    target: Target, batch: Batch, names: Iterable[str], patterns: bool = False, outputs: bool = True
+) -> Clean:
     """Run the target on `batch` (tokens `[B, T]`) and keep what a step needs: see `Clean`.
 
-    The inputs `[B, T, I]` of the matrices `names` are kept; with `patterns` the attention of every block too.
+    The inputs `[B, T, I]` of the matrices `names` are kept; with `patterns` the attention of every block too. Without
+    `outputs` neither the blocks after the last of these matrices nor the unembedding are run: `exit` is what leaves the
+    last block that was, and there are no outputs.
     """
+    names = list(names)
     entries: list[Tensor] = []
     calls: list[tuple[tuple, dict]] = []
     inputs: dict[str, Tensor] = {}
     last: list[Tensor] = []
 
+    after = len(target.blocks) if outputs else 1 + max(target.matrices[name].block for name in names)
+
     def keep_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if len(entries) == after:
+            last.append(args[0])
+            raise _Enough
         entries.append(args[0])
         calls.append((args[1:], kwargs))
 
@@ -84,15 +94,21 @@ def clean_pass(target: Target, batch: Batch, names: Iterable[str], patterns: boo
         keep_input = lambda module, args, name=name: inputs.__setitem__(name, args[0])  # noqa: E731
         handles.append(target.matrices[name].module.register_forward_pre_hook(keep_input))
     try:
-        with recording(target, patterns) as recorded:
+        with recording(target, patterns) as recorded, suppress(_Enough):
             target.run(batch.tokens)
     finally:
         for handle in handles:
             handle.remove()
-    outputs = outputs_after(target, last[0], batch.looked_at.spots)
+    if not outputs:
+        return Clean(batch, entries, calls, inputs, last[0].new_zeros(0, len(target.unembedding)), last[0], recorded)
+    said = outputs_after(target, last[0], batch.looked_at.spots)
     if OUTPUT_LOSSES[target.output_loss].distributions:
-        outputs = outputs.log_softmax(-1)
-    return Clean(batch, entries, calls, inputs, outputs, last[0], recorded)
+        said = said.log_softmax(-1)
+    return Clean(batch, entries, calls, inputs, said, last[0], recorded)
+
+
+class _Enough(Exception):
+    """Ends a pass of the target early: all that it is run for has been seen."""
 
 
 def outputs_after(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:

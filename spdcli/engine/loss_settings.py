@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from spdcli.engine.adversary import Attack
 from spdcli.engine.losses import RECONSTRUCTION, annealed_value
-from spdcli.engine.tables import PENALTIES, losses_where
+from spdcli.engine.tables import LOSSES, PENALTIES, losses_where
 
 ASCENDED = losses_where(lambda loss: loss.ascended)
 
@@ -51,6 +51,12 @@ class LossSettings:
     def reconstruction(self) -> list[str]:
         """The names of the reconstruction losses that are evaluated."""
         return [name for name in RECONSTRUCTION if self.coefficients.get(name, 0) > 0]
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether a loss needs what the target says, or its attention: without any, later blocks need not be run."""
+        attends = self.coefficients.get("attention", 0) > 0
+        return attends or any(LOSSES[name].of_outputs for name in self.reconstruction)
 
     def on_stream(self, share: float) -> LossSettings:
         """The losses of a targeted decomposition on broad text, `share` times those on the prompts.

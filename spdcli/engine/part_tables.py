@@ -106,6 +106,11 @@ STARTS: dict[str, Start] = {
         "spdcli.engine.subcomponents:svd_span_start",
         needs_inputs=True,
     ),
+    "svd_text": Start(
+        "the C slices that leave least of what W writes on the text data.stream",
+        "spdcli.engine.subcomponents:svd_text_start",
+        needs_moment=True,
+    ),
     "dual": Start(
         "a slice for each distinct input of the prompts: it reads that one as 1 and the others as 0",
         "spdcli.engine.subcomponents:dual_start",

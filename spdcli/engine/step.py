@@ -15,7 +15,7 @@ from torch import Tensor
 from spdcli.engine.adversary import Consume, attacked
 from spdcli.engine.direct_losses import direct_terms
 from spdcli.engine.forward import Clean, plan_pass, recording, row_divergences
-from spdcli.engine.hidden import hidden_watch
+from spdcli.engine.hidden import hidden_watch, last_block
 from spdcli.engine.loss_settings import ASCENDED, LossSettings
 from spdcli.engine.losses import attention_divergence
 from spdcli.engine.masks import Noise, chunk_masks
@@ -27,10 +27,13 @@ from spdcli.engine.variants import Piece, Variant, chunks, draw_variants
 ATTENDED = losses_where(lambda loss: loss.attended)  # of whose variants the attention loss compares the patterns
 
 
-def row_costs(target: Target, slices: SliceSet, positions: int, hidden: bool = False) -> list[float]:
+def row_costs(
+    target: Target, slices: SliceSet, positions: int, hidden: bool = False, last: int | None = None
+) -> list[float]:
     """Bytes that a row entering at block b, of so many `positions`, keeps for backward: element b of the list.
 
-    It is an estimate, from the widths of the matrices from block b on; with `hidden` their outputs are compared too.
+    It is an estimate, from the widths of the matrices from block b to block `last` (None: to the end); with `hidden`
+    their outputs are compared too.
     """
     size = target.unembedding.element_size()
     width = target.unembedding.shape[1]
@@ -39,7 +42,8 @@ def row_costs(target: Target, slices: SliceSet, positions: int, hidden: bool = F
         per_block[matrix.block] += 2 * matrix.d_in + (4 if hidden else 3) * matrix.d_out
         if name in slices.names:
             per_block[matrix.block] += 4 * slices.of(name).U.shape[1]
-    return [size * positions * sum(per_block[block:]) for block in range(len(per_block))]
+    stop = len(per_block) if last is None else last + 1
+    return [size * positions * sum(per_block[block:stop]) for block in range(len(per_block))]
 
 
 def reconstruction(
@@ -74,7 +78,8 @@ def reconstruction(
     """
     sequences, positions = clean.batch.valid.shape
     states = [*clean.entries, clean.exit]
-    for chunk in chunks(variants, sequences, row_costs(target, slices, positions, look is not None), budget):
+    last = max((last_block(target, variant) for variant in variants), default=0)
+    for chunk in chunks(variants, sequences, row_costs(target, slices, positions, look is not None, last), budget):
         masks = chunk_masks(chunk, slices, g, noise)
         watch = None
         if look is not None:

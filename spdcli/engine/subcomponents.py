@@ -69,6 +69,27 @@ def svd_span_start(
     return _padded(basis.t() @ left, values, right, slices, generator)
 
 
+def svd_text_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The C slices that leave least of what W writes on text: of all U V of rank C the smallest E ‖x W - x U V‖².
+
+    With the second moment E xᵀx = L Lᵀ `[I, I]` of the text's inputs that is ‖Lᵀ (W - U V)‖², so they are the largest
+    singular triples of Lᵀ W, read through L⁻ᵀ.
+    """
+    if moment is None:
+        raise ValueError("svd_text needs the second moment of the matrix's inputs")
+    root = torch.linalg.cholesky(moment)
+    left, values, right = torch.linalg.svd(root.t() @ weight.to(moment), full_matrices=False)
+    read, write = _padded(left, values, right, slices, generator)
+    count = min(slices, len(values))
+    read[:, :count] = torch.linalg.solve_triangular(root.t(), read[:, :count], upper=True)
+    size = (write[:count].norm(dim=1) / read[:, :count].norm(dim=0)).sqrt()  # as large on either side
+    read[:, :count] *= size
+    write[:count] /= size[:, None]
+    return read.to(weight.dtype), write.to(weight.dtype)
+
+
 def dual_start(
     weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,10 @@ class Batch:
         return self.map(lambda tensor: tensor[rows])
 
 
+# Gives the minibatch of a number, from 0: fresh data by the generator, a corpus in an order of its own.
+Batches = Callable[[torch.Generator, int], Batch]
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`, for which the host does not wait if it is a GPU."""
     return tensor.to(device, non_blocking=device.type == "cuda")

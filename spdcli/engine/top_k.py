@@ -26,7 +26,7 @@ from spdcli.engine.forward import Clean, clean_pass, hidden_of, plan_pass, row_d
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.engine.target import Batch, Target
+from spdcli.engine.target import Batch, Batches, Target
 from spdcli.engine.variants import Piece, Variant
 
 
@@ -45,7 +45,7 @@ class TopKSettings:
 def fit_top_k(
     target: Target,
     slices: SliceSet,
-    batches: Callable[[torch.Generator], Batch],
+    batches: Batches,
     settings: TopKSettings,
     schedule: OptimiserSettings,
     seed: int,
@@ -54,7 +54,7 @@ def fit_top_k(
     optimiser = make_optimiser([{"params": list(slices.parameters())}], schedule)
     data, signs = torch.Generator().manual_seed(seed + 1), torch.Generator().manual_seed(seed + 2)
     for step in range(schedule.steps):
-        clean = clean_pass(target, batches(data), slices.names)
+        clean = clean_pass(target, batches(data, step), slices.names)
         masks = top_k_masks(target, slices, clean, settings, signs)
         optimiser.zero_grad(set_to_none=True)
         top_k_loss(target, slices, clean, masks, settings).backward()

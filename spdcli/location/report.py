@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from spdcli.edits.answer_changes import AnswerChanges, measure_edits
 from spdcli.edits.facts_file import Facts
 from spdcli.edits.known_facts import fact_questions, known_facts
@@ -37,10 +39,10 @@ from spdcli.measures.evidence import Evidence
 from spdcli.measures.evidence_choices import NO_SEARCH
 from spdcli.measures.language_evaluation import evaluate_language_model
 from spdcli.progress import Progress, Report, silent
-from spdcli.recipe.schema import GENERATED, Data
+from spdcli.recipe.schema import Data
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject, require_tokens
-from spdcli.targets.broad_text import draw_stream
+from spdcli.targets.broad_text import generated_text
 from spdcli.targets.prompts import encode
 
 LEAKS = ("rule", "effect", "direct")  # the edits that related prompts are asked after
@@ -158,6 +160,8 @@ def report_facts(
     require_tokens(subject)
     if subject.prompts is None or data is None:
         raise UsageError("a report is about facts, and the induction toy knows none", "spd eval explains the toy")
+    if data.prompts is None:
+        raise UsageError("a report is about a recipe's prompts, and this run was decomposed on text without any")
     settings = settings or ReportSettings()
     steps = iter(range(1, 1000))
     tell = lambda text: report(Progress(text, next(steps), 4 + 2 * len(data.prompts)))  # noqa: E731
@@ -192,8 +196,9 @@ def broad_text(subject: Subject, data: Data, seed: int) -> Batch:
         return subject.stream()
     assert subject.prompts is not None
     model: Any = subject.target.model
-    shape = (data.stream_sequences, data.stream_length)
-    return draw_stream(GENERATED, model, subject.prompts.tokenizer, *shape, seed).to(subject.target.device)
+    assert data.sequences is not None
+    text = generated_text(model, subject.prompts.tokenizer, data.sequences, 0, data.length, seed)
+    return Batch.everywhere(text.training.read(torch.arange(data.sequences))).to(subject.target.device)
 
 
 def fact_report(

@@ -27,25 +27,26 @@ from spdcli.runs.subject import Subject
 
 AnyEvaluation = ToyEvaluation | FeatureEvaluation | LanguageEvaluation
 USUAL = MaskSearch()
+FRESH = 8192  # sequences of a toy
 
 
 @torch.no_grad()
 def evaluate(
     subject: Subject,
     decomposition: Decomposition,
-    sequences: int = 8192,
+    sequences: int | None = None,
     threshold: float = 0.0,
     seed: int = 0,
     adversary: MaskSearch = USUAL,
 ) -> AnyEvaluation:
     """Everything `spd eval` reports (`spd.eval/1`) but for the run's name.
 
-    A toy is measured on `sequences` fresh sequences, a language model on its prompts, a planted target on a few
-    sequences as if they were prompts, and its slices on `sequences` fresh ones. A slice is active where its importance
-    is above `threshold`. `seed` draws sequences and the stochastic masks; `adversary` says how hard masks are sought
-    that break it.
+    A toy is measured on `sequences` fresh sequences (FRESH if None), a language model on so many of its prompts or of
+    its held-out text (if None on as many as have a few hundred tokens), a planted target on a few sequences as if they
+    were prompts, and its slices on `sequences` fresh ones. A slice is active where its importance is above `threshold`.
+    `seed` draws sequences and the stochastic masks; `adversary` says how hard masks are sought that break it.
     """
-    evaluation = evaluate_without_circuit(subject, decomposition, sequences, threshold, seed, adversary)
+    evaluation = evaluate_without_circuit(subject, decomposition, sequences, threshold, seed, adversary, sequences)
     if isinstance(evaluation, ToyEvaluation) and has_circuit(subject):
         return replace(evaluation, circuit=circuit_of(subject, decomposition, threshold, seed))
     return evaluation
@@ -55,17 +56,20 @@ def evaluate(
 def evaluate_without_circuit(
     subject: Subject,
     decomposition: Decomposition,
-    sequences: int,
+    sequences: int | None,
     threshold: float,
     seed: int,
     adversary: MaskSearch = USUAL,
+    texts: int | None = None,
 ) -> AnyEvaluation:
-    """Table 1 and the evidence: what is quick, and is measured alike of every target."""
+    """Table 1 and the evidence: what is quick, and is measured alike of every target. `sequences` are a toy's, `texts`
+    how many prompts or held-out sequences a language model is measured on."""
+    fresh = FRESH if sequences is None else sequences
     if subject.toy is not None:
-        return evaluate_toy(subject, decomposition, sequences, threshold, seed, adversary)
+        return evaluate_toy(subject, decomposition, fresh, threshold, seed, adversary)
     if subject.feature_toy is not None:
-        return evaluate_features(subject, decomposition, sequences, threshold, seed)
-    evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary)
+        return evaluate_features(subject, decomposition, fresh, threshold, seed)
     if subject.planted is None:
-        return evaluation
-    return replace(evaluation, recovery=slice_recovery(subject, decomposition, sequences, threshold, seed))
+        return evaluate_language_model(subject, decomposition, threshold, seed, adversary, texts)
+    evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary)
+    return replace(evaluation, recovery=slice_recovery(subject, decomposition, fresh, threshold, seed))

@@ -88,7 +88,7 @@ class CornerSums:
             self.kl[name].add(each.sum(1) / looked.sum(1).clamp(min=1))
             self.right[name].add(log_q[rows].argmax(-1).eq(answers).float())
             if self.subject.toy is None:
-                self.answers[name] = log_q[rows, answers].exp().tolist()
+                self.answers.setdefault(name, []).extend(log_q[rows, answers].exp().tolist())
 
     def evidence(self, losses: Mapping[str, Mean], searches: Mapping[str, Attack | Sequence[Attack]]) -> Evidence:
         """With the means of the reconstruction `losses` by name, and what searches found, by their field."""

@@ -16,6 +16,8 @@ from spdcli.progress import Progress, Report
 from spdcli.runs.subject import Subject, require_tokens
 from spdcli.targets.sparse_features import read_features
 
+OTHER_GATES = "spd decompose RECIPE --data TEXT, or --set importance.basis=full, makes gates that hold on any text"
+TOKENS_AT_ONCE = 2048  # whose activations exist together
 Ids = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -95,7 +97,15 @@ def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch)
             f"{batch.tokens.shape[1]} tokens, but this run's importance attention covers {limit}",
             "give a shorter prompt",
         )
-    clean = clean_pass(subject.target, batch, decomposition.names)
+    rows, at_once = torch.arange(len(batch.tokens)), max(1, TOKENS_AT_ONCE // batch.tokens.shape[1])
+    parts = rows.to(batch.tokens.device).split(at_once)
+    own = [_importances_of(subject, decomposition, batch.select(part)) for part in parts]
+    g, inner = ({name: torch.cat([each[which][name] for each in own]) for name in own[0][which]} for which in (0, 1))
+    return g, inner
+
+
+def _importances_of(subject: Subject, decomposition: Decomposition, batch: Batch) -> tuple[dict, dict]:
+    clean = clean_pass(subject.target, batch, decomposition.names, outputs=False)
     g, _ = decomposition.importance(clean.inputs, clean.padding)
     real = batch.valid[..., None]
     inner = {name: (clean.inputs[name] @ decomposition.of(name).U) * real for name in g}
@@ -108,7 +118,15 @@ def active_in(g: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
 
 
 def warn_of_span(decomposition: Decomposition, report: Report) -> None:
-    """Say so where importances are read off text that a run's gates do not see whole."""
+    """Say so, and what to do, where importances are read off text that a run's gates do not see whole."""
     if decomposition.importances.bases:
-        text = "this run's gates see only the span of its own prompts; on other text they are a projection"
-        report(Progress(text, warning=True))
+        text = "this run's gates see only the span of its own prompts; on other text they are a projection: "
+        report(Progress(text + OTHER_GATES, warning=True))
+
+
+def refuse_span(decomposition: Decomposition) -> None:
+    """UsageError, with what to do, where a run's gates say nothing of text other than its own prompts."""
+    if decomposition.importances.bases:
+        raise UsageError(
+            "this run's gates see only the span of its own prompts, and say nothing of other text", OTHER_GATES
+        )

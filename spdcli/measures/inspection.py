@@ -14,6 +14,7 @@ from spdcli.measures.labels import TokenLens
 from spdcli.measures.matrix_patterns import matrices_like
 from spdcli.measures.texts import Texts, own_texts, user_texts
 from spdcli.progress import Report, silent
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 
 
@@ -59,23 +60,26 @@ class Heat:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`spd.inspect/1` but for the run's name: every occurrence of `token` (None: every position), and a heat a prompt
-    that has it."""
+    """`spd.inspect/1` but for the run's name: the first occurrences of `token` (None: of any), of so many `places` that
+    it has in all, and a heat a prompt that has one of them."""
 
     token: str | None
     occurrences: Sequence[Occurrence]
     heat: Sequence[Heat]
+    places: int | Absent = ABSENT  # of what was recorded when all were shown
 
 
 @dataclass(frozen=True)
 class Query:
-    """What `spd inspect` asks: a token (None: every position), matrices, how many slices and labels, a threshold."""
+    """What `spd inspect` asks: a token (None: every position), matrices, how many slices and labels, a threshold, and
+    at how many places at most (None: at all)."""
 
     token: str | None
     matrices: Sequence[str] = ("*",)
     top: int = 20
     labels: int = 5
     threshold: float = 0.0
+    places: int | None = None
 
 
 def inspect_texts(
@@ -112,6 +116,7 @@ def inspect_slices(
         places = [(row, position) for row, position in shown.batch.valid.nonzero().tolist()]
     else:
         places = shown.find(query.token)
+    found, places = len(places), places[: query.places]
     slices = [active.slices_at(place, query.top) for place in places]
     named = iter(with_labels([one for at_place in slices for one in at_place], subject, decomposition, query.labels))
     occurrences = [
@@ -129,6 +134,7 @@ def inspect_slices(
     rows = sorted({row for row, _ in places})
     return Inspection(
         token=query.token,
+        places=found,
         occurrences=occurrences,
         heat=[Heat(r, shown.pieces[r], heat[r, : len(shown.pieces[r])].tolist()) for r in rows],
     )
@@ -187,6 +193,20 @@ def _unique(
         elsewhere, _ = importances_of(subject, decomposition, own.batch.select(torch.tensor(others)))
         counts = {name: counts[name] + active.sum(0) for name, active in active_in(elsewhere, threshold).items()}
     return {name: active & (counts[name] == 1) for name, active in here.items()}
+
+
+@dataclass(frozen=True)
+class SliceLabels:
+    """The tokens whose logits a slice raises most, `promotes`, and those that drive it most, `reads`."""
+
+    promotes: Sequence[str]
+    reads: Sequence[str]
+
+
+def labels_of(subject: Subject, decomposition: Decomposition, addresses: Sequence[str], top: int) -> list[SliceLabels]:
+    """The `top` tokens that each slice promotes and reads where its inner activation is positive."""
+    slices = [SliceActivity(address, 1.0, False, 1.0) for address in addresses]
+    return [SliceLabels(one.promotes, one.reads) for one in with_labels(slices, subject, decomposition, top)]
 
 
 def with_labels(

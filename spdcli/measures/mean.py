@@ -23,6 +23,12 @@ class Mean:
         self.total += wide.sum().item()
         self.squares += wide.square().sum().item()
 
+    def join(self, other: Mean) -> None:
+        """All values of another one too."""
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
+
     @property
     def value(self) -> float:
         """The mean of all values so far."""

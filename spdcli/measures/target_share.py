@@ -15,8 +15,9 @@ directions (whitened duals) `in weights` is below 1 although they write exactly 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from spdcli.engine.forward import Clean
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Target
+from spdcli.measures.mean import Mean
 
 
 @dataclass(frozen=True)
@@ -66,35 +68,61 @@ def output_shares(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, g: Tensor) ->
     return along.square() / (ours.square().sum(-1) * theirs.square().sum(-1)).clamp(min=1e-30)
 
 
-@torch.no_grad()
+@dataclass
+class ShareSums:
+    """Both measures, part of the data by part: by matrix which slices were `active` `[C]` bool, the shares `in_weights`
+    `[C]` of all of them, and the mean of `outputs`."""
+
+    active: dict[str, Tensor] = field(default_factory=dict)
+    in_weights: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Mean] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def add(self, target: Target, slices: SliceSet, clean: Clean, g: Mapping[str, Tensor], threshold: float) -> None:
+        """Where the importances `g[m]` `[B, T, C]` on the sequences of `clean` are above `threshold`."""
+        for name, importances in g.items():
+            matrix, own = target.matrices[name], slices.of(name)
+            real = importances[clean.batch.valid]
+            on = real > threshold
+            places = on.any(1)
+            x = clean.inputs[name][clean.batch.valid][places]
+            written = output_shares(x, matrix.weight, own.U, own.V, (real * on)[places])
+            if name not in self.active:
+                self.active[name] = torch.zeros_like(on[0])
+                self.in_weights[name] = weight_shares(matrix.weight, own.U, own.V)
+                self.outputs[name], self.blocks[name] = Mean(), matrix.block
+            self.active[name] |= on.any(0)
+            self.outputs[name].add(written)
+
+    def total(self) -> TargetShare:
+        """Over all that was added."""
+        weights = {name: shares[self.active[name]] for name, shares in self.in_weights.items()}
+        counts: dict[int, int] = defaultdict(int)
+        everywhere = Mean()
+        for name, own in self.outputs.items():
+            counts[self.blocks[name]] += len(weights[name])
+            everywhere.join(own)
+        total = sum(counts.values())
+        return TargetShare(
+            in_weights=_mean(torch.cat(list(weights.values()))),
+            in_outputs=everywhere.value if everywhere.count else None,
+            blocks=dict(sorted(counts.items())),
+            last_block=counts[max(counts)] / total if total else None,
+            by_matrix={
+                name: MatrixShare(len(weights[name]), _mean(weights[name]), own.value if own.count else None)
+                for name, own in self.outputs.items()
+            },
+        )
+
+
 def target_share(
     target: Target, slices: SliceSet, clean: Clean, g: Mapping[str, Tensor], threshold: float
 ) -> TargetShare:
     """Both measures where the importances `g[m]` `[B, T, C]` on the prompts of `clean` are above `threshold`."""
-    by_matrix: dict[str, MatrixShare] = {}
-    blocks: dict[int, int] = {}
-    weights, outputs = [], []
-    for name, importances in g.items():
-        matrix, own = target.matrices[name], slices.of(name)
-        real = importances[clean.batch.valid]
-        on = real > threshold
-        active = on.any(0)
-        shares = weight_shares(matrix.weight, own.U, own.V)[active]
-        places = on.any(1)
-        x = clean.inputs[name][clean.batch.valid][places]
-        written = output_shares(x, matrix.weight, own.U, own.V, (real * on)[places])
-        weights.append(shares)
-        outputs.append(written)
-        blocks[matrix.block] = blocks.get(matrix.block, 0) + int(active.sum())
-        by_matrix[name] = MatrixShare(int(active.sum()), _mean(shares), _mean(written))
-    total = sum(blocks.values())
-    return TargetShare(
-        in_weights=_mean(torch.cat(weights)),
-        in_outputs=_mean(torch.cat(outputs)),
-        blocks=dict(sorted(blocks.items())),
-        last_block=blocks[max(blocks)] / total if total else None,
-        by_matrix=by_matrix,
-    )
+    sums = ShareSums()
+    sums.add(target, slices, clean, g, threshold)
+    return sums.total()
 
 
 def _mean(values: Tensor) -> float | None:

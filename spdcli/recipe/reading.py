@@ -260,6 +260,14 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     raise RecipeError([problem], "text is quoted, true and false are not, and a key stands once in its section")
 
 
+def text_in_place_of_prompts(source: str | Path) -> list[Override]:
+    """The settings of `--data`: a corpus (`data.stream`) is decomposed on, by gates that hold on text they never saw,
+    and the recipe's own prompts are left out."""
+    option = f"--data {source}"
+    settings = {("data", "stream"): str(source), ("data", "prompts"): None, ("importance", "basis"): "full"}
+    return [Override(option, path, value) for path, value in settings.items()]
+
+
 def parse_override(text: str, flag: str = "--set") -> Override:
     """`a.b=value`, as `flag` was given it; raises UsageError when there is no key or no `=`."""
     option = f"{flag} {text}"

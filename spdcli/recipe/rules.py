@@ -40,7 +40,13 @@ def _sections_fit_target(recipe: Sections) -> Iterator[Contradiction]:
     kind, data, train = recipe["target"]["kind"], recipe["data"], recipe["train"]
     if kind == "huggingface":
         if data is None:
-            yield Contradiction(("data", "target.kind"), "missing section [data]: a huggingface target needs prompts")
+            yield Contradiction(
+                ("data", "target.kind"), "missing section [data]: a huggingface target needs prompts, or text"
+            )
+        elif data["prompts"] is None and data["stream"] is None:
+            yield Contradiction(
+                ("data.prompts", "data"), "[data] has neither prompts nor a stream, the text to decompose on"
+            )
         if train is not None:
             yield Contradiction(("train",), "[train] is for toys; a huggingface target comes trained")
     if kind != "huggingface" and kind not in TOYS and (data is not None or train is not None):
@@ -104,6 +110,11 @@ def _span_fits(recipe: Sections) -> Iterator[Contradiction]:
             ("importance.basis", "target.kind"),
             f"[importance] basis = 'span' needs a fixed set of prompts; {maker} draws new sequences",
         )
+    if _only_text(recipe):
+        yield Contradiction(
+            ("importance.basis", "data.stream"),
+            "[importance] basis = 'span' needs a fixed set of prompts, and [data] has none: 'full' holds on any text",
+        )
 
 
 def _global_heads_fit(recipe: Sections) -> Iterator[Contradiction]:
@@ -124,10 +135,16 @@ def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
             ("slices.init", "target.kind"),
             f"[slices] init = '{init}' needs a fixed set of prompts; {maker} draws new sequences",
         )
-    elif start.needs_moment and kind == "module":
+    elif start.fixed_data and _only_text(recipe):
+        yield Contradiction(
+            ("slices.init", "data.stream"),
+            f"[slices] init = '{init}' needs a fixed set of prompts, and [data] has none; 'svd' needs none",
+        )
+    elif start.needs_moment and kind != "huggingface":
+        own, other = ("a module", "dual") if kind == "module" else ("this target", "svd")
         yield Contradiction(
             ("slices.init", "target.kind"),
-            f"[slices] init = '{init}' needs broad text to whiten by, and a module has none; 'dual' needs none",
+            f"[slices] init = '{init}' needs broad text to whiten by, and {own} has none; '{other}' needs none",
         )
     elif start.needs_moment and recipe["data"] is not None and recipe["data"]["stream"] is None:
         yield Contradiction(
@@ -136,9 +153,19 @@ def _start_fits(recipe: Sections) -> Iterator[Contradiction]:
         )
 
 
+def _only_text(recipe: Sections) -> bool:
+    """Whether what is decomposed on is a corpus, and no prompts."""
+    return recipe["data"] is not None and recipe["data"]["prompts"] is None
+
+
 def _targeted_fits(recipe: Sections) -> Iterator[Contradiction]:
     if not recipe["losses"]["targeted"]:
         return
+    if _only_text(recipe):
+        yield Contradiction(
+            ("losses.targeted", "data.prompts"),
+            "[losses] targeted is for prompts in front of text, and [data] has none",
+        )
     if not recipe["slices"]["delta"]:
         yield Contradiction(
             ("losses.targeted", "slices.delta"), "[losses] targeted keeps the delta on, and [slices] delta = false"

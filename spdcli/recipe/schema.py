@@ -137,24 +137,52 @@ class ModuleTarget(Section):
 
 
 class Data(Section):
-    """Prompts of a language-model target; the toy makes its own sequences."""
+    """Prompts of a language-model target, or text in their place; the toy makes its own sequences."""
 
-    prompts: Annotated[list[Text], Field(min_length=1)] = Field(
-        description="The texts to decompose on (section 5.2 has two)."
+    prompts: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        None, description="The texts to decompose on (section 5.2 has two); if not given, data.stream."
     )
     answers: Annotated[str, OneOf(ANSWERS)] = Field(
         "held_out", description="What becomes of a prompt's last token, its answer."
     )
     begin_token: bool = Field(
-        False, description="Put the tokenizer's begin-of-sequence token before every prompt; none is put otherwise."
+        False,
+        description="Put the tokenizer's begin-of-sequence token before every prompt, and every sequence of a corpus; "
+        "none is put otherwise.",
     )
     stream: Text | None = Field(
         None,
-        description="Broad text beside the prompts, for losses.targeted and slices.init = 'dual_whitened': "
-        "'generated', which samples it from the model itself, or the path of a text file. Not in the paper.",
+        description="A corpus: what is decomposed on where there are no prompts; beside prompts, broad text for "
+        "losses.targeted and slices.init = 'dual_whitened'. A text file, a directory of them, a .jsonl or .parquet "
+        "file, datasets:NAME[:CONFIG][:SPLIT] of the datasets library, or 'generated', which samples text from the "
+        "model itself. Not in the paper.",
     )
-    stream_sequences: Positive = Field(256, description="How many sequences of broad text are kept.")
-    stream_length: Annotated[int, Field(ge=2)] = Field(16, description="Tokens of each of them.")
+    stream_field: Text = Field("text", description="Where rows of a .jsonl, .parquet or dataset have their text.")
+    stream_sequences: Positive | None = Field(
+        None,
+        description="How many sequences of the corpus are kept, chosen by the seed; if not given all, of 'generated' "
+        "256 beside prompts and 4096 without any.",
+    )
+    stream_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Tokens of each of them; if not given, 16 beside prompts, else 128."
+    )
+    stream_held_out: Share = Field(
+        0.05,
+        description="The share of a corpus that is never trained on, at least one sequence: spd eval measures there. "
+        "Of 'generated' as much text is sampled anew.",
+    )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence of the corpus."""
+        return self.stream_length or (128 if self.prompts is None else 16)
+
+    @property
+    def sequences(self) -> int | None:
+        """How many sequences of the corpus are kept; None is all."""
+        if self.stream not in (None, GENERATED):
+            return self.stream_sequences
+        return self.stream_sequences or (4096 if self.prompts is None else 256)
 
 
 class Optimisation(Section):

@@ -180,7 +180,8 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _resolved(schema: Schema, raw: Any, model: type[BaseModel]) -> Schema:
-    """Follows references, picks the kind of target that `raw` asks for, and drops the `null` of an optional section."""
+    """Follows references, picks the kind of target that `raw` asks for, and drops the `null` of an optional section or
+    list."""
     if "$ref" in schema:
         return _resolved(_schema(model)["$defs"][schema["$ref"].rpartition("/")[2]], raw, model)
     if "discriminator" in schema:
@@ -189,8 +190,9 @@ def _resolved(schema: Schema, raw: Any, model: type[BaseModel]) -> Schema:
         if isinstance(kind, str) and kind in mapping:
             return _resolved({"$ref": mapping[kind]}, raw, model)
         return {"type": "object", "properties": {"kind": {"enum": list(mapping)}}}
-    sections = [option for option in schema.get("anyOf", ()) if "$ref" in option]
-    return _resolved(sections[0], raw, model) if sections else schema
+    options = [option for option in schema.get("anyOf", ()) if option.get("type") != "null"]
+    inner = [option for option in options if "$ref" in option or (option.get("type") == "array" and len(options) == 1)]
+    return _resolved(inner[0], raw, model) if inner else schema
 
 
 def _schema_at(path: KeyPath, raw: Any, model: type[BaseModel]) -> Schema | None:

@@ -25,10 +25,11 @@ START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
 
 
 def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[str, Tensor]:
-    """The matrices' inputs at real positions, `[n, I]`: all prompts, or a draw of a toy's data."""
+    """The matrices' inputs at real positions, `[n, I]`: all prompts, some of a corpus, or a draw of a toy's data."""
     if subject.draw is None:
         assert subject.prompts is not None
-        batch = subject.prompts.batch
+        of_text = subject.held_out_prompts is not None and subject.stream is not None
+        batch = subject.stream() if of_text and subject.stream else subject.prompts.batch
     else:
         batch = subject.draw(START_SEQUENCES, torch.Generator().manual_seed(recipe.seed)).to(subject.target.device)
     clean = clean_pass(subject.target, batch, names)

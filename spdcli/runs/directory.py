@@ -8,6 +8,7 @@
     toy/                        the run of `spd train` whose toy is decomposed (toys only)
     eval.json, figures/         what `spd eval` found
     certificate.json            what `spd certify` found
+    harvest/                    what `spd harvest` saw slices do over text
     .lock                       who is writing, while somebody is
 
 A run of `spd train` has target.safetensors, and checkpoint/toy.safetensors to go on from.
@@ -40,7 +41,7 @@ from spdcli.runs.lock import LOCK, locked
 from spdcli.targets.model_files import is_local
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
-CERTIFICATE = "certificate.json"
+CERTIFICATE, HARVEST = "certificate.json", "harvest"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
 TOY_WEIGHTS, TOY_CHECKPOINT = "target.safetensors", "checkpoint/toy.safetensors"
 LARGEST_METRICS = 2**30  # bytes
@@ -51,6 +52,7 @@ HELD = (
     EVAL,
     CERTIFICATE,
     FIGURES,
+    HARVEST,
     DECOMPOSITION,
     "checkpoint",
     TOY,

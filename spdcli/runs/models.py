@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,17 @@ class NamedModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     begin_token: bool
+
+
+def token_text_of(run: Path) -> Callable[[int], str]:
+    """What names the tokens of the run directory `run`, without its model; UsageError for a run of another target."""
+    from spdcli.targets.huggingface import load_tokenizer
+    from spdcli.targets.prompts import token_text
+
+    recipe = RunDirectory.open(run).recipe
+    if not isinstance(recipe.target, HuggingFaceTarget):
+        raise UsageError(f"{run} is no run of a language model, and has no text")
+    return partial(token_text, load_tokenizer(recipe.target.model))
 
 
 def open_model(name: str, device: str | None = None, begin_token: bool = False) -> NamedModel:

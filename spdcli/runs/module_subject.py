@@ -33,7 +33,7 @@ def module_subject(recipe: Recipe, target: Target, data: ModuleData, tokenizer: 
     size, device = recipe.decompose.batch, target.device
     fixed = whole.to(device)
 
-    def batches(generator: torch.Generator) -> Batch:
+    def batches(generator: torch.Generator, number: int = 0) -> Batch:
         if callable(data):
             return _looked_at(recipe, _checked(target, data(generator))).to(device)
         return fixed if size >= len(whole.tokens) else some_of(whole, size, generator).to(device)

@@ -37,6 +37,9 @@ def planted_subject(recipe: Recipe, device: torch.device) -> Subject:
     def draw(count: int, generator: torch.Generator) -> Batch:
         return planted.draw(count, generator).to(device)
 
+    def batches(generator: torch.Generator, number: int = 0) -> Batch:
+        return draw(size, generator)
+
     shown = planted.draw(SHOWN, torch.Generator().manual_seed(recipe.seed))
     words = NumberTokenizer(len(target.unembedding), planted.length)
     if shown.answers is None:
@@ -47,7 +50,7 @@ def planted_subject(recipe: Recipe, device: torch.device) -> Subject:
         prompts = replace(prompts, answer_at=prompts.answer_at + 1, answer_texts=answers)
     return Subject(
         target=target,
-        batches=lambda generator: draw(size, generator),
+        batches=batches,
         length=planted.length,
         token_text=str,
         routes={matrix: plain_route(target, matrix) for matrix in target.matrices},

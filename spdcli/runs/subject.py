@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from spdcli.engine.fit import FitState
-from spdcli.engine.target import Batch, Target
+from spdcli.engine.target import Batch, Batches, Target
 from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors
 from spdcli.machine import keep_freed_memory
+from spdcli.progress import Report, silent
 from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
 from spdcli.recipe.schema import (
     HuggingFaceTarget,
@@ -32,7 +33,6 @@ from spdcli.recipe.schema import (
 from spdcli.runs.contents import of_module
 from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import optimiser_settings
-from spdcli.targets.broad_text import draw_stream
 from spdcli.targets.feature_toys import TMS, FeatureToy, ResidMLP, ResidMLPShape, TMSShape, feature_target
 from spdcli.targets.feature_training import train_feature_toy
 from spdcli.targets.induction import InductionToy, ToyShape, toy_routes, toy_target, train_toy
@@ -43,6 +43,7 @@ from spdcli.targets.toy_state import start_toy
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
+    from spdcli.targets.text_windows import TextSplit
 
 Toy = InductionToy | FeatureToy
 ToyRecord = dict[str, float]  # of a logged step of a toy's training: its step, loss, rate and what else it tells
@@ -52,17 +53,18 @@ ToyRecord = dict[str, float]  # of a logged step of a toy's training: its step, 
 class Subject:
     """A target with the data that it is decomposed on, and the names of its tokens.
 
-    `batches(generator)` gives a training minibatch. Where every step takes all of a fixed set of prompts, it returns
-    the same object each time, so that what is worked out from it once can be kept. `length` is that of the longest
-    sequence. `token_text(token)` is a token as text; `routes[m]` says how matrix m is labelled with tokens. `toy` is
-    set for the induction toy, `feature_toy` for a toy of sparse features, `prompts` for every other target; `planted`
-    for one whose slices are known. `draw(count, generator)` gives fresh data of a toy, on the processor.
-    `stream()` gives the broad text (`data.stream`) if the recipe has any, the same one on every call; `held_out()`
-    other such text, that nothing is trained on.
+    `batches(generator, step)` gives a training minibatch. Where every step takes all of a fixed set of prompts, it
+    returns the same object each time, so that what is worked out from it once can be kept. `length` is that of the
+    longest sequence. `token_text(token)` is a token as text; `routes[m]` says how matrix m is labelled with tokens.
+    `toy` is set for the induction toy, `feature_toy` for a toy of sparse features, `prompts` for every other target;
+    `planted` for one whose slices are known. `draw(count, generator)` gives fresh data of a toy, on the processor.
+    `corpus()` is the text (`data.stream`) if the recipe has any; `stream()` gives some of its training sequences, the
+    same ones on every call, and `held_out()` some that nothing is trained on. Where the recipe has text and no prompts,
+    `prompts` are a few of these, and `held_out_prompts(n)` the first n of them.
     """
 
     target: Target
-    batches: Callable[[torch.Generator], Batch]
+    batches: Batches
     length: int
     token_text: Callable[[int], str]
     routes: dict[str, Route]
@@ -73,6 +75,8 @@ class Subject:
     held_out: Callable[[], Batch] | None = None
     feature_toy: FeatureToy | None = None
     draw: Callable[[int, torch.Generator], Batch] | None = None
+    corpus: Callable[[], TextSplit] | None = None
+    held_out_prompts: Callable[[int], Prompts] | None = None
 
     @property
     def trained_toy(self) -> Toy | None:
@@ -147,7 +151,7 @@ def toy_subject(recipe: Recipe, toy: Toy) -> Subject:
         return feature_subject(recipe, toy)
     shape = toy.shape
 
-    def batches(generator: torch.Generator) -> Batch:
+    def batches(generator: torch.Generator, number: int = 0) -> Batch:
         drawn = shape.sequences.draw(recipe.decompose.batch, generator)
         if not recipe.losses.last_token_only:
             drawn = replace(drawn, looked=drawn.valid)
@@ -169,9 +173,13 @@ def feature_subject(recipe: Recipe, toy: FeatureToy) -> Subject:
     assert isinstance(recipe.target, TMSTarget | ResidMLPTarget)
     probability, target = recipe.target.feature_probability, feature_target(toy)
     draw = lambda count, generator: sparse_features(count, toy.features, probability, toy.lowest, generator)  # noqa: E731
+
+    def batches(generator: torch.Generator, number: int = 0) -> Batch:
+        return draw(recipe.decompose.batch, generator).to(target.device)
+
     return Subject(
         target=target,
-        batches=lambda generator: draw(recipe.decompose.batch, generator).to(target.device),
+        batches=batches,
         length=1,
         token_text=str,
         routes=toy.routes(),
@@ -180,56 +188,29 @@ def feature_subject(recipe: Recipe, toy: FeatureToy) -> Subject:
     )
 
 
-def language_subject(recipe: Recipe, device: torch.device, trained: bool = True) -> Subject:
-    """A language model and its prompts, ready to decompose. Unless `trained`, its weights are not read: they are
-    random, or on torch's `meta` device shapes alone."""
+def language_subject(recipe: Recipe, device: torch.device, trained: bool = True, report: Report = silent) -> Subject:
+    """A language model and its data, ready to decompose. Unless `trained`, its weights are not read: they are random,
+    or on torch's `meta` device shapes alone."""
+    from spdcli.runs.text_data import with_data
     from spdcli.targets.huggingface import build_routes, build_target, load_model, load_untrained
-    from spdcli.targets.prompts import encode
 
-    data = recipe.data
     assert isinstance(recipe.target, HuggingFaceTarget)
-    assert data is not None
-    name, dtype = recipe.target.model, recipe.target.dtype
+    name, dtype, split = recipe.target.model, recipe.target.dtype, recipe.target.split_attention
     language_model = load_model(name, dtype) if trained else load_untrained(name, dtype, device)
     language_model.model.to(device)
-    prompts = encode(language_model.tokenizer, data.prompts, data.answers, data.begin_token)
-    whole = prompts.batch
-    if recipe.losses.last_token_only:
-        last = torch.zeros_like(whole.looked)
-        last[torch.arange(len(last)), prompts.answer_at] = True
-        whole = replace(whole, looked=last)
-    fixed, size = whole.to(device), recipe.decompose.batch
-
-    def batches(generator: torch.Generator) -> Batch:
-        return fixed if size >= len(whole.tokens) else some_of(whole, size, generator).to(device)
-
-    @cache
-    def stream(held_out: bool = False) -> Batch:
-        assert data.stream is not None
-        shape = (data.stream_sequences, data.stream_length)
-        drawn = draw_stream(data.stream, language_model.model, language_model.tokenizer, *shape, recipe.seed, held_out)
-        return drawn.to(device)
-
-    split = recipe.target.split_attention
-    return Subject(
+    subject = Subject(
         target=build_target(language_model, split),
-        batches=batches,
-        length=fixed.tokens.shape[1],
+        batches=no_data,
+        length=0,
         token_text=language_model.token_text,
         routes=build_routes(language_model, split),
-        prompts=replace(prompts, batch=fixed),
-        stream=None if data.stream is None else stream,
-        held_out=None if data.stream is None else partial(stream, True),
     )
+    return with_data(recipe, subject, language_model, trained, report)
 
 
-def stream_batches(recipe: Recipe, subject: Subject) -> Callable[[torch.Generator], Batch] | None:
-    """What draws the broad text of a step of a targeted decomposition; None where the recipe wants none."""
-    if not recipe.losses.targeted or subject.stream is None:
-        return None
-    device, size = subject.target.device, recipe.decompose.stream_batch
-    whole = subject.stream().to(torch.device("cpu"))
-    return lambda generator: some_of(whole, size, generator).to(device)
+def no_data(generator: torch.Generator, number: int = 0) -> Batch:
+    """The minibatches of a target that has no data yet."""
+    raise AssertionError("a language model is given its data before anything is drawn")
 
 
 def some_of(batch: Batch, size: int, generator: torch.Generator) -> Batch:
@@ -238,7 +219,11 @@ def some_of(batch: Batch, size: int, generator: torch.Generator) -> Batch:
 
 
 def open_subject(
-    recipe: Recipe, device: torch.device, toy_directory: Path | None = None, toy: Toy | None = None
+    recipe: Recipe,
+    device: torch.device,
+    toy_directory: Path | None = None,
+    toy: Toy | None = None,
+    report: Report = silent,
 ) -> Subject:
     """The subject of a recipe. Unless `toy` is one, a toy is read from `toy_directory` (a run of `spd train`)."""
     if isinstance(recipe.target, ToyTarget):
@@ -255,4 +240,4 @@ def open_subject(
         from spdcli.runs.planted_subject import planted_subject
 
         return planted_subject(recipe, device)
-    return language_subject(recipe, device)
+    return language_subject(recipe, device, report=report)

@@ -33,9 +33,9 @@ from spdcli.runs.subject import (
     choose_device,
     load_toy,
     open_subject,
-    stream_batches,
     toy_training,
 )
+from spdcli.runs.text_data import stream_batches
 from spdcli.targets.feature_toys import FeatureToy
 from spdcli.targets.feature_training import label_error
 from spdcli.targets.induction import toy_accuracy
@@ -138,7 +138,7 @@ def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent
     """The target of a run, its toy trained first, or copied in where the recipe names one."""
     recipe, device = loaded.recipe, choose_device(loaded.recipe.device)
     if not isinstance(recipe.target, ToyTarget):
-        return open_subject(recipe, device)
+        return open_subject(recipe, device, report=report)
     if isinstance(store, MemoryRun):
         toy = None if recipe.target.path is None else load_toy(toy_folder(loaded), recipe.target, device)
         return open_subject(recipe, device, toy=toy or train_toy_of(recipe, MemoryRun(), report).toy)

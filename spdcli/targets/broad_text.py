@@ -1,52 +1,72 @@
-"""Broad text beside a run's few prompts: sampled from the target itself or read from a file, and its second moments.
+"""Broad text: sampled from the target itself, and the second moments of what matrices read on any.
 
-It says what is usual in a matrix's input, so that a direction can be found that is special to a token, and it is the
-text on which a targeted decomposition must not change. S sequences, T positions, I d_in.
+These say what is usual in a matrix's input, so that a direction can be found that is special to a token.
+S sequences, T positions, I d_in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from spdcli.engine.forward import clean_pass
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
-from spdcli.recipe.schema import GENERATED
+from spdcli.files import load_tensors, save_tensors
+from spdcli.targets.text_windows import KeptText, TextSplit
+from spdcli.targets.user_cache import cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT_SEED = 30_000_001  # its own stream: never the text of training
+TOKENS = "tokens.safetensors"
 SEQUENCES_AT_ONCE = 64  # that are sampled, or whose inputs are held, together
 
 
-def draw_stream(
-    source: str,
+def generated_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sequences: int,
+    held_out: int,
     length: int,
     seed: int,
-    held_out: bool = False,
-) -> Batch:
-    """`sequences` of `length` tokens, all looked at: sampled from `model` where `source` is `generated`, else cut from
-    the text file `source`. With `held_out` others than without: of a file what is left of it, at most as many.
+    kept: bool = False,
+) -> TextSplit:
+    """So many `sequences` of `length` tokens to train on, sampled from `model` when they are first read, and so many
+    others that are `held_out`; with `kept` they stay in the user's cache."""
 
-    Raises SpdError for a file that cannot be read or is too short, and for a length that the model does not take.
-    """
+    def part(count: int, seed: int) -> KeptText:
+        def sample() -> Tensor:
+            return sampled(model, tokenizer.all_special_ids, count, length, torch.Generator().manual_seed(seed))
+
+        def read() -> Tensor:
+            name = f"{_fingerprint(model)}-{seed}-{count}-{length}"
+            place = cached("generated", name, lambda folder: save_tensors(folder / TOKENS, {"tokens": sample()}))
+            return load_tensors(place / TOKENS)[0]["tokens"]
+
+        return KeptText(read if kept else sample, count)
+
+    return TextSplit(part(sequences, seed), part(held_out, seed + HELD_OUT_SEED))
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Hexadecimal digits that stand for the model's weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_length(length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """SpdError for sequences that are longer than the model takes."""
     if length > tokenizer.model_max_length:
         raise SpdError(f"data.stream_length = {length}, but the model takes {tokenizer.model_max_length} tokens")
-    generator = torch.Generator().manual_seed(seed + HELD_OUT_SEED * (held_out and source == GENERATED))
-    if source == GENERATED:
-        tokens = sampled(model, tokenizer.all_special_ids, sequences, length, generator)
-    else:
-        tokens = cut(Path(source), tokenizer, sequences, length, generator, held_out)
-    return Batch.everywhere(tokens)
 
 
 @torch.no_grad()
@@ -75,64 +95,6 @@ def sampled(
     return torch.cat(parts)
 
 
-def cut(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: int,
-    length: int,
-    generator: torch.Generator,
-    held_out: bool = False,
-) -> Tensor:
-    """Tokens `[S, T]` of windows of the text in `path` that do not overlap, chosen by the generator; with `held_out`
-    the next ones that it would choose, at least one."""
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpdError(f"data.stream: {path}: cannot be read: {error}", "name a text file, or 'generated'") from error
-    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(tokens) // length
-    if windows < sequences + held_out:
-        raise SpdError(
-            f"data.stream: {path} has {windows} windows of {length} tokens, not {sequences + held_out}",
-            "lower data.stream_sequences or data.stream_length, or give a longer text",
-        )
-    numbers = torch.randperm(windows, generator=generator)[sequences * held_out :][:sequences]
-    return torch.tensor(tokens[: windows * length]).view(windows, length)[numbers]
-
-
-class _Enough(Exception):
-    """Ends a forward pass early: all inputs that it is run for have been read."""
-
-
-@torch.no_grad()
-def matrix_inputs(target: Target, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the matrices `names` read in the target, `[S, T, I]` each; blocks after the last of them are not run."""
-    inputs: dict[str, Tensor] = {}
-    handles = []
-
-    def enough(module: object, args: object) -> None:
-        raise _Enough
-
-    def keep(name: str) -> Callable[[object, tuple], None]:
-        def hook(module: object, args: tuple) -> None:
-            inputs[name] = args[0]
-
-        return hook
-
-    for name in names:
-        handles.append(target.matrices[name].module.register_forward_pre_hook(keep(name)))
-    after = max(target.matrices[name].block for name in names) + 1
-    if after < len(target.blocks):
-        handles.append(target.blocks[after].register_forward_pre_hook(enough))
-    try:
-        with suppress(_Enough):
-            target.run(batch.tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
-
-
 def second_moments(target: Target, stream: Batch, names: Sequence[str]) -> dict[str, Tensor]:
     """Mean of x xᵀ over what each matrix reads at the real positions of `stream`: `[I, I]`, float64, by matrix.
 
@@ -142,7 +104,7 @@ def second_moments(target: Target, stream: Batch, names: Sequence[str]) -> dict[
     owners: dict[str, str] = {}
     for start in range(0, len(stream.tokens), SEQUENCES_AT_ONCE):
         part = stream.select(torch.arange(start, min(start + SEQUENCES_AT_ONCE, len(stream.tokens))))
-        inputs = matrix_inputs(target, part, names)
+        inputs = clean_pass(target, part, names, outputs=False).inputs
         for name in names:
             owner = owners.setdefault(name, next((o for o in sums if inputs[o] is inputs[name]), name))
             if owner != name:

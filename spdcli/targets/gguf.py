@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import tempfile
 from pathlib import Path
 
-from spdcli.disk import beside, settle
 from spdcli.errors import SpdError
+from spdcli.targets.user_cache import cached
 
 
 def converted(path: Path) -> Path:
@@ -23,33 +22,13 @@ def converted(path: Path) -> Path:
             raise SpdError(f"'{path}' is not a GGUF file")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    place = cache_folder() / f"{path.stem}-{path.stat().st_size}-{digest[:16]}"
-    if place.is_dir():
-        return place
-    require_libraries(path)
-    try:
-        with beside(place) as folder:
-            folder.mkdir()
-            convert(path, folder)
-            settle(folder)
-            publish(folder, place)
-    except OSError as error:
-        raise SpdError(f"the cache cannot be written: {error}", "set XDG_CACHE_HOME to a directory you own") from error
-    return place
+    name = f"{path.stem}-{path.stat().st_size}-{digest[:16]}"
 
+    def fill(folder: Path) -> None:
+        require_libraries(path)
+        convert(path, folder)
 
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spd" / "gguf"
-
-
-def publish(folder: Path, place: Path) -> None:
-    """Renames `folder` to `place`, unless another process put the same thing there first."""
-    try:
-        folder.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
+    return cached("gguf", name, fill)
 
 
 def require_libraries(path: Path) -> None:

@@ -84,6 +84,13 @@ def load_model(model: str, dtype: str) -> LanguageModel:
     return language_model
 
 
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model` alone; SpdError as `load_model`."""
+    files, _ = _described(model)
+    with loading(f"'{model}' cannot be loaded"), staged(files) as folder:
+        return AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY)
+
+
 def load_untrained(model: str, dtype: str, device: torch.device) -> LanguageModel:
     """As `load_model`, but the weights are not read: they are random, or on torch's `meta` device shapes alone."""
     files, architecture = _described(model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,34 @@ class Prompts:
     tokenizer: PreTrainedTokenizerBase
     begin_token: bool = False
 
+    def select(self, rows: Sequence[int]) -> Prompts:
+        """The prompts whose numbers are `rows`."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        return replace(
+            self,
+            batch=self.batch.select(index.to(self.batch.tokens.device)),
+            answer_at=self.answer_at[index],
+            texts=[self.texts[row] for row in rows],
+            pieces=[self.pieces[row] for row in rows],
+            answer_texts=[self.answer_texts[row] for row in rows],
+        )
+
+    def cut(self, length: int) -> Prompts:
+        """The prompts with at most their first `length` tokens, of which the next one is then the answer."""
+        batch, at = self.batch, self.answer_at.clamp(max=length - 1)
+        following, rows = batch.tokens[:, min(length, batch.tokens.shape[1] - 1)], torch.arange(len(at))
+        shorter = (self.answer_at > at).to(batch.tokens.device)
+        assert batch.answers is not None
+        part = batch.map(lambda tensor: tensor[:, :length] if tensor.dim() > 1 else tensor)
+        looked = part.looked.clone()
+        looked[rows, at] = True
+        return replace(
+            self,
+            batch=replace(part, looked=looked, answers=torch.where(shorter, following, batch.answers)),
+            answer_at=at,
+            pieces=[pieces[:length] for pieces in self.pieces],
+        )
+
     def fed(self, prompt: int) -> list[int]:
         """The token ids of one prompt that are fed, without padding."""
         return self.batch.tokens[prompt][self.batch.valid[prompt]].tolist()
@@ -69,6 +98,21 @@ def encode(
         texts=list(prompts),
         pieces=[[token_text(tokenizer, token) for token in sequence] for sequence in fed],
         answer_texts=[token_text(tokenizer, token) for token in last],
+        tokenizer=tokenizer,
+        begin_token=begin_token,
+    )
+
+
+def prompts_of_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, begin_token: bool = False) -> Prompts:
+    """Sequences of a corpus, `tokens` `[B, T]`, as prompts that are fed whole; the last token counts as the answer."""
+    rows = tokens.tolist()
+    pieces = [[token_text(tokenizer, token) for token in row] for row in rows]
+    return Prompts(
+        batch=replace(Batch.everywhere(tokens), answers=tokens[:, -1]),
+        answer_at=torch.full((len(rows),), tokens.shape[1] - 2),
+        texts=[span_text(tokenizer, row) for row in rows],
+        pieces=pieces,
+        answer_texts=[words[-1] for words in pieces],
         tokenizer=tokenizer,
         begin_token=begin_token,
     )

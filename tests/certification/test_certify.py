@@ -109,7 +109,7 @@ def test_bounds_of_another_recipe_and_mistakes_in_them(spd, saved, tmp_path):
     code, _, err = spd("certify", saved, "--set", "slices.C=1")
     assert code == 2
     one_line(err, "only bounds can be set")
-    assert spd("certify", tmp_path / "nowhere")[0] == 1
+    assert spd("certify", tmp_path / "nowhere")[0] == 2
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_text_file_without_more_windows_has_nothing_held_out(tiny_gpt2_dir, tm
     path.write_text(MODEL.replace("MODEL", str(tiny_gpt2_dir)).replace("[slices]", many.replace("SIZE", "2")))
     subject = language_subject(load_recipe(path).recipe, CPU)
     windows = [tuple(row) for row in [*subject.stream().tokens.tolist(), *subject.held_out().tokens.tolist()]]
-    assert len(windows) == 4
+    assert len(windows) == 2 + 1  # of what is left a twentieth, at least one
     count = len(subject.prompts.tokenizer(text.read_text())["input_ids"]) // 6
     path.write_text(path.read_text().replace("stream_sequences = 2", f"stream_sequences = {count}"))
     subject = language_subject(load_recipe(path).recipe, CPU)

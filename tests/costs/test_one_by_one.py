@@ -80,7 +80,7 @@ def test_the_loop_trains_as_the_engines_does():
     for loop in (fit, fit_one_by_one):
         decomposition = decompose(subject.target)
         state = start_fit(decomposition, schedule, 0, torch.device("cpu"))
-        steps = list(loop(subject.target, decomposition, lambda generator: subject.batch, state, settings))
+        steps = list(loop(subject.target, decomposition, lambda generator, number: subject.batch, state, settings))
         assert len(steps) == 3
         after.append({name: p.detach().clone() for name, p in decomposition.named_parameters()})
     start = dict(decompose(subject.target).named_parameters())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_tiny_model
-from printed import ROOT, blocks
+from printed import ROOT, blocks, spd_commands
+from small_runs import spd_here
 from small_world import make_small_world
 
 from spdcli.edits.counterfact import load_records
@@ -36,6 +39,28 @@ def test_its_python_runs_in_order(
     for block in shown("look.md", "python"):
         exec(block, names)
     assert "".join(names["view"].pieces) == "Kobe Bryant plays professional"  # type: ignore[attr-defined]
+
+
+def test_the_page_on_text_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=6)
+    make_small_world(tmp_path, model, monkeypatch)
+    sentences = [f"The train to New York leaves at {n}.\n" for n in range(200)]
+    (tmp_path / "texts.txt").write_text("".join(sentences))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in sentences))
+    spd = spd_here(monkeypatch, capsys)
+    printed = {}
+    for command in spd_commands((GUIDE / "text.md").read_text(encoding="utf-8")):
+        code, out, err = spd(*shlex.split(command)[1:])
+        assert code == 0, (command, err)
+        printed[command.split()[1]] = out
+    assert "held-out text" in printed["eval"]
+    assert "layers.4." in printed["search"]
+    assert json.loads(printed["harvest"])["slices"][0]["slice"].startswith("layers.4.mlp.up_proj")
+    for block in shown("text.md", "python"):
+        exec(block, {})
 
 
 def test_the_facts_file_is_one(tmp_path: Path) -> None:

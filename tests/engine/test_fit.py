@@ -45,7 +45,7 @@ class Run:
         optimiser = OptimiserSettings("adam", rate, 0.0, schedule, 0, steps)
         self.state = start_fit(self.decomposition, optimiser, seed, CPU)
 
-    def batches(self, generator):
+    def batches(self, generator, number=0):
         if not self.fresh:
             return self.subject.batch
         tokens = torch.randint(11, (4, 7), generator=generator)

@@ -99,6 +99,18 @@ def test_svd_span_start_is_the_target_on_the_data():
     assert (V[3:] == 0).all()
 
 
+@pytest.mark.parametrize("slices", [1, 4])
+def test_svd_text_start_is_the_best_of_its_rank_on_the_text(slices):
+    text = random(200, 6, seed=5) @ torch.diag(torch.tensor([9.0, 5, 2, 1, 0.5, 0.1], dtype=torch.float64))
+    weight, U, V = started("svd_text", slices, moment=text.t() @ text / len(text))
+    lost = torch.linalg.svdvals(text @ weight)[slices:].square().sum()  # Eckart and Young, of what it writes there
+    close((text @ (weight - U @ V)).square().sum(), lost, 1e-9)
+    close(U.norm(dim=0), V.norm(dim=1))
+    if slices == 4:
+        _, other_U, other_V = started("svd", slices)
+        assert (text @ (weight - other_U @ other_V)).square().sum() > 1.5 * lost
+
+
 @pytest.mark.parametrize("start", ["svd_span", "dual", "dual_whitened"])
 def test_a_start_that_needs_the_data_says_so(start):
     with pytest.raises(ValueError, match="inputs"):

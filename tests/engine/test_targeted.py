@@ -17,7 +17,8 @@ from spdcli.engine.optimise import OptimiserSettings
 from spdcli.engine.step import Step, backward_step
 from spdcli.engine.target import Batch
 from spdcli.runs.settings import fit_settings
-from spdcli.runs.subject import language_subject, stream_batches
+from spdcli.runs.subject import language_subject
+from spdcli.runs.text_data import stream_batches
 
 CPU = torch.device("cpu")
 LOSSES = LossSettings({"recon": 0.5, "stochastic_recon": 2.0, "minimality": 0.1, "faithfulness": 3.0}, epsilon=1e-6)
@@ -46,7 +47,7 @@ def one_step(subject, decomposition, stream, targeted):
     """The record of the first of fit's steps and the gradients it left."""
     state = start_fit(decomposition, OPTIMISER, 0, CPU)
     settings = FitSettings(10, losses=LOSSES, targeted=targeted)
-    steps = fit(subject.target, decomposition, lambda generator: subject.batch, state, settings, stream)
+    steps = fit(subject.target, decomposition, lambda generator, number: subject.batch, state, settings, stream)
     record = next(steps)
     return record, {n: p.grad.clone() for n, p in decomposition.named_parameters() if p.grad is not None}
 
@@ -54,7 +55,7 @@ def one_step(subject, decomposition, stream, targeted):
 def test_a_targeted_step_adds_the_losses_of_both_texts():
     subject = toy_subject()
     broad = broad_batch(subject)
-    record, both = one_step(subject, decompose(subject.target), lambda generator: broad, 0.5)
+    record, both = one_step(subject, decompose(subject.target), lambda generator, number: broad, 0.5)
     alone, own = one_step(subject, decompose(subject.target), None, 0.0)
     decomposition = decompose(subject.target)
     clean = clean_pass(subject.target, broad, decomposition.names)

@@ -272,7 +272,7 @@ def test_a_targeted_decomposition_needs_the_delta_and_broad_text() -> None:
 def test_a_language_model_needs_prompts_and_no_training(tmp_path: Path) -> None:
     text = VALID.replace('kind = "induction"\nd_model = 16', 'kind = "huggingface"\nmodel = "gpt2"')
     assert complaints(tmp_path, text) == [
-        "3: missing section [data]: a huggingface target needs prompts",
+        "3: missing section [data]: a huggingface target needs prompts, or text",
         "5: [train] is for toys; a huggingface target comes trained",
     ]
 
@@ -444,7 +444,7 @@ def test_an_override_makes_the_section_it_needs(tmp_path: Path) -> None:
         (["name.x=1"], ["--set name.x=1: name is 'toy', not a section"]),
         (["slices=3"], ["--set slices=3: slices = 3: expected a section"]),
         (["seed=-1"], ["--set seed=-1: seed = -1: expected a whole number of at least 0"]),
-        (["data.begin_token=true"], ["--set data.begin_token=true: [data] missing key 'prompts'"]),
+        (["data.begin_token=true"], ["--set data.begin_token=true: [data] is for language models"]),
     ],
 )
 def test_a_mistake_of_an_override_names_the_option(overrides: list[str], expected: list[str], tmp_path: Path) -> None:

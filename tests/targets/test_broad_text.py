@@ -1,4 +1,4 @@
-"""Broad text: sampled from a model or cut from a file, seeded; second moments against a loop over tokens."""
+"""Broad text: sampled from a model, seeded; second moments against a loop over tokens."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import torch
 from small_runs import model_recipe
 from twins import close, language_subject, matrix_inputs, toy_subject
 
+from spdcli.engine.forward import clean_pass
 from spdcli.engine.target import Batch
 from spdcli.errors import SpdError
 from spdcli.runs import subject as subjects
-from spdcli.targets.broad_text import cut, draw_stream, ridged, sampled, second_moments
-from spdcli.targets.broad_text import matrix_inputs as quick_inputs
+from spdcli.targets.broad_text import generated_text, require_length, ridged, sampled, second_moments
 from spdcli.targets.huggingface import load_model
 
 
-def drawn(model, count=70, length=5, seed=1, source="generated"):
-    return draw_stream(source, model.model, model.tokenizer, count, length, seed)
+def drawn(model, count=70, length=5, seed=1):
+    return generated_text(model.model, model.tokenizer, count, 3, length, seed)
 
 
 def test_sampled_text_is_seeded(tiny_llama_dir):
     model = load_model(str(tiny_llama_dir), "float32")
-    first, again, other = drawn(model), drawn(model), drawn(model, seed=2)
-    assert first.tokens.shape == (70, 5)  # more than are sampled together
-    assert torch.equal(first.tokens, again.tokens)
-    assert not torch.equal(first.tokens, other.tokens)
-    assert first.valid.all()
-    assert first.looked.all()
+    everything = torch.arange(70)
+    first, again, other = (drawn(model, seed=seed).training.read(everything) for seed in (1, 1, 2))
+    assert first.shape == (70, 5)  # more than are sampled together
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    held_out = drawn(model).held_out
+    assert len(held_out) == 3
+    assert not (held_out.read(torch.arange(3))[:, None] == first).all(-1).any()
 
 
 def test_a_sampled_token_is_as_likely_as_the_model_says(tiny_llama_dir):
@@ -50,26 +52,23 @@ def test_a_sampled_token_is_as_likely_as_the_model_says(tiny_llama_dir):
     assert abs(found.mean() + entropy.mean()) < 4 * error
 
 
-def test_a_file_is_cut_into_windows_that_do_not_overlap(tiny_llama_dir, tmp_path):
+def test_kept_text_is_sampled_once_for_a_model(tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = load_model(str(tiny_llama_dir), "float32")
-    text = "".join(chr(97 + i % 26) + chr(97 + i // 26) for i in range(26 * 5))
-    path = tmp_path / "text.txt"
-    path.write_text(text)
-    tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    windows = [tuple(tokens[start : start + 7]) for start in range(0, len(tokens) - 6, 7)]
-    assert len(windows) == len(set(windows))
-    got = drawn(model, 9, 7, source=str(path)).tokens
-    rows = [tuple(row) for row in got.tolist()]
-    assert len(set(rows)) == 9
-    assert set(rows) <= set(windows)
-    whole = cut(path, model.tokenizer, len(windows), 7, torch.Generator())
-    assert {tuple(row) for row in whole.tolist()} == set(windows)
-    with pytest.raises(SpdError, match=f"has {len(windows)} windows of 7 tokens, not {len(windows) + 1}"):
-        drawn(model, len(windows) + 1, 7, source=str(path))
-    with pytest.raises(SpdError, match="cannot be read"):
-        drawn(model, 1, 7, source=str(tmp_path / "nowhere"))
+    read = lambda: generated_text(model.model, model.tokenizer, 4, 2, 5, 1, kept=True).training.read(torch.arange(4))  # noqa: E731
+    first = read()
+    assert first.shape == (4, 5)
+    monkeypatch.setattr("spdcli.targets.broad_text.sampled", None)
+    assert torch.equal(first, read())
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[0] += 1
+    with pytest.raises(TypeError):  # another model's text is another
+        read()
+
+
+def test_sequences_longer_than_the_model_are_refused(tiny_llama_dir):
     with pytest.raises(SpdError, match="the model takes 64 tokens"):
-        drawn(model, 1, 65)
+        require_length(65, load_model(str(tiny_llama_dir), "float32").tokenizer)
 
 
 @pytest.mark.parametrize("which", ["gpt2 split", "llama", "toy"])
@@ -99,11 +98,11 @@ def test_blocks_after_the_last_wanted_matrix_are_not_run(tiny_llama_dir):
     ran = []
     for number, block in enumerate(subject.target.blocks):
         block.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
-    quick_inputs(subject.target, subject.batch, ["layers.1.mlp.up_proj"])
+    clean_pass(subject.target, subject.batch, ["layers.1.mlp.up_proj"], outputs=False)
     assert ran == [0, 1, 2]  # the third is entered and left at once
     seen = []
     subject.target.blocks[2].mlp.register_forward_pre_hook(lambda module, args: seen.append(module))
-    quick_inputs(subject.target, subject.batch, ["layers.1.mlp.up_proj"])
+    clean_pass(subject.target, subject.batch, ["layers.1.mlp.up_proj"], outputs=False)
     assert not seen
     subject.target.run(subject.batch.tokens)
     assert seen  # no hook was left behind

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spdcli.errors import SpdError
-from spdcli.targets.gguf import cache_folder, converted
+from spdcli.targets.gguf import converted
 from spdcli.targets.huggingface import build_target, load_model
 from spdcli.targets.prompts import encode
+from spdcli.targets.user_cache import cache_folder
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -174,7 +175,7 @@ def test_a_cache_that_cannot_be_written(gguf_file, tmp_path, monkeypatch):
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "spd" / "gguf"
+    assert cache_folder("gguf") == tmp_path / ".cache" / "spd" / "gguf"
 
 
 def test_conversion_is_silent(gguf_file, empty_cache, capfd):
