@@ -134,7 +134,8 @@ def slice_table(one: SliceInText, labels: SliceLabels) -> RenderableType:
 
 def render(inspection: Inspection) -> list[RenderableType]:
     """How many places are shown, where not all are; a heat strip a prompt, and a table an occurrence."""
-    shown, parts = len(inspection.occurrences), list[RenderableType]()
+    shown = len(inspection.occurrences)
+    parts: list[RenderableType] = []
     if inspection.places and shown < inspection.places:
         parts.append(f"The first {shown} of {inspection.places} places; --places N shows more, --token one token.")
     parts += [heat_strip(heat) for heat in inspection.heat]
