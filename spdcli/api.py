@@ -29,16 +29,15 @@ from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run
 from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
+from spdcli.runs.learning import Store, learned
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.opening import can_go_on, opened_run
 from spdcli.runs.sharing import fetch
 from spdcli.runs.subject import Subject
 from spdcli.runs.training import (
-    Store,
     TrainedToy,
     finish_run,
-    learned,
     prepared_subject,
     require_toy,
     train_toy_of,

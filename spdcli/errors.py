@@ -37,6 +37,14 @@ class NotFinite(SpdError):
         self.step = step
 
 
+class Collapsed(SpdError):
+    """Training will come to nothing as it is, which was seen at `step`."""
+
+    def __init__(self, message: str, hint: str, step: int) -> None:
+        super().__init__(message, hint)
+        self.step = step
+
+
 class Interrupted(SpdError):
     """Ctrl-C, after the work was saved: `message` says how far it came, `hint` how to go on."""
 

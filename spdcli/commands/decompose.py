@@ -60,9 +60,10 @@ def decompose(
         run = api.decompose(loaded, out, progress=progress, force=force, resume=resume)
     console.debug(str(run))
     last = run.home.last_record
+    warnings = [warning for record in run.home.metrics() for warning in record.get("warnings", ())]
     active = sum(last["active"].values())
     console.show(
-        {"schema": "spd.decompose/1", "run": out, **last},
+        {"schema": "spd.decompose/1", "run": out, **last, "warnings": warnings},
         f"total loss {last['total']:.3e} after {last['step']} steps, {active:.2f} active slices a position",
     )
     console.result(out)

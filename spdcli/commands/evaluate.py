@@ -102,6 +102,11 @@ def evaluate(
     sought = MaskSearch(adversary, starts)
     evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed), sought)
     console.show(write_evaluation(loaded, evaluation), *render(evaluation, loaded.subject))
+    if evaluation.worse_than_none:
+        recon, nothing = evaluation.metrics["recon"], evaluation.all_off
+        console.warn(
+            f"this decomposition is worse than none: recon is {recon:.3g}, and {nothing:.3g} with every slice off"
+        )
     console.result(run / EVAL)
 
 

@@ -30,7 +30,8 @@ class Record:
     """One logged step.
 
     `losses` are before their coefficients, `total` is their weighted sum; `active[m]` is the mean number of active
-    slices (L0) at a position of matrix m; `gradients` are the norms, before clipping, of slices and gates; `rate` is
+    slices (L0) at a position of matrix m, `always_on[m]` the number of its slices that are active at every position of
+    the step's batch; `gradients` are the norms, before clipping, of slices and gates; `rate` is
     the learning rate, `p` the power of minimality or `gamma` that of its smooth penalty (None: the other is in use),
     `seconds` those since the start.
     """
@@ -44,11 +45,13 @@ class Record:
     p: float | None
     seconds: float
     gamma: float | None = None
+    always_on: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
 class FitState:
-    """Everything a run needs to go on exactly where it stopped; `adversary` is what a persistent one keeps."""
+    """Everything a run needs to go on exactly where it stopped; `adversary` is what a persistent one keeps, and
+    `rate_share` multiplies every learning rate of the schedule."""
 
     optimiser: torch.optim.Optimizer
     schedule: OptimiserSettings
@@ -56,6 +59,7 @@ class FitState:
     adversary: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
+    rate_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,13 +161,13 @@ def fit(
             losses = settings.losses.on_stream(settings.targeted)
             passed = clean_pass(target, broad, decomposition.names, outputs=losses.compares_outputs)
             beside = backward(target, decomposition, passed, losses)
-            step = Step(step.losses | {f"{ON_STREAM}{name}": loss for name, loss in beside.losses.items()}, step.active)
+            step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in beside.losses.items()}
         norms = _clipped(state.optimiser, settings)
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
         watch.see(state.step + 1, step, norms)
         if due or target.device.type != "cuda":
             watch.check(step.losses)
-        rate = set_rate(state.optimiser, state.schedule, state.step)
+        rate = set_rate(state.optimiser, state.schedule, state.step, state.rate_share)
         state.optimiser.step()
         state.step += 1
         if state.step == settings.prune_step:
@@ -263,4 +267,5 @@ def _record(
         p=annealed if settings.losses.anneals == "p" else None,
         gamma=annealed if settings.losses.anneals == "gamma" else None,
         seconds=state.seconds,
+        always_on={name: int(count) for name, count in step.always_on.items()},
     )

@@ -59,9 +59,10 @@ def make_optimiser(groups: list[dict], settings: OptimiserSettings) -> torch.opt
     return kind(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
-def set_rate(optimiser: torch.optim.Optimizer, settings: OptimiserSettings, step: int) -> float:
-    """Set the learning rate of `step` (from 0), and return it; a group's `factor` multiplies its own."""
-    rate = settings.learning_rate * rate_factor(step, settings)
+def set_rate(optimiser: torch.optim.Optimizer, settings: OptimiserSettings, step: int, share: float = 1.0) -> float:
+    """Set the learning rate of `step` (from 0) to `share` of the schedule's, and return it; a group's `factor`
+    multiplies its own."""
+    rate = settings.learning_rate * rate_factor(step, settings) * share
     for group in optimiser.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
     return rate

@@ -130,11 +130,22 @@ def attention_errors(
 
 @dataclass(eq=False)
 class Step:
-    """What a step tells, on the device still: every loss before its coefficient, and the mean number of active slices
-    (g > 0) at a real position, by matrix."""
+    """What a step tells, on the device still: every loss before its coefficient; and at how many of the `positions`
+    that are real each slice is active (g > 0), `[C]` a matrix."""
 
     losses: dict[str, Tensor]
-    active: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    positions: Tensor
+
+    @property
+    def active(self) -> dict[str, Tensor]:
+        """The mean number of active slices at a real position, by matrix."""
+        return {name: count.long().sum() / self.positions for name, count in self.counts.items()}
+
+    @property
+    def always_on(self) -> dict[str, Tensor]:
+        """How many slices are active at every real position, by matrix."""
+        return {name: (count == self.positions).sum() for name, count in self.counts.items()}
 
 
 def backward_step(
@@ -170,8 +181,9 @@ def backward_step(
         gradients = [*(torch.ones_like(term) for term in direct.values()), *(leaves[name].grad for name in carried)]
         torch.autograd.backward(roots, gradients)
     valid = clean.batch.valid
-    active = {name: ((g.detach() > 0).sum(-1) * valid).sum() / valid.sum() for name, g in lower.items()}
-    return Step({name: term.detach() for name, term in (terms | direct).items()}, active)
+    real = valid.flatten().float()  # as a product, which is faster than a sum of booleans
+    counts = {name: real @ (g.detach() > 0).flatten(0, 1).float() for name, g in lower.items()}
+    return Step({name: term.detach() for name, term in (terms | direct).items()}, counts, valid.sum())
 
 
 def _plan_terms(

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.errors import SpdError
 from spdcli.measures.circuit import circuit_of
 from spdcli.measures.circuit_data import has_circuit
 from spdcli.measures.evidence_choices import MaskSearch
@@ -64,6 +65,7 @@ def evaluate_without_circuit(
 ) -> AnyEvaluation:
     """Table 1 and the evidence: what is quick, and is measured alike of every target. `sequences` are a toy's, `texts`
     how many prompts or held-out sequences a language model is measured on."""
+    require_finite(decomposition)
     fresh = FRESH if sequences is None else sequences
     if subject.toy is not None:
         return evaluate_toy(subject, decomposition, fresh, threshold, seed, adversary)
@@ -73,3 +75,14 @@ def evaluate_without_circuit(
         return evaluate_language_model(subject, decomposition, threshold, seed, adversary, texts)
     evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary)
     return replace(evaluation, recovery=slice_recovery(subject, decomposition, fresh, threshold, seed))
+
+
+def require_finite(decomposition: Decomposition) -> None:
+    """SpdError for a decomposition with a number that is none, naming where: whatever is measured of it is NaN."""
+    for name, tensor in decomposition.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise SpdError(
+                f"the decomposition cannot be measured: {bad} of {tensor.numel()} numbers of {name} are not finite",
+                "run spd decompose again, with a lower decompose.learning_rate",
+            )

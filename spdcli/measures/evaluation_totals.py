@@ -17,7 +17,7 @@ from spdcli.engine.step import reconstruction
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target
-from spdcli.engine.variants import Variant, draw_variants
+from spdcli.engine.variants import Variant, draw_variants, fixed_variant
 from spdcli.measures.evidence import Evidence
 from spdcli.measures.mean import Mean
 from spdcli.measures.slice_recovery import Recovery
@@ -25,6 +25,7 @@ from spdcli.records import ABSENT, Absent
 
 LOSSES = losses_where(lambda loss: loss.of_outputs and loss.reported)
 HIDDEN = losses_where(lambda loss: loss.hidden_of is not None and loss.reported)
+ALL_OFF = "all_off"  # in place of a loss's name: every slice off
 PLAN_BYTES = 2 * 2**30
 
 
@@ -42,7 +43,8 @@ class Totals:
     over sequences that has its `standard_error`. `recon_layerwise_by_matrix` is the same with that matrix alone
     replaced; their mean is the loss of that name. `l0` is the mean number of active slices at a position, over all
     matrices; `delta_share` by matrix the share of the energy of its output x W that no slice holds: the sum of
-    ‖x (W - U V)‖² over that of ‖x W‖², over all positions.
+    ‖x (W - U V)‖² over that of ‖x W‖², over all positions. `all_off` is what the loss recon is with every slice off,
+    and the delta with them: a decomposition whose recon is no less is worse than none.
     """
 
     seed: int
@@ -57,6 +59,12 @@ class Totals:
     active: Mapping[str, Mapping[str, float]]
     l0: float
     delta_share: Mapping[str, float]
+    all_off: float
+
+    @property
+    def worse_than_none(self) -> bool:
+        """Whether the target's decomposed matrices could as well give nothing."""
+        return self.metrics["recon"] >= self.all_off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,7 @@ class Sums:
     noise: Noise
     reconstruction: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
     by_matrix: dict[str, Mean] = field(default_factory=lambda: defaultdict(Mean))
+    all_off: Mean = field(default_factory=Mean)
     active_anywhere: dict[str, Tensor] = field(default_factory=dict)
     positions: int = 0
     active_slices: int = 0
@@ -120,7 +129,7 @@ class Sums:
         blocks = {name: target.matrices[name].block for name in self.decomposition.names}
         count = len(clean.batch.tokens)
         owner = looked.nonzero()[:, 0]
-        per_sequence = {loss: torch.zeros(count, device=target.device) for loss in (*LOSSES, *HIDDEN)}
+        per_sequence = {loss: torch.zeros(count, device=target.device) for loss in (*LOSSES, *HIDDEN, ALL_OFF)}
 
         def consume(variant: Variant, part: slice, divergence: Tensor) -> None:
             rows = owner[(owner >= part.start) & (owner < part.stop)]
@@ -133,6 +142,10 @@ class Sums:
         shape = (count, clean.batch.valid.shape[1])
         variants = draw_variants(LOSSES, blocks, 1, "forward", shape, torch.Generator())
         reconstruction(target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume)
+        nothing = {name: torch.zeros_like(values[0, 0]) for name, values in g.items()}
+        off = fixed_variant(ALL_OFF, nothing, blocks, 0.0)
+        reconstruction(target, self.decomposition, clean, [off], g, self.noise, PLAN_BYTES, consume)
+        self.all_off.add(per_sequence.pop(ALL_OFF))
         self._compare_hidden(clean, g, per_sequence, blocks)
         for loss, values in per_sequence.items():
             self.reconstruction[loss].add(values)
@@ -171,5 +184,6 @@ class Sums:
             "standard_error": dict.fromkeys(exact, 0.0) | {loss: mean.error for loss, mean in means.items()},
             "recon_layerwise_by_matrix": {name: mean.value for name, mean in self.by_matrix.items()},
             "l0": self.active_slices / self.positions,
+            "all_off": self.all_off.value,
             "delta_share": {name: rest / max(whole, 1e-30) for name, (rest, whole) in self.energy.items()},
         }

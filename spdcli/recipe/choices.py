@@ -48,4 +48,10 @@ PRECISIONS: dict[str, Choice] = {
     "bf16": Choice("products in the plan's blocks in bfloat16; importances and losses in float32"),
 }
 
+COLLAPSES: dict[str, Choice] = {
+    "warn": Choice("tell it, and go on"),
+    "stop": Choice("save everything and stop"),
+    "rewind": Choice("go on from the last checkpoint before it, at half the learning rate"),
+}
+
 USUAL_DELTA_MASKS = "corner"  # of `tables.DELTA_MASKS`: the only ones that train a delta that is all on, or all off

@@ -17,19 +17,17 @@ from spdcli.engine.part_tables import (
     BASES,
     IMPORTANCE_FUNCTIONS,
     NORMS,
-    OPTIMIZERS,
     RELATIVE_BIASES,
     RELATIVE_STARTS,
-    SCHEDULES,
     STARTS,
 )
-from spdcli.engine.tables import ADVERSARIES
 from spdcli.recipe.bounds import Certify
-from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS, PRECISIONS
+from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
 from spdcli.recipe.rules import contradictions
 from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section, Share, Text
+from spdcli.recipe.training import Adversary, Decompose, Train
 
 GENERATED = "generated"  # the stream that is sampled from the model itself
 
@@ -185,31 +183,6 @@ class Data(Section):
         return self.stream_sequences or (4096 if self.prompts is None else 256)
 
 
-class Optimisation(Section):
-    """An optimizer and its schedule."""
-
-    batch: Positive = Field(
-        description="Sequences of a step: fresh ones of a toy; as many prompts of a language model, drawn anew "
-        "where there are more."
-    )
-    steps: Positive = Field(description="How many steps to train.")
-    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = Field("adam", description="Which optimizer moves the parameters.")
-    learning_rate: Rate = Field(1e-3, description="The highest learning rate.")
-    weight_decay: Coefficient = Field(0.0, description="Weight decay, as the optimizer understands it.")
-    schedule: Annotated[str, OneOf(SCHEDULES)] = Field(
-        "constant", description="What becomes of the learning rate after the warm-up."
-    )
-    warmup: Coefficient = Field(
-        0.0,
-        description="Steps in which the learning rate climbs from 0; below 1 it is a fraction of all steps.",
-    )
-    log_every: Positive = Field(50, description="Steps between two lines of the log.")
-
-
-class Train(Optimisation):
-    """How a toy is trained, before it is decomposed (Table 3)."""
-
-
 class Slices(Section):
     """The rank-1 subcomponents of every chosen matrix (section 4)."""
 
@@ -277,43 +250,6 @@ class Importance(Section):
     width: Positive = Field(64, description="kind = 'global': its width. Not in the paper.")
     heads: Positive = Field(
         4, description="kind = 'global': attention heads of a layer; width is a multiple of twice their number."
-    )
-
-
-class Adversary(Section):
-    """How the masks of the adversarial losses are found: projected sign ascent between importance and 1."""
-
-    masks: Annotated[str, OneOf(ADVERSARIES)] = Field("fresh", description="Where a step's ascent starts.")
-    steps: Positive = Field(4, description="Steps of ascent before every step of training.")
-    size: Share = Field(0.25, description="How far one of them moves a mask, as a share of the way from g to 1.")
-    shared: bool = Field(
-        True, description="Whether all sequences and positions share a slice's number, or have another one each."
-    )
-    delta: bool = Field(True, description="slices.delta: whether the delta's masks are ascended too, or stay as drawn.")
-
-
-class Decompose(Optimisation):
-    """The training of a decomposition (Algorithm 3)."""
-
-    clip_slices: Rate | None = Field(None, description="The largest gradient norm of all U and V; none if not given.")
-    clip_gates: Rate | None = Field(
-        None, description="The largest gradient norm of the importance functions; none if not given."
-    )
-    prune_at: Share | None = Field(
-        None, description="The share of the steps after which rare slices are switched off; never if not given."
-    )
-    prune_below: Share = Field(
-        0.01, description="prune_at: rare is a slice that is active in fewer than this share of sequences."
-    )
-    slice_rate: Rate = Field(1.0, description="Multiplies the learning rate of U and V.")
-    stream_batch: Positive = Field(4, description="Sequences of data.stream in a step, for losses.targeted.")
-    checkpoint_every: Positive = Field(500, description="Steps between two checkpoints, from which --resume goes on.")
-    precision: Annotated[str, OneOf(PRECISIONS)] = Field("float32", description="How products are computed.")
-    plan_memory: Rate | Literal["auto"] = Field(
-        4.0,
-        description="GiB that the activations of one chunk of a step's variants may take; 'auto': half of what is "
-        "free, at most 4. How a plan is cut decides which random number goes where: a run that another machine shall "
-        "repeat names a size.",
     )
 
 

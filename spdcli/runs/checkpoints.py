@@ -23,7 +23,8 @@ def write_checkpoint(path: Path, before: Path | None, module: nn.Module, state: 
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
     tensors |= {f"generator.{name}": g.get_state() for name, g in state.generators.items()}
     tensors |= {f"adversary.{name}": numbers for name, numbers in state.adversary.items()}
-    save_tensors(path, tensors, {"step": str(state.step), "seconds": str(state.seconds)}, before)
+    metadata = {"step": str(state.step), "seconds": str(state.seconds), "rate_share": str(state.rate_share)}
+    save_tensors(path, tensors, metadata, before)
 
 
 def read_checkpoint(path: Path, module: nn.Module, state: FitState) -> None:
@@ -34,10 +35,11 @@ def read_checkpoint(path: Path, module: nn.Module, state: FitState) -> None:
     tensors, metadata = load_tensors(path, partial(of_checkpoint, module, state), NO_WAY_BACK)
     try:
         step, seconds = int(metadata["step"]), float(metadata["seconds"])
+        rate_share = float(metadata.get("rate_share", 1.0))  # not in older checkpoints
     except (KeyError, ValueError) as error:
         raise SpdError(f"{path}: does not say of which step it is", NO_WAY_BACK) from error
     _restore(tensors, module, state)
-    state.step, state.seconds = step, seconds
+    state.step, state.seconds, state.rate_share = step, seconds, rate_share
 
 
 def _restore(tensors: dict[str, Tensor], module: nn.Module, state: FitState) -> None:

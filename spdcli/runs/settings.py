@@ -8,7 +8,8 @@ from spdcli.engine.adversary import Attack
 from spdcli.engine.fit import FitSettings
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.optimise import OptimiserSettings, warmup_steps
-from spdcli.recipe.schema import Adversary, Optimisation, Recipe
+from spdcli.recipe.schema import Recipe
+from spdcli.recipe.training import Adversary, Optimisation
 
 AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster
 

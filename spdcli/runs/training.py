@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spdcli.disk import write_atomically
-from spdcli.engine.fit import FitState, Record, fit, start_fit, warm_up_faithfulness
-from spdcli.engine.subcomponents import Decomposition
-from spdcli.errors import Interrupted, NotFinite, RecipeError, SpdError
+from spdcli.engine.fit import FitState
+from spdcli.errors import Interrupted, RecipeError
 from spdcli.files import save_tensors
-from spdcli.machine import free_bytes, state_bytes, training_bytes
 from spdcli.progress import Progress, Report, silent
-from spdcli.recipe.reading import LoadedRecipe, select_matrices
-from spdcli.recipe.schema import Decompose, Recipe, ResidMLPTarget, TMSTarget, ToyTarget
-from spdcli.runs.decomposition import parameter_counts, start_decomposition
+from spdcli.recipe.reading import LoadedRecipe
+from spdcli.recipe.schema import Recipe, ResidMLPTarget, TMSTarget, ToyTarget
 from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory, ToyDirectory
+from spdcli.runs.learning import Store, learned, stopped
 from spdcli.runs.lock import locked
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.opening import refuse_without_beginning
-from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
 from spdcli.runs.signals import stop_signals
 from spdcli.runs.subject import (
     Subject,
@@ -44,7 +41,6 @@ from spdcli.targets.toy_state import toy_diverged
 FRESH_SEQUENCES = 20_000  # what a toy's accuracy is measured on
 SURE = 0.999  # share of them that a toy which has learned the task is right on
 TOY_CHECKPOINT_EVERY = 1000  # steps of the toy's training
-Store = RunDirectory | MemoryRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +119,6 @@ def save_toy_checkpoint(store: Store, toy: Toy, state: FitState) -> None:
     store.save_checkpoint(toy, state)
 
 
-def stopped(store: Store, where: str) -> Interrupted:
-    """What a signal that asked to stop ends in, when all is saved; `where` says how far it came."""
-    if isinstance(store, MemoryRun):
-        return Interrupted(
-            f"stopped after {where}; nothing is kept of a run in memory", "give it a directory, out=, to go on there"
-        )
-    return Interrupted(
-        f"stopped after {where}; everything is saved in {store}", "the same command with --resume goes on there"
-    )
-
-
 def prepared_subject(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Subject:
     """The target of a run, its toy trained first, or copied in where the recipe names one."""
     recipe, device = loaded.recipe, choose_device(loaded.recipe.device)
@@ -169,99 +154,6 @@ def toy_folder(loaded: LoadedRecipe) -> Path:
     if not (folder / TOY_WEIGHTS).exists():
         raise loaded.error("target.path", f"[target] path: {named} holds no toy", "spd train RECIPE makes one")
     return folder
-
-
-def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report = silent) -> Decomposition:
-    """Train the decomposition of a run to its end (Algorithm 3), from its checkpoint where it has one.
-
-    Every record goes into the store's metrics. Interrupted, with everything saved, when a signal asked to stop;
-    NotFinite, with the step before saved, when a loss is not finite. Where that happens in the first step after a
-    checkpoint, training goes on from the checkpoint before it.
-    """
-    recipe = loaded.recipe
-    allow_tensor_cores(recipe.decompose.precision)
-    names = select_matrices(loaded, list(subject.target.matrices))
-    refuse_too_large(recipe, subject, names)
-    decomposition = start_decomposition(recipe, subject, names)
-    schedule, device = optimiser_settings(recipe.decompose), subject.target.device
-    state = start_fit(decomposition, schedule, recipe.seed, device, recipe.decompose.slice_rate)
-    resumed = isinstance(store, RunDirectory) and store.has_checkpoint
-    if resumed:
-        store.load_checkpoint(decomposition, state, report)
-        report(Progress(f"going on from step {state.step}"))
-    elif warm_up := recipe.slices.faithfulness_warmup:
-        reached = warm_up_faithfulness(subject.target, decomposition, warm_up)
-        report(Progress(f"faithfulness {reached:.1e} after {warm_up} steps of warm-up"))
-    settings = fit_settings(recipe, free_bytes(device) - state_bytes(decomposition))
-    stream, begun = stream_batches(recipe, subject), state.step
-    while True:
-        steps = fit(subject.target, decomposition, subject.batches, state, settings, stream)
-        try:
-            make_steps(store, steps, decomposition, state, recipe.decompose, report)
-            break
-        except NotFinite as error:
-            if not (resumed and error.step == begun + 1 and store.step_back()):
-                store.keep_step(decomposition, state, error.step - 1)
-                raise
-            store.load_checkpoint(decomposition, state)
-            report(Progress(f"{error}: going on from step {state.step}, the checkpoint before", warning=True))
-            begun = state.step
-    if state.step < recipe.decompose.steps:
-        raise stopped(store, f"step {state.step} of {recipe.decompose.steps}")
-    return decomposition.requires_grad_(False).eval()
-
-
-def make_steps(
-    store: Store,
-    steps: Iterator[Record | None],
-    decomposition: Decomposition,
-    state: FitState,
-    section: Decompose,
-    report: Report,
-) -> None:
-    """Make `steps` until they end or a signal asks to stop; all is saved then, and every `checkpoint_every` steps."""
-    begun = state.step
-    with stop_signals() as signals:
-        for record in steps:
-            if state.step == begun + 1:
-                store.start_metrics(after=begun)
-            if record is not None:
-                store.add_metrics(asdict(record))
-                report(Progress(standing(record), record.step, section.steps))
-            if not signals and state.step % section.checkpoint_every == 0 and state.step < section.steps:
-                with signals.held():
-                    store.save(decomposition, state)
-            if signals:
-                break
-        with signals.held():
-            store.save(decomposition, state)
-
-
-def standing(record: Record) -> str:
-    """How a run stands: total loss, its terms, and mean active slices a position by matrix group."""
-    groups: dict[str, float] = {}
-    for name, active in record.active.items():
-        group = name.rsplit(".", 1)[-1] if "." in name else name
-        groups[group] = groups.get(group, 0.0) + active
-    terms = " ".join(f"{name} {value:.1e}" for name, value in record.losses.items())
-    counts = " ".join(f"{group} {value:.2f}" for group, value in groups.items())
-    return f"loss {record.total:.2e} ({terms})  L0 {counts}"
-
-
-def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
-    """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
-    slices, gates = parameter_counts(recipe, subject, names)
-    element = subject.target.unembedding.element_size()
-    needed = training_bytes(slices + gates, element)
-    free = free_bytes(subject.target.device)
-    if needed <= free:
-        return
-    cheaper = "--set importance.basis=span, or " if gates > slices and recipe.importance.kind == "vector" else ""
-    raise SpdError(
-        f"{slices / 1e6:.0f} million slice and {gates / 1e6:.0f} million gate parameters need {needed / 2**30:.0f} GiB "
-        f"to train; {free / 2**30:.0f} GiB are free",
-        f"{cheaper}a smaller slices.C or importance.gate_width, or fewer slices.matrices",
-    )
 
 
 def finish_run(

@@ -267,8 +267,8 @@ def test_a_refused_run_does_not_stand_in_the_way_of_the_next(spd, recipe, tmp_pa
 
 def test_too_large_a_decomposition_is_refused_before_it_is_made(spd, recipe, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("spdcli.runs.training.start_decomposition", lambda *_: made.append(1))
-    monkeypatch.setattr("spdcli.runs.training.free_bytes", lambda device: 3 * GIB)
+    monkeypatch.setattr("spdcli.runs.learning.start_decomposition", lambda *_: made.append(1))
+    monkeypatch.setattr("spdcli.runs.learning.free_bytes", lambda device: 3 * GIB)
     code, _, err = spd("decompose", recipe, "--out", tmp_path / "run", "--set", "slices.C=4000000")
     assert (code, made) == (1, [])
     slices = 6 * 4_000_000 * 16  # six matrices, 8 + 8 numbers a slice
@@ -398,7 +398,7 @@ def heard(number):
 def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch, heard(signal.SIGINT):
-        patch.setattr("spdcli.runs.training.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("spdcli.runs.learning.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
         code, _, err = spd("decompose", recipe, "--out", out)
     assert code == 130
     assert "--resume goes on from there" in err
@@ -411,7 +411,7 @@ def test_ctrl_c_before_the_first_step_says_so(spd, recipe, tmp_path, monkeypatch
 def test_ctrl_c_before_anything_is_there_leaves_nothing(spd, model_recipe_file, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch, heard(signal.SIGINT):
-        patch.setattr("spdcli.runs.training.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("spdcli.runs.learning.start_decomposition", lambda *_: signal.raise_signal(signal.SIGINT))
         code, _, err = spd("decompose", model_recipe_file, "--out", out)
     assert (code, err.splitlines()[0]) == (130, "interrupted: stopped; nothing was kept")
     assert not out.exists()
@@ -563,7 +563,7 @@ def test_a_sound_step_before_a_loss_that_is_not_finite_is_gone_on_from(spd, reci
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr("spdcli.runs.training.fit", break_off)
+        patch.setattr("spdcli.runs.learning.fit", break_off)
         assert spd(*resume)[0] == 1
     code, _, err = spd(*resume)
     assert code == 0

@@ -86,7 +86,7 @@ def test_ctrl_c_in_memory_says_that_nothing_was_kept(recipe, monkeypatch):
     def press(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spdcli.runs.training.start_decomposition", press)
+    monkeypatch.setattr("spdcli.runs.learning.start_decomposition", press)
     with pytest.raises(spdcli.Interrupted, match="nothing was kept"):
         spdcli.decompose(recipe)
 
@@ -141,6 +141,6 @@ def test_a_place_that_cannot_be_written_is_one_line(recipe, tmp_path):
 
 
 def test_a_stop_in_memory_says_that_nothing_is_kept(recipe, monkeypatch):
-    monkeypatch.setattr("spdcli.runs.training.stop_signals", contextmanager(lambda: iter([StopSignals([1])])))
+    monkeypatch.setattr("spdcli.runs.learning.stop_signals", contextmanager(lambda: iter([StopSignals([1])])))
     with pytest.raises(spdcli.Interrupted, match="after step 1 of 8; nothing is kept"):
         spdcli.decompose(recipe)

@@ -213,7 +213,7 @@ def check_saved(gpt2: Path, run: Path, edited: Path, cut: list[str], effects: li
 
 def test_without_the_span_basis_it_says_what_is_needed(gpt2, tmp_path, monkeypatch, capsys):
     """The paper's gates read whole inputs: some 3 billion parameters."""
-    monkeypatch.setattr("spdcli.runs.training.free_bytes", lambda device: 20 * GIB)
+    monkeypatch.setattr("spdcli.runs.learning.free_bytes", lambda device: 20 * GIB)
     slices = sum(768 * (d_in + d_out) for d_in, d_out in MATRICES.values())
     gates = sum(768 * (d_in * 64 + 64 + 64 + 1) for d_in, _ in MATRICES.values())
     began = time.monotonic()

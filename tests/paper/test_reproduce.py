@@ -369,10 +369,11 @@ def test_an_interruption_goes_on_where_it_was(tiny, monkeypatch):
     out, again = tiny
     whole, _ = load_tensors(out / "seed-3" / "decomposition.safetensors")
     learned = training.learned
+    after_one_step = contextmanager(lambda: iter([StopSignals([1])]))
 
     def stopped(run, loaded, subject, report):
         with monkeypatch.context() as patch:
-            patch.setattr(training, "stop_signals", contextmanager(lambda: iter([StopSignals([1])])))  # after one step
+            patch.setattr("spdcli.runs.learning.stop_signals", after_one_step)
             learned(run, loaded, subject, report)
 
     monkeypatch.setattr(training, "learned", stopped)

@@ -1,0 +1,172 @@
+"""A decomposition learned from the first step to the last, into a directory or in memory (Algorithm 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from spdcli.engine.fit import FitState, Record, fit, start_fit, warm_up_faithfulness
+from spdcli.engine.subcomponents import Decomposition
+from spdcli.errors import Collapsed, Interrupted, NotFinite, SpdError
+from spdcli.machine import free_bytes, state_bytes, training_bytes
+from spdcli.progress import Progress, Report, silent
+from spdcli.recipe.reading import LoadedRecipe, select_matrices
+from spdcli.recipe.schema import Recipe
+from spdcli.recipe.training import Decompose
+from spdcli.runs.decomposition import parameter_counts, start_decomposition
+from spdcli.runs.directory import RunDirectory
+from spdcli.runs.guard import Guard, start_guard
+from spdcli.runs.memory import MemoryRun
+from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
+from spdcli.runs.signals import stop_signals
+from spdcli.runs.subject import Subject, stream_batches
+
+Store = RunDirectory | MemoryRun
+
+
+def stopped(store: Store, where: str) -> Interrupted:
+    """What a signal that asked to stop ends in, when all is saved; `where` says how far it came."""
+    if isinstance(store, MemoryRun):
+        return Interrupted(
+            f"stopped after {where}; nothing is kept of a run in memory", "give it a directory, out=, to go on there"
+        )
+    return Interrupted(
+        f"stopped after {where}; everything is saved in {store}", "the same command with --resume goes on there"
+    )
+
+
+def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report = silent) -> Decomposition:
+    """Train the decomposition of a run to its end (Algorithm 3), from its checkpoint where it has one.
+
+    Every record goes into the store's metrics. Interrupted, with everything saved, when a signal asked to stop;
+    NotFinite, with the step before saved, when a loss is not finite. Where that happens in the first step after a
+    checkpoint, training goes on from the checkpoint before it.
+    """
+    recipe = loaded.recipe
+    allow_tensor_cores(recipe.decompose.precision)
+    names = select_matrices(loaded, list(subject.target.matrices))
+    refuse_too_large(recipe, subject, names)
+    decomposition, state = begun_decomposition(recipe, subject, names)
+    resumed = isinstance(store, RunDirectory) and store.has_checkpoint
+    if resumed:
+        store.load_checkpoint(decomposition, state, report)
+        report(Progress(f"going on from step {state.step}"))
+    else:
+        warm_up(recipe, subject, decomposition, report)
+    settings = fit_settings(recipe, free_bytes(subject.target.device) - state_bytes(decomposition))
+    stream, begun = stream_batches(recipe, subject), state.step
+    guard = start_guard(recipe, subject, decomposition, settings, report)
+    guard.replay([record for record in store.metrics() if record["step"] <= begun])
+    while True:
+        steps = fit(subject.target, decomposition, subject.batches, state, settings, stream)
+        try:
+            make_steps(store, steps, decomposition, state, recipe.decompose, report, guard)
+            break
+        except (Collapsed, NotFinite) as error:
+            if guard.may_rewind(error.step):
+                decomposition, state = gone_back(store, recipe, subject, decomposition, state)
+                guard.rewind(error, state.step)
+            elif isinstance(error, NotFinite) and resumed and error.step == begun + 1 and store.step_back():
+                store.load_checkpoint(decomposition, state)
+                report(Progress(f"{error}: going on from step {state.step}, the checkpoint before", warning=True))
+            else:
+                if isinstance(error, NotFinite):
+                    store.keep_step(decomposition, state, error.step - 1)
+                raise
+            begun = state.step
+    if state.step < recipe.decompose.steps:
+        raise stopped(store, f"step {state.step} of {recipe.decompose.steps}")
+    return decomposition.requires_grad_(False).eval()
+
+
+def begun_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[Decomposition, FitState]:
+    """The decomposition of the matrices `names` at step 0, and the state of its training."""
+    decomposition = start_decomposition(recipe, subject, names)
+    schedule, device = optimiser_settings(recipe.decompose), subject.target.device
+    return decomposition, start_fit(decomposition, schedule, recipe.seed, device, recipe.decompose.slice_rate)
+
+
+def gone_back(
+    store: Store, recipe: Recipe, subject: Subject, decomposition: Decomposition, state: FitState
+) -> tuple[Decomposition, FitState]:
+    """The decomposition and the state of its training as they were last saved, or at the beginning, with half the
+    learning rate that led away from there."""
+    share = state.rate_share / 2
+    if isinstance(store, RunDirectory) and store.has_checkpoint:
+        store.load_checkpoint(decomposition, state)
+    else:
+        decomposition, state = begun_decomposition(recipe, subject, decomposition.names)
+        warm_up(recipe, subject, decomposition)
+    state.rate_share = share
+    return decomposition, state
+
+
+def warm_up(recipe: Recipe, subject: Subject, decomposition: Decomposition, report: Report = silent) -> None:
+    """The steps on faithfulness alone that a recipe may want before the run."""
+    steps = recipe.slices.faithfulness_warmup
+    if steps:
+        reached = warm_up_faithfulness(subject.target, decomposition, steps)
+        report(Progress(f"faithfulness {reached:.1e} after {steps} steps of warm-up"))
+
+
+def make_steps(
+    store: Store,
+    steps: Iterator[Record | None],
+    decomposition: Decomposition,
+    state: FitState,
+    section: Decompose,
+    report: Report,
+    guard: Guard,
+) -> None:
+    """Make `steps` until they end or a signal asks to stop; all is saved then, and every `checkpoint_every` steps.
+
+    Collapsed where `guard` says that the run comes to nothing; with everything saved, unless it is to be gone back.
+    """
+    begun, collapse = state.step, None
+    with stop_signals() as signals:
+        for record in steps:
+            if state.step == begun + 1:
+                store.start_metrics(after=begun)
+            if record is not None:
+                warnings = [asdict(alarm) for alarm in guard.see(record)]
+                store.add_metrics(asdict(record) | ({"warnings": warnings} if warnings else {}))
+                report(Progress(standing(record), record.step, section.steps))
+                collapse = guard.collapse
+            due = state.step % section.checkpoint_every == 0 and state.step < section.steps
+            if due and not signals and collapse is None and guard.may_save:
+                with signals.held():
+                    store.save(decomposition, state)
+            if signals or collapse is not None:
+                break
+        if collapse is None or section.on_collapse == "stop":
+            with signals.held():
+                store.save(decomposition, state)
+    if collapse is not None:
+        raise collapse
+
+
+def standing(record: Record) -> str:
+    """How a run stands: total loss, its terms, and mean active slices a position by matrix group."""
+    groups: dict[str, float] = {}
+    for name, active in record.active.items():
+        group = name.rsplit(".", 1)[-1] if "." in name else name
+        groups[group] = groups.get(group, 0.0) + active
+    terms = " ".join(f"{name} {value:.1e}" for name, value in record.losses.items())
+    counts = " ".join(f"{group} {value:.2f}" for group, value in groups.items())
+    return f"loss {record.total:.2e} ({terms})  L0 {counts}"
+
+
+def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
+    """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
+    slices, gates = parameter_counts(recipe, subject, names)
+    element = subject.target.unembedding.element_size()
+    needed = training_bytes(slices + gates, element)
+    free = free_bytes(subject.target.device)
+    if needed <= free:
+        return
+    cheaper = "--set importance.basis=span, or " if gates > slices and recipe.importance.kind == "vector" else ""
+    raise SpdError(
+        f"{slices / 1e6:.0f} million slice and {gates / 1e6:.0f} million gate parameters need {needed / 2**30:.0f} GiB "
+        f"to train; {free / 2**30:.0f} GiB are free",
+        f"{cheaper}a smaller slices.C or importance.gate_width, or fewer slices.matrices",
+    )
