@@ -19,7 +19,9 @@ def run(tmp_path):
     toy = save_toy(tmp_path / "toy", toy_recipe(folder=tmp_path))
     path = tmp_path / "small.toml"
     path.write_text(TOY.replace('kind = "induction"', f'kind = "induction"\npath = "{toy}"'))
-    return spdcli.decompose(path, tmp_path / "run", **{"slices.C": 8, "decompose.steps": 1})
+    return spdcli.decompose(
+        path, tmp_path / "run", **{"slices.C": 8, "decompose.steps": 1, "decompose.learning_rate": 1e-9}
+    )
 
 
 def switch(run, off):
