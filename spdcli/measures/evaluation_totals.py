@@ -59,12 +59,12 @@ class Totals:
     active: Mapping[str, Mapping[str, float]]
     l0: float
     delta_share: Mapping[str, float]
-    all_off: float
+    all_off: float | Absent = ABSENT
 
     @property
     def worse_than_none(self) -> bool:
         """Whether the target's decomposed matrices could as well give nothing."""
-        return self.metrics["recon"] >= self.all_off
+        return not isinstance(self.all_off, Absent) and self.metrics["recon"] >= self.all_off
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from spdcli.errors import RecipeError, RecipeProblem, UsageError
 from spdcli.recipe.contradiction import shown
 from spdcli.recipe.idle import idle_settings
 from spdcli.recipe.losses import Losses
-from spdcli.recipe.schema import Data, Decompose, Importance, Recipe, Slices, ToyTarget
+from spdcli.recipe.schema import Data, Importance, Recipe, Slices, ToyTarget
 from spdcli.recipe.toml_lines import KeyPath, key_lines, split_key
+from spdcli.recipe.training import Decompose
 from spdcli.recipe.wording import mistakes
 
 USUAL = {  # the usual value of every setting of the sections that have one, by its dotted key
