@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,9 +25,11 @@ from spdcli.records import plain
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType
     from rich.progress import Progress, TaskID
+    from rich.segment import Segment
 
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 PIPE_WIDTH = 120  # columns of a table that is written to a file or a pipe
 
 
@@ -47,7 +50,8 @@ class Console:
         """The answer of a command, once: `data` for programs, `renderables` (text or rich tables) for people.
 
         In `data`, numbers that are not finite become null; arrays and tensors become lists. Text is
-        printed as it is, in the cells of a table too: rich markup such as `[bold]` has no meaning.
+        printed as it is, in the cells of a table too: rich markup such as `[bold]` has no meaning, and
+        control characters are escaped.
         """
         if self.json:
             assert not self._shown, "a command shows one JSON object"
@@ -56,12 +60,18 @@ class Console:
         elif not self.quiet:
             for renderable in renderables:
                 with _delivered():
-                    self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+                    if isinstance(renderable, str):
+                        self._out.print(escaped(renderable), soft_wrap=True)
+                    else:
+                        self._out.print(_Escaped(renderable))
 
     def result(self, text: object) -> None:
-        """The one line that a script wants, last on stdout: the path of a run, as a rule. Not in JSON mode."""
+        """The one line that a script wants, last on stdout: the path of a run, as a rule. Not in JSON mode.
+
+        A program gets it exactly, a terminal without control characters.
+        """
         if not self.json:
-            self._line(str(text))
+            self._line(escaped(str(text)) if sys.stdout is not None and sys.stdout.isatty() else str(text))
 
     def note(self, text: str) -> None:
         """What is going on, for people."""
@@ -79,7 +89,7 @@ class Console:
 
     def error(self, error: SpdError) -> None:
         """An expected failure: one line for each mistake, then the hint."""
-        for line in error.message.splitlines() or [""]:
+        for line in error.message.split("\n"):
             self._say(line, label=error.label, style="bold red")
         if error.hint:
             self._say(error.hint, label="hint", style="bold cyan")
@@ -129,8 +139,28 @@ class Console:
     def _say(self, text: str, label: str | None = None, style: str = "") -> None:
         from rich.text import Text
 
+        text = escaped(text)
         parts = [(f"{label}: ", style), text] if label else [(text, style)]
         self._err.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def escaped(text: str) -> str:
+    """`text` with what would steer a terminal, or turn the direction of writing, as `\\x1b` and the like.
+
+    Names in files of others end up in what is printed; line ends and tabs stay.
+    """
+    return _STEERING.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+class _Escaped:
+    """A rich renderable whose text is escaped when it is laid out, in the cells of a table too."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
 
 @contextmanager
@@ -184,6 +214,7 @@ class LiveLine:
         elif done < self._done:
             self._progress.reset(self._task, total=total)
         self._done = done
+        text = escaped(text)
         self._progress.update(self._task, description=text, completed=done, total=total)
 
 

@@ -67,14 +67,20 @@ class RecipeProblem:
 
     def __str__(self) -> str:
         place = [self.source, *(str(number) for number in (self.line, self.column) if number is not None)]
-        return f"{':'.join(place)}: {self.message}"
+        return f"{':'.join(place)}: {self.message}".replace("\n", r"\n")
+
+
+LISTED = 20  # mistakes of one recipe that are told
 
 
 class RecipeError(SpdError):
-    """Every mistake of a recipe at once, one line each."""
+    """Every mistake of a recipe at once, one line each, of the first LISTED."""
 
     exit_code = 2
 
     def __init__(self, problems: list[RecipeProblem], hint: str | None = None) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems), hint)
-        self.problems = problems
+        lines = [str(problem) for problem in problems[:LISTED]]
+        if len(problems) > LISTED:
+            lines.append(f"{problems[0].source}: and {len(problems) - LISTED:,} more mistakes")
+        super().__init__("\n".join(lines), hint)
+        self.problems = problems[:LISTED]

@@ -43,7 +43,7 @@ OthersOption = Annotated[
 WithFigure = Annotated[
     bool, typer.Option("--figure", help="With --mlp, draw P(answer) against the zeroed layer into RUN/figures.")
 ]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of --others sampled.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of --others sampled.")]
 
 
 def ablate(

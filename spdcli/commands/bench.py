@@ -35,10 +35,13 @@ Cases = Annotated[
 ]
 Rounds = Annotated[
     int,
-    typer.Option("--rounds", "-n", min=1, help="Steps of every case that are measured, in turns, after a first one."),
+    typer.Option(
+        "--rounds", "-n", min=1, max=10**6, help="Steps of every case that are measured, in turns, after a first one."
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads of every process; torch's choice if not given.")
+    int | None,
+    typer.Option("--threads", min=1, max=1024, help="Threads of every process; torch's choice if not given."),
 ]
 Batch = Annotated[
     int | None,

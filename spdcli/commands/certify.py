@@ -51,7 +51,7 @@ BoundsOf = Annotated[
         "--recipe", metavar="RECIPE", help="Whose [certify] it is held against.", show_default="the run's own recipe"
     ),
 ]
-Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure on.")]
+Sequences = Annotated[int, typer.Option("--sequences", min=2, max=10**6, help="Fresh toy sequences to measure on.")]
 
 
 def certify(

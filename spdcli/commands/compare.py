@@ -39,7 +39,9 @@ EqualTime = Annotated[
     typer.Option("--equal-time/--equal-steps", help="Whether a setting that makes steps faster gets a second run."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="The directory for the runs and the report.")]
-SequencesOption = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure each run on.")]
+SequencesOption = Annotated[
+    int, typer.Option("--sequences", min=2, max=10**6, help="Fresh toy sequences to measure each run on.")
+]
 
 
 def compare(

@@ -58,7 +58,7 @@ FactsOption = Annotated[
     ),
 ]
 NoFacts = Annotated[bool, typer.Option("--no-facts", help="Measure no facts.")]
-Sequences = Annotated[int, typer.Option("--sequences", min=1, help="Fresh toy sequences to measure on.")]
+Sequences = Annotated[int, typer.Option("--sequences", min=1, max=10**6, help="Fresh toy sequences to measure on.")]
 
 
 @dataclass(frozen=True)

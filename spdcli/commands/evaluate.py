@@ -47,6 +47,7 @@ Sequences = Annotated[
     typer.Option(
         "--sequences",
         min=2,
+        max=10**6,
         help="Fresh toy sequences, prompts or held-out sequences to measure on.",
         show_default="8192 of a toy; of text as many as have 512 tokens",
     ),

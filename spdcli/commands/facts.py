@@ -42,7 +42,8 @@ Probability = Annotated[
     ),
 ]
 Rank = Annotated[
-    int | None, typer.Option("--rank", min=1, help="A known answer has at most this rank.", show_default="the file's")
+    int | None,
+    typer.Option("--rank", min=1, max=10**6, help="A known answer has at most this rank.", show_default="the file's"),
 ]
 Begin = Annotated[
     bool,

@@ -46,9 +46,9 @@ Slice = Annotated[
         show_default=False,
     ),
 ]
-Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show at each place.")]
-Places = Annotated[int, typer.Option("--places", min=1, help="Places to show, the first ones.")]
-Labels = Annotated[int, typer.Option("--labels", min=0, help="Tokens to label a slice with.")]
+Top = Annotated[int, typer.Option("--top", min=1, max=10**6, help="Slices to show at each place.")]
+Places = Annotated[int, typer.Option("--places", min=1, max=10**6, help="Places to show, the first ones.")]
+Labels = Annotated[int, typer.Option("--labels", min=0, max=10**6, help="Tokens to label a slice with.")]
 UNIQUE_MARK = "* unique: active in this prompt and in no other"
 SHADES = "▁▂▃▄▅▆▇█"
 

@@ -46,9 +46,11 @@ Matrices = Annotated[
         show_default="all",
     ),
 ]
-Top = Annotated[int, typer.Option("--top", min=1, help="Slices to tell.")]
-Paired = Annotated[int, typer.Option("--paired", min=0, help="Measure the pairs among so many of the strongest.")]
-Pairs = Annotated[int, typer.Option("--pairs", min=1, help="Pairs to tell.")]
+Top = Annotated[int, typer.Option("--top", min=1, max=10**6, help="Slices to tell.")]
+Paired = Annotated[
+    int, typer.Option("--paired", min=0, max=10**6, help="Measure the pairs among so many of the strongest.")
+]
+Pairs = Annotated[int, typer.Option("--pairs", min=1, max=10**6, help="Pairs to tell.")]
 Limit = Annotated[
     float | None,
     typer.Option(

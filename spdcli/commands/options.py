@@ -27,7 +27,9 @@ Device = Annotated[
     DeviceName | None,
     typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.", show_default=False),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random choice.", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**62, help="Seed of every random choice.", show_default=False)
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,7 +54,9 @@ AdversaryOption = Annotated[
         help="How hard masks are sought that break it. " + "; ".join(f"{k}: {v.about}" for k, v in ADVERSARIES.items()),
     ),
 ]
-Starts = Annotated[int, typer.Option("--starts", min=1, help="Random starts of that search, beside two corners.")]
+Starts = Annotated[
+    int, typer.Option("--starts", min=1, max=10**6, help="Random starts of that search, beside two corners.")
+]
 MatrixPattern = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,7 +88,9 @@ Sigma = Annotated[
     float | None,
     typer.Option("--sigma", min=0.0, help="One of them, instead of the embedding matrix's.", show_default=False),
 ]
-Window = Annotated[int, typer.Option("--window", min=1, help="Blocks whose MLPs (or attention) are restored at once.")]
+Window = Annotated[
+    int, typer.Option("--window", min=1, max=10**6, help="Blocks whose MLPs (or attention) are restored at once.")
+]
 
 
 def make_console(json: bool = False, quiet: bool = False, verbose: bool = False) -> Console:

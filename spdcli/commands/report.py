@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from spdcli.location.report import RunReport
 
 REPORT, DATA, TEXT = "report", "report.json", "report.md"
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of the noise of causal tracing.")]
-Random = Annotated[int, typer.Option("--random", min=1, help="Random directions as a control.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of the noise of causal tracing.")]
+Random = Annotated[int, typer.Option("--random", min=1, max=10**6, help="Random directions as a control.")]
 MatrixOption = Annotated[
     str | None,
     typer.Option(

@@ -32,9 +32,11 @@ PairOption = Annotated[
     typer.Option("--pair", help="Of facts: athletes, painters or landmarks; may be given again.", show_default="all"),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="The directory for the seeds' runs and the report.")]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, counted from the recipe's own.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, max=10**6, help="How many seeds, counted from the recipe's own.")]
 SameToy = Annotated[bool, typer.Option("--same-toy", help="Decompose the first seed's toy under every seed.")]
-Sequences = Annotated[int, typer.Option("--sequences", min=2, help="Fresh toy sequences to measure each seed on.")]
+Sequences = Annotated[
+    int, typer.Option("--sequences", min=2, max=10**6, help="Fresh toy sequences to measure each seed on.")
+]
 
 
 def reproduce(

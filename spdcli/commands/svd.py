@@ -22,7 +22,7 @@ else:
     Method = StrEnum("Method", {name: name for name in METHODS})  # typer has no lists of Literal
 
 Tolerance = Annotated[float, typer.Option("--tolerance", min=0.0, help="KL from the target that is allowed, in nats.")]
-Sequences = Annotated[int, typer.Option("--sequences", min=1, help="Fresh toy sequences to measure on.")]
+Sequences = Annotated[int, typer.Option("--sequences", min=1, max=10**6, help="Fresh toy sequences to measure on.")]
 MethodOption = Annotated[
     list[Method] | None,
     typer.Option(
@@ -39,6 +39,7 @@ Step = Annotated[
     typer.Option(
         "--step",
         min=1,
+        max=10**6,
         help="Singular values that a greedy round removes; 1 is Algorithm 2. About 128 rounds if not given.",
         show_default=False,
     ),

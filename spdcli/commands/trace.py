@@ -37,7 +37,7 @@ ModelOrRun = Annotated[
         help="A hub id, a directory, a .gguf file, package:NAME/FILE, or a run directory.", metavar="MODEL|RUN"
     ),
 ]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Draws of the noise.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of the noise.")]
 BeginToken = Annotated[
     bool, typer.Option("--begin-token", help="Put the model's begin-of-sequence token first; a run knows by itself.")
 ]

@@ -16,11 +16,20 @@ class Contradiction(NamedTuple):
 Sections = Mapping[str, Any]
 
 
+SHOWN = 60  # characters of a value in a line
+
+
+def shortened(text: str) -> str:
+    """A text, or its beginning where it would fill a line."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
 def shown(value: Any) -> str:
     """A value as one would write it, short enough for a line."""
     if isinstance(value, dict):
         return "a section"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value) if isinstance(value, str | int | float | list) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(value, list):
+        value = value[:SHOWN]
+    return shortened(repr(value) if isinstance(value, str | int | float | list) else str(value))

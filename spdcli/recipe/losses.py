@@ -8,7 +8,7 @@ from pydantic import Field, create_model
 
 from spdcli.engine.tables import DELTA_MASKS, HIDDEN_SITES, LOSSES, PENALTIES, SUBSETS
 from spdcli.recipe.choices import DIVERGENCES, USUAL_DELTA_MASKS
-from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section
+from spdcli.recipe.section import Coefficient, Few, OneOf, Positive, Rate, Section, Size
 
 if TYPE_CHECKING:
     Coefficients = Section
@@ -31,7 +31,7 @@ class Losses(Coefficients):
         description="What minimality and the recon losses count on data.stream, times their coefficients; there the "
         "delta stays on. Not in the paper.",
     )
-    samples: Positive = Field(1, description="S, how often the masks of stochastic losses are drawn a step (Eq. 2).")
+    samples: Few = Field(1, description="S, how often the masks of stochastic losses are drawn a step (Eq. 2).")
     p_start: Rate = Field(0.9, description="The power p of minimality at the first step (Table 4 and Figure 6: 0.9).")
     p_final: Rate = Field(0.1, description="The power p at the last step (Table 4 and Figure 6: 0.1).")
     anneal_p: bool = Field(True, description="Whether p goes linearly from p_start to p_final, or stays p_start.")
@@ -56,10 +56,10 @@ class Losses(Coefficients):
         description="Whether KLs are taken where a sequence's last token is predicted, or at every position (Table 4: "
         "yes, Figure 6: no).",
     )
-    layerwise_matrices: Positive | None = Field(
+    layerwise_matrices: Size | None = Field(
         None, description="Matrices drawn in every step for the layerwise losses; all if not given. Unbiased, cheaper."
     )
-    faithfulness_probes: Positive | None = Field(
+    faithfulness_probes: Size | None = Field(
         None,
         description="Random vectors a matrix by which faithfulness is estimated, in place of U V: unbiased and "
         "cheaper. Evaluation is exact whatever this says.",

@@ -13,11 +13,11 @@ import tomli
 from pydantic import ValidationError
 
 from spdcli.errors import RecipeError, RecipeProblem, UsageError
-from spdcli.recipe.contradiction import shown
+from spdcli.recipe.contradiction import shortened, shown
 from spdcli.recipe.idle import idle_settings
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.schema import Data, Importance, Recipe, Slices, ToyTarget
-from spdcli.recipe.toml_lines import KeyPath, key_lines, split_key
+from spdcli.recipe.toml_lines import BeyondBounds, KeyPath, key_lines, read_tables, split_key
 from spdcli.recipe.training import Decompose
 from spdcli.recipe.wording import mistakes
 
@@ -254,10 +254,10 @@ def read_toml(path: Path, kind: str = "a recipe") -> str:
 def parse_toml(text: str, source: str) -> dict[str, Any]:
     """TOML as tables; RecipeError with line and column where it is none. `source` is the file's name."""
     try:
-        return tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
-        message = error.msg[:1].lower() + error.msg[1:]
-        problem = RecipeProblem(source, error.lineno, "", f"not valid TOML: {message}", error.colno)
+        return read_tables(text)
+    except (tomli.TOMLDecodeError, BeyondBounds) as error:
+        message = f"not valid TOML: {_lowered(error.msg)}"
+        problem = RecipeProblem(source, error.lineno, "", message, error.colno)
     raise RecipeError([problem], "text is quoted, true and false are not, and a key stands once in its section")
 
 
@@ -269,24 +269,34 @@ def text_in_place_of_prompts(source: str | Path) -> list[Override]:
     return [Override(option, path, value) for path, value in settings.items()]
 
 
+def _lowered(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
 def parse_override(text: str, flag: str = "--set") -> Override:
     """`a.b=value`, as `flag` was given it; raises UsageError when there is no key or no `=`."""
-    option = f"{flag} {text}"
+    option = f"{flag} {shortened(text)}"
     dotted, equals, literal = text.partition("=")
     path = split_key(dotted.strip())
     try:
         text.encode()
     except UnicodeEncodeError:  # an argument whose bytes are not UTF-8
-        raise UsageError(f"{flag} {text!r}: not text in UTF-8") from None
+        raise UsageError(f"{flag} {shortened(text)!r}: not text in UTF-8") from None
     if not equals or path is None:
         raise UsageError(f"{option}: expected a key, = and a value", f"for example {flag} losses.minimality=0.1")
-    return Override(option, path, _literal(literal.strip()))
+    try:
+        return Override(option, path, _literal(literal.strip()))
+    except BeyondBounds as error:
+        raise UsageError(f"{option}: {_lowered(error.msg)}") from None
 
 
 def _literal(text: str) -> Any:
-    """The TOML value that `text` writes, or `text` itself: `--set target.model=/some/dir` needs no quotes."""
+    """The TOML value that `text` writes, or `text` itself: `--set target.model=/some/dir` needs no quotes.
+
+    BeyondBounds for a value that nobody means.
+    """
     try:
-        table = tomli.loads(f"value = {text}")
+        table = read_tables(f"value = {text}")
     except tomli.TOMLDecodeError:
         return text
     return table["value"] if len(table) == 1 else text

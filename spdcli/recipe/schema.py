@@ -26,7 +26,7 @@ from spdcli.recipe.choices import ANSWERS, DEVICES, DTYPES, POSITIONS
 from spdcli.recipe.losses import Losses
 from spdcli.recipe.planted import PlantedInductionTarget, PlantedLookupTarget
 from spdcli.recipe.rules import contradictions
-from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section, Share, Text
+from spdcli.recipe.section import MOST, Coefficient, Few, OneOf, Positive, Rate, Section, Seed, Share, Size, Text
 from spdcli.recipe.training import Adversary, Decompose, Train
 
 GENERATED = "generated"  # the stream that is sampled from the model itself
@@ -53,13 +53,13 @@ class InductionTarget(ToyTarget):
     """The toy transformer of section 5.1, trained by `spd train`; its defaults are those of Table 3."""
 
     kind: Literal["induction"] = Field(description="This kind of target: the toy.")
-    layers: Positive = Field(2, description="How many blocks (section 5.1: 2).")
-    heads: Positive = Field(1, description="Attention heads of a block (section 5.1: 1); they divide d_model.")
-    d_model: Positive = Field(16, description="Width of the residual stream (Table 3: 16).")
-    vocabulary: Annotated[int, Field(ge=2)] = Field(
+    layers: Few = Field(2, description="How many blocks (section 5.1: 2).")
+    heads: Few = Field(1, description="Attention heads of a block (section 5.1: 1); they divide d_model.")
+    d_model: Size = Field(16, description="Width of the residual stream (Table 3: 16).")
+    vocabulary: Annotated[int, Field(ge=2, le=MOST)] = Field(
         128, description="Number of tokens; the token s comes on top (Table 3: 128)."
     )
-    length: Annotated[int, Field(ge=4)] = Field(64, description="Tokens of a sequence (Table 3: 64).")
+    length: Annotated[int, Field(ge=4, le=MOST)] = Field(64, description="Tokens of a sequence (Table 3: 64).")
     positions: Annotated[str, OneOf(POSITIONS)] = Field(
         "before", description="How a token's position enters (Table 3: Shortformer)."
     )
@@ -87,8 +87,10 @@ class TMSTarget(ToyTarget):
     """A toy model of superposition, ReLU(Wᵀ W x + b), of the first SPD paper; trained by `spd train`."""
 
     kind: Literal["tms"] = Field(description="This kind of target: a toy model of superposition.")
-    features: Annotated[int, Field(ge=2)] = Field(5, description="Features, the numbers of an input, from 0 to 1.")
-    hidden: Positive = Field(2, description="Dimensions that W squeezes them into.")
+    features: Annotated[int, Field(ge=2, le=MOST)] = Field(
+        5, description="Features, the numbers of an input, from 0 to 1."
+    )
+    hidden: Size = Field(2, description="Dimensions that W squeezes them into.")
     identity: bool = Field(False, description="A fixed identity matrix I between W and its transpose.")
     feature_probability: Share = Field(0.05, description="How often a feature is not 0, in training and in the data.")
 
@@ -101,10 +103,12 @@ class ResidMLPTarget(ToyTarget):
     """A residual MLP that learns x + ReLU(x) of more features than it has neurons, of the first SPD paper."""
 
     kind: Literal["resid_mlp"] = Field(description="This kind of target: a residual MLP.")
-    features: Annotated[int, Field(ge=2)] = Field(100, description="Features, the numbers of an input, from -1 to 1.")
-    d_model: Positive = Field(1000, description="Width of the residual stream, where features have random directions.")
-    d_mlp: Positive = Field(50, description="Neurons of every layer.")
-    layers: Positive = Field(1, description="How many MLPs, one after the other.")
+    features: Annotated[int, Field(ge=2, le=MOST)] = Field(
+        100, description="Features, the numbers of an input, from -1 to 1."
+    )
+    d_model: Size = Field(1000, description="Width of the residual stream, where features have random directions.")
+    d_mlp: Size = Field(50, description="Neurons of every layer.")
+    layers: Few = Field(1, description="How many MLPs, one after the other.")
     feature_probability: Share = Field(0.01, description="How often a feature is not 0, in training and in the data.")
 
     @property
@@ -161,7 +165,7 @@ class Data(Section):
         description="How many sequences of the corpus are kept, chosen by the seed; if not given all, of 'generated' "
         "256 beside prompts and 4096 without any.",
     )
-    stream_length: Annotated[int, Field(ge=2)] | None = Field(
+    stream_length: Annotated[int, Field(ge=2, le=MOST)] | None = Field(
         None, description="Tokens of each of them; if not given, 16 beside prompts, else 128."
     )
     stream_held_out: Share = Field(
@@ -186,7 +190,7 @@ class Data(Section):
 class Slices(Section):
     """The rank-1 subcomponents of every chosen matrix (section 4)."""
 
-    C: Positive = Field(description="Slices of every matrix (Table 4: 100, Figure 6: 768).")
+    C: Size = Field(description="Slices of every matrix (Table 4: 100, Figure 6: 768).")
     matrices: Annotated[list[Text], Field(min_length=1)] = Field(
         ["*"],
         description="Which matrices to decompose: names, or patterns with * (anything), ? (one letter) and [0-5].",
@@ -202,7 +206,7 @@ class Slices(Section):
         description="Whether the delta W - U V, which no slice holds, is one more component with a mask of its own. "
         "The paper has none.",
     )
-    faithfulness_warmup: Annotated[int, Field(ge=0)] = Field(
+    faithfulness_warmup: Annotated[int, Field(ge=0, le=10**9)] = Field(
         0, description="Steps on faithfulness alone before the run. Not in the paper."
     )
 
@@ -213,7 +217,7 @@ class Importance(Section):
     kind: Annotated[str, OneOf(IMPORTANCE_FUNCTIONS)] = Field(
         description="Which importance function (Table 4: attention, Figure 6: vector)."
     )
-    gate_width: Positive = Field(
+    gate_width: Size = Field(
         description="Hidden units of the MLP that tells a slice's importance (D_gate; Table 4: 16, Figure 6: 64); "
         "kind = 'global': of the MLP in each of its layers."
     )
@@ -246,9 +250,9 @@ class Importance(Section):
     backend: Annotated[str, OneOf(BACKENDS)] = Field(
         "auto", description="kind = 'attention': which kernel computes line 4 of Algorithm 1; the result is the same."
     )
-    layers: Positive = Field(2, description="kind = 'global': layers of the transformer. Not in the paper.")
-    width: Positive = Field(64, description="kind = 'global': its width. Not in the paper.")
-    heads: Positive = Field(
+    layers: Few = Field(2, description="kind = 'global': layers of the transformer. Not in the paper.")
+    width: Size = Field(64, description="kind = 'global': its width. Not in the paper.")
+    heads: Few = Field(
         4, description="kind = 'global': attention heads of a layer; width is a multiple of twice their number."
     )
 
@@ -257,7 +261,7 @@ class Recipe(Section):
     """A whole recipe: what to take apart, into what, and how long."""
 
     name: Text = Field(description="The recipe's name.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of every random choice.")
+    seed: Seed = Field(0, description="Seed of every random choice.")
     device: Annotated[str, OneOf(DEVICES)] = Field("auto", description="Where to compute.")
     target: Annotated[
         InductionTarget

@@ -11,7 +11,12 @@ from pydantic_core import CoreSchema, core_schema
 
 from spdcli.engine.tables import Choice
 
-Positive = Annotated[int, Field(ge=1)]
+# No number is so large that what it counts could not be held, or listed: a typing error is told before it is obeyed.
+MOST = 10**6  # of a width, a length or a number of sequences
+Few = Annotated[int, Field(ge=1, le=1000)]  # layers, heads, draws
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]  # steps, tokens
+Seed = Annotated[int, Field(ge=0, le=2**62)]
 Coefficient = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from typing import Any
 
 import tomli
 
 KeyPath = tuple[str | int, ...]
+
+DEEPEST = 50  # arrays, tables and parts of a key in each other
+LARGEST = 2**63  # whole numbers are of 64 bits in TOML
 
 _BLANK = re.compile(r"(?:\s|#[^\n]*)*")
 _KEY_PART = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
@@ -19,7 +23,49 @@ _STRING = re.compile(
     r'''"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?'{3,5}|"(?:\\.|[^"\\\n])*"|'[^'\n]*\'''',
     re.DOTALL,
 )
+_LONG_NUMBER = re.compile(r"[0-9][0-9_xobA-Fa-f]{15,}")
 _SCALAR = re.compile(r"[^,\]}\n#]+")
+
+
+class BeyondBounds(ValueError):
+    """TOML that is nested, or has numbers, as nobody writes it: `msg`, line and column as of a TOMLDecodeError."""
+
+    def __init__(self, msg: str, text: str, position: int) -> None:
+        super().__init__(msg)
+        self.msg = msg
+        self.lineno = text.count("\n", 0, position) + 1
+        self.colno = position - text.rfind("\n", 0, position)
+
+
+def read_tables(text: str) -> dict[str, Any]:
+    """The tables of a TOML document; TOMLDecodeError where it is none, BeyondBounds where it is too much of one."""
+    try:
+        tables = tomli.loads(text)
+    except tomli.TOMLDecodeError:
+        raise
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        raise _beyond(text) from None
+    level: list[Any] = [tables]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for value in level
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, dict | list) or (isinstance(inner, int) and abs(inner) >= LARGEST)
+        ]
+        if any(isinstance(value, int) for value in level):
+            raise _beyond(text)
+    if level:
+        raise _beyond(text)
+    return tables
+
+
+def _beyond(text: str) -> BeyondBounds:
+    """What is wrong with numbers that are too long, and with what is nested too deep, where it can be seen."""
+    number = _LONG_NUMBER.search(text)
+    if number:
+        return BeyondBounds("A whole number is beyond 64 bits", text, number.start())
+    return BeyondBounds(f"More than {DEEPEST} arrays, tables or parts of a key are in each other", text, 0)
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
@@ -35,7 +81,10 @@ def split_key(dotted: str) -> KeyPath | None:
     if not _KEY.fullmatch(dotted):
         return None
     parts: list[str | int] = []
-    table = tomli.loads(f"{dotted} = 0")
+    try:
+        table = read_tables(f"{dotted} = 0")
+    except (tomli.TOMLDecodeError, BeyondBounds):
+        return None
     while isinstance(table, dict):
         ((name, table),) = table.items()
         parts.append(name)

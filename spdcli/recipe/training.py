@@ -9,13 +9,13 @@ from pydantic import Field
 from spdcli.engine.part_tables import OPTIMIZERS, SCHEDULES
 from spdcli.engine.tables import ADVERSARIES
 from spdcli.recipe.choices import COLLAPSES, PRECISIONS
-from spdcli.recipe.section import Coefficient, OneOf, Positive, Rate, Section, Share
+from spdcli.recipe.section import Coefficient, Few, OneOf, Positive, Rate, Section, Share, Size
 
 
 class Optimisation(Section):
     """An optimizer and its schedule."""
 
-    batch: Positive = Field(
+    batch: Size = Field(
         description="Sequences of a step: fresh ones of a toy; as many prompts of a language model, drawn anew "
         "where there are more."
     )
@@ -41,7 +41,7 @@ class Adversary(Section):
     """How the masks of the adversarial losses are found: projected sign ascent between importance and 1."""
 
     masks: Annotated[str, OneOf(ADVERSARIES)] = Field("fresh", description="Where a step's ascent starts.")
-    steps: Positive = Field(4, description="Steps of ascent before every step of training.")
+    steps: Few = Field(4, description="Steps of ascent before every step of training.")
     size: Share = Field(0.25, description="How far one of them moves a mask, as a share of the way from g to 1.")
     shared: bool = Field(
         True, description="Whether all sequences and positions share a slice's number, or have another one each."
@@ -63,7 +63,7 @@ class Decompose(Optimisation):
         0.01, description="prune_at: rare is a slice that is active in fewer than this share of sequences."
     )
     slice_rate: Rate = Field(1.0, description="Multiplies the learning rate of U and V.")
-    stream_batch: Positive = Field(4, description="Sequences of data.stream in a step, for losses.targeted.")
+    stream_batch: Size = Field(4, description="Sequences of data.stream in a step, for losses.targeted.")
     checkpoint_every: Positive = Field(500, description="Steps between two checkpoints, from which --resume goes on.")
     on_collapse: Annotated[str, OneOf(COLLAPSES)] = Field(
         "warn",

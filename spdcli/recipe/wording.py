@@ -99,6 +99,8 @@ def _sentence(problem: str, path: KeyPath, raw: Mapping[str, Any], model: type[B
     if problem in ("missing", "union_tag_not_found"):
         missing = {"a section": f"section [{key}]", SECTIONS: f"section [[{key}]]"}
         return f"missing {missing[expected]}" if expected in missing else f"{place}missing key '{key}' ({expected})"
+    if problem == "less_than_equal":
+        expected += f" and at most {_most(schema or {}):,}"
     value = _value_at(path, raw)
     choices = (schema or {}).get("enum", ())
     meant = did_you_mean(value, choices) if isinstance(value, str) else ""
@@ -162,6 +164,11 @@ def expectation(schema: Schema | None) -> str:
     if schema["type"] == "array":
         return "a list of texts, at least one" if schema.get("minItems") else "a list of texts"
     return {"boolean": "true or false", "object": "a section"}[schema["type"]]
+
+
+def _most(schema: Schema) -> int:
+    """The largest number that a JSON schema allows."""
+    return max(option["maximum"] for option in (schema, *schema.get("anyOf", ())) if "maximum" in option)
 
 
 def _bounds(schema: Schema) -> str:

@@ -20,7 +20,7 @@ from spdcli.runs.watchdog import Alarm, Watchdog, Watched
 
 REWINDS = 5  # then the learning rate is a 32nd of the recipe's, and something else is wrong
 ROWS = 256  # positions at most by which it is told how many slices the data need
-LEFT_OUT = 0.01  # share of what a matrix writes that the best slices may leave out
+LEFT_OUT = 0.05  # share of what a matrix writes that the best slices may leave out
 FEW_PROMPTS = 0.1  # share of the prompts that a batch should be larger than
 
 

@@ -173,3 +173,44 @@ def test_the_live_line_shows_the_work_and_goes_away(
     assert terminal.getvalue().count("\n") == 1, "one line, written over and over, and left at the end to be erased"
     assert terminal.getvalue().endswith("\x1b[2K")  # the line is erased
     assert capsys.readouterr().out == ""
+
+
+HOSTILE = "a\x1b[2Jb\x07\x9b1mc\u202ed\x7f\r"
+TAME = r"a\x1b[2Jb\x07\x9b1mc\u202ed\x7f\r"
+
+
+def test_control_characters_reach_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich drops a few of them by itself; none passes as it is."""
+    console = Console(verbose=True)
+    table = Table("name", title=HOSTILE)
+    table.add_row(HOSTILE)
+    console.show({}, HOSTILE, table)
+    console.note(HOSTILE)
+    console.debug(HOSTILE)
+    console.warn(HOSTILE)
+    console.error(SpdError(HOSTILE, HOSTILE))
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert out.count(r"\x1b[2J") == 3
+    assert err.count(TAME) == 5
+
+
+def test_a_program_gets_names_exactly_and_a_terminal_escaped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Console().result(HOSTILE)
+    assert capsys.readouterr().out == f"{HOSTILE}\n"
+    Console(json=True).show({"name": HOSTILE})
+    assert json.loads(capsys.readouterr().out) == {"name": HOSTILE}
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    Console().result(f"{HOSTILE}\tline\nnext")
+    assert terminal.getvalue() == f"{TAME}\tline\nnext\n"
+
+
+def test_a_mistake_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().error(RecipeError([RecipeProblem("a.toml", 1, "x", "unknown key 'x\nerror: all is lost'")]))
+    assert capsys.readouterr().err == "error: a.toml:1: unknown key 'x\\nerror: all is lost'\n"

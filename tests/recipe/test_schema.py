@@ -65,3 +65,18 @@ def test_sections_are_strict() -> None:
     assert issubclass(Losses, Section)
     with pytest.raises(ValidationError):
         Losses(reconn=1.0)  # type: ignore[call-arg]
+
+
+def whole_numbers(entry: dict) -> Iterator[dict]:
+    """The parts of a key's JSON schema that are whole numbers."""
+    for option in (entry, *entry.get("anyOf", ())):
+        if option.get("type") == "integer":
+            yield option
+
+
+def test_every_whole_number_has_an_end() -> None:
+    numbers = {key: part for key, entry in KEYS.items() for part in whole_numbers(entry)}
+    assert len(numbers) > 30
+    for key, part in numbers.items():
+        assert part["maximum"] <= 2**62, key
+        assert key == "recipe.seed" or part["maximum"] <= 10**9, key
