@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spdcli.costs.room import refuse_beyond_reason, refuse_without_room
 from spdcli.engine.target import Target
 from spdcli.errors import Interrupted, UsageError
 from spdcli.figures.curves import save_training_curve
@@ -34,7 +35,7 @@ from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.opening import can_go_on, opened_run
 from spdcli.runs.sharing import fetch
-from spdcli.runs.subject import Subject
+from spdcli.runs.subject import Subject, choose_device
 from spdcli.runs.training import (
     TrainedToy,
     finish_run,
@@ -165,6 +166,7 @@ def train_toy(
     """
     loaded = recipe_of(recipe, settings, seed, device)
     require_toy(loaded)
+    refuse_beyond_reason(loaded.recipe, choose_device(loaded.recipe.device))
     report = _report(progress)
     if out is None:
         if resume or force:
@@ -230,7 +232,11 @@ def _tables(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepared(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Subject:
-    """The target and data of a run; where its toy had to be trained, the toy's loss curve is drawn (Figure 5)."""
+    """The target and data of a run; where its toy had to be trained, the toy's loss curve is drawn (Figure 5).
+
+    SpdError before anything is read or trained where there is no room for it.
+    """
+    refuse_without_room(loaded, choose_device(loaded.recipe.device))
     subject = prepared_subject(store, loaded, report)
     if isinstance(store, RunDirectory) and (store / TOY / METRICS).exists():
         toy = RunDirectory(store / TOY)

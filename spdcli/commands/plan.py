@@ -29,25 +29,21 @@ def plan(
 
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], device=device)
-    from spdcli.costs.estimate import estimate
-    from spdcli.errors import SpdError
+    from spdcli.costs.estimate import amount, estimate
+    from spdcli.costs.room import does_not_fit, refuse_beyond_reason
     from spdcli.records import plain
     from spdcli.runs.subject import choose_device
 
     with console.live() as live:
         live.update("a step is counted without numbers, then a few are made", 0, 1)
-        costs = estimate(loaded, choose_device(loaded.recipe.device))
+        device = choose_device(loaded.recipe.device)
+        refuse_beyond_reason(loaded.recipe, device)
+        costs = estimate(loaded, device)
     console.show({"schema": "spd.plan/1", **plain(costs)}, table(costs))
     if not costs.fits:
-        sizes = f"needs {amount(costs.bytes.total)}, and {amount(costs.free_bytes)} are free"
-        raise SpdError(f"{loaded.recipe.name} does not fit: it {sizes}", f"--set {', or '.join(costs.change)}")
+        raise does_not_fit(loaded.recipe, costs.bytes.total, costs.free_bytes, costs.change)
     time = "no step could be timed: memory ended" if costs.seconds is None else span(costs.seconds)
     console.result(f"fits: {amount(costs.bytes.total)}, {time}")
-
-
-def amount(size: float) -> str:
-    """Bytes as people say them."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 def span(seconds: float) -> str:
@@ -63,6 +59,8 @@ def table(costs: Estimate) -> Table:
     from rich.table import Table
 
     title = f"{costs.recipe}: {costs.matrices} matrices, {costs.tokens} tokens a step"
+    from spdcli.costs.estimate import amount
+
     rows = Table(title=title, min_width=len(title))
     rows.add_column("")
     rows.add_column("", justify="right")

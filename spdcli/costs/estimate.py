@@ -103,10 +103,9 @@ class Estimate:
 def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> Estimate:
     """What a recipe will cost on `device`; steps are timed only with `seconds`, which takes some."""
     recipe = loaded.recipe
-    counts = _counted(loaded, device)
+    counts = counted(loaded, device)
     fits = counts.need.total <= counts.free
     times = _timed(recipe, counts, device) if seconds and fits else None
-    gates_largest = counts.parameters.gates > counts.parameters.slices
     return Estimate(
         recipe=recipe.name,
         matrices=len(counts.names),
@@ -114,7 +113,7 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
         bytes=counts.need,
         free_bytes=counts.free,
         fits=fits,
-        change=changes(recipe, counts.need, counts.free, gates_largest),
+        change=counts.change,
         tokens=counts.step.tokens,
         flops_per_step=counts.step.flops,
         bytes_per_step=counts.step.bytes,
@@ -137,9 +136,9 @@ def toy_steps(recipe: Recipe) -> int:
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """What is known without numbers: the names of the matrices, sizes, and the settings of the training loop, which
-    may use for a plan what memory is left."""
+class Counts:
+    """What is known without numbers: the names of the matrices, sizes, the settings of the training loop, which may use
+    for a plan what memory is left, and those to `change` where it does not fit."""
 
     names: list[str]
     settings: FitSettings
@@ -147,9 +146,10 @@ class _Counts:
     need: Need
     free: int
     step: StepCosts
+    change: list[str]
 
 
-def _counted(loaded: LoadedRecipe, device: torch.device) -> _Counts:
+def counted(loaded: LoadedRecipe, device: torch.device) -> Counts:
     """Builds the recipe's target and decomposition as shapes alone, goes through one step, and counts."""
     recipe = loaded.recipe
     heap = Heap()
@@ -173,10 +173,11 @@ def _counted(loaded: LoadedRecipe, device: torch.device) -> _Counts:
     gates = sum(p.numel() for p in decomposition.importances.parameters() if p.requires_grad)
     weights = held - sum(m.numel() for m in moments) * subject.target.unembedding.element_size()
     need = Need(process, weights, optimizer, max(0, growth - weights - optimizer))
-    return _Counts(names, settings, Parameters(parameters - gates, gates), need, free, step)
+    change = changes(recipe, need, free, gates > parameters - gates)
+    return Counts(names, settings, Parameters(parameters - gates, gates), need, free, step, change)
 
 
-def _timed(recipe: Recipe, counts: _Counts, device: torch.device) -> Durations | None:
+def _timed(recipe: Recipe, counts: Counts, device: torch.device) -> Durations | None:
     """How long steps take on `device`; None where memory ends in the attempt."""
     with suppress(torch.OutOfMemoryError):
         own = seconds_of_a_step(recipe, counts.names, counts.settings, device)
@@ -210,6 +211,11 @@ def _dry_step(
             backward(passes(broad(generator, 0)), losses.on_stream(settings.targeted))
     decomposition.zero_grad(set_to_none=True)
     return StepCosts(tokens=int(batch.valid.sum()), flops=step.flops, bytes=step.bytes)
+
+
+def amount(size: float) -> str:
+    """Bytes as people say them."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 def changes(recipe: Recipe, needed: Need, free: int, gates_largest: bool) -> list[str]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
+from spdcli.runs.settings import SEQUENCES_AT_ONCE
 from spdcli.runs.subject import Subject
 
 if TYPE_CHECKING:
     from spdcli.targets.prompts import Prompts
 
 EVALUATION_SEED = 20_000_003  # its own stream: never the sequences of training
-SEQUENCES_AT_ONCE = 512
 TOKENS = 512  # of a language model, that are measured where nobody says how many sequences
 TOKENS_AT_ONCE = 256  # of them
 TOKENS_ATTACKED = 32  # of them, on which masks are sought

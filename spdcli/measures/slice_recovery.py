@@ -27,8 +27,9 @@ from torch.nn.functional import cosine_similarity
 
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition, Slices, SliceSet
-from spdcli.measures.evaluation_data import EVALUATION_SEED, SEQUENCES_AT_ONCE
+from spdcli.measures.evaluation_data import EVALUATION_SEED
 from spdcli.measures.slice_similarity import match, weight_signature
+from spdcli.runs.settings import SEQUENCES_AT_ONCE
 from spdcli.runs.subject import Subject
 
 MATCHED = 0.95

@@ -13,6 +13,8 @@ from spdcli.recipe.training import Adversary, Optimisation
 
 AUTO_PLAN = 4 * 2**30  # bytes that a plan whose budget is found takes at most: larger chunks are no faster
 
+SEQUENCES_AT_ONCE = 512  # of a toy, that are evaluated together
+
 
 def allow_tensor_cores(precision: str) -> None:
     """Let float32 products on a GPU round their factors to TF32, unless `precision` is float32."""

@@ -269,10 +269,10 @@ def test_too_large_a_decomposition_is_refused_before_it_is_made(spd, recipe, tmp
     made = []
     monkeypatch.setattr("spdcli.runs.learning.start_decomposition", lambda *_: made.append(1))
     monkeypatch.setattr("spdcli.runs.learning.free_bytes", lambda device: 3 * GIB)
-    code, _, err = spd("decompose", recipe, "--out", tmp_path / "run", "--set", "slices.C=4000000")
+    code, _, err = spd("decompose", recipe, "--out", tmp_path / "run", "--set", "slices.C=1000000")
     assert (code, made) == (1, [])
-    slices = 6 * 4_000_000 * 16  # six matrices, 8 + 8 numbers a slice
-    gates = 6 * 4_000_000 * (4 * 16 + 4 + 4 + 1)  # each gate reads 16 numbers: w1, b1, w2, b2
+    slices = 6 * 1_000_000 * 16  # six matrices, 8 + 8 numbers a slice
+    gates = 6 * 1_000_000 * (4 * 16 + 4 + 4 + 1)  # each gate reads 16 numbers: w1, b1, w2, b2
     needed = round(4 * 4 * (slices + gates) / GIB)
     one_line(
         err, f"{slices // 10**6} million slice and {gates // 10**6} million gate", f"{needed} GiB", "3 GiB are free"

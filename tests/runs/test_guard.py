@@ -111,8 +111,7 @@ def test_a_collapse_is_told_and_logged(recipe, tmp_path):
     line = "step 1: no slice is on anywhere, of 30; raise importance.gate_bias, which is -50"
     assert line in warned
     logged = [record.get("warnings", []) for record in RunDirectory(tmp_path / "run").metrics()]
-    assert [one["kind"] for one in logged[0]] == ["few_slices", "nothing_on"]
-    assert logged[0][1] == {
+    assert logged[0][-1] == {
         "kind": "nothing_on",
         "step": 1,
         "value": 0,
