@@ -36,9 +36,9 @@ def plan(
 
     with console.live() as live:
         live.update("a step is counted without numbers, then a few are made", 0, 1)
-        device = choose_device(loaded.recipe.device)
-        refuse_beyond_reason(loaded.recipe, device)
-        costs = estimate(loaded, device)
+        on = choose_device(loaded.recipe.device)
+        refuse_beyond_reason(loaded.recipe, on)
+        costs = estimate(loaded, on)
     console.show({"schema": "spd.plan/1", **plain(costs)}, table(costs))
     if not costs.fits:
         raise does_not_fit(loaded.recipe, costs.bytes.total, costs.free_bytes, costs.change)
