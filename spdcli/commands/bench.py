@@ -48,6 +48,7 @@ Batch = Annotated[
     typer.Option(
         "--batch",
         min=1,
+        max=10**6,
         help="Sequences of importance and memory: 64 is Table 2 (4 at 10240); if not given, 4096 tokens in all.",
         show_default=False,
     ),

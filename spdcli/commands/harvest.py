@@ -22,7 +22,9 @@ Text = Annotated[
     ),
 ]
 Field = Annotated[str, typer.Option("--field", help="Where rows of that text have theirs.")]
-Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Read about so many tokens, or all there are.")]
+Tokens = Annotated[
+    int, typer.Option("--tokens", min=1, max=10**12, help="Read about so many tokens, or all there are.")
+]
 
 
 def harvest(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spdcli.measures.slice_search import Match
 
 Words = Annotated[str, typer.Argument(help="Words of the contexts, whatever their case.", metavar="TEXT")]
-Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show.")]
+Top = Annotated[int, typer.Option("--top", min=1, max=10**6, help="Slices to show.")]
 
 
 def search(

@@ -88,8 +88,8 @@ def start_guard(
     One batch is drawn for it, from a generator of its own: what the losses are with every slice off is worked out on
     it, once.
     """
-    batch = subject.batches(torch.Generator().manual_seed(recipe.seed + 1))
-    clean = clean_pass(subject.target, batch, decomposition.names)
+    batch = subject.batches(torch.Generator().manual_seed(recipe.seed + 1), 0)
+    clean = clean_pass(subject.target, batch, decomposition.names, outputs=settings.losses.compares_outputs)
     run = Watched(
         steps=settings.steps,
         all_off=losses_all_off(subject.target, decomposition, clean, settings.losses, settings.plan_bytes),
@@ -116,7 +116,7 @@ def forewarnings(recipe: Recipe, target: Target, names: list[str], clean: Clean)
             f"writes, the best slices leave {left:.1%} out"
         )
         alarms.append(Alarm("few_slices", 0, left, text, "raise slices.C", collapse=False))
-    prompts = 0 if recipe.data is None else len(recipe.data.prompts)
+    prompts = 0 if recipe.data is None else len(recipe.data.prompts or ())
     size = recipe.decompose.batch
     if 0 < size <= FEW_PROMPTS * prompts:
         text = f"a batch has {size} of {prompts} prompts: gates meet each of them once in {prompts / size:.0f} steps"

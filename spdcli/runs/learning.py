@@ -19,7 +19,8 @@ from spdcli.runs.guard import Guard, start_guard
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
 from spdcli.runs.signals import stop_signals
-from spdcli.runs.subject import Subject, stream_batches
+from spdcli.runs.subject import Subject
+from spdcli.runs.text_data import stream_batches
 
 Store = RunDirectory | MemoryRun
 

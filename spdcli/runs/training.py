@@ -32,7 +32,6 @@ from spdcli.runs.subject import (
     open_subject,
     toy_training,
 )
-from spdcli.runs.text_data import stream_batches
 from spdcli.targets.feature_toys import FeatureToy
 from spdcli.targets.feature_training import label_error
 from spdcli.targets.induction import toy_accuracy
