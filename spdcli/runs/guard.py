@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from spdcli.engine.target import Target
 from spdcli.errors import Collapsed, SpdError
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.schema import Recipe
+from spdcli.runs.contents import is_whole_record
 from spdcli.runs.subject import Subject
 from spdcli.runs.watchdog import Alarm, Watchdog, Watched
 
@@ -42,8 +43,11 @@ class Guard:
     def replay(self, records: list[dict[str, Any]]) -> None:
         """Let the watchdog see the log of what was trained before, whose alarms were told then."""
         names = {one.name for one in fields(Record)}
+        needed = {one.name for one in fields(Record) if one.default is MISSING and one.default_factory is MISSING}
         for record in records:
-            self._watchdog.see(Record(**{name: value for name, value in record.items() if name in names}))
+            if is_whole_record(record) and record.keys() >= needed:
+                known = {name: value for name, value in record.items() if name in names}
+                self._watchdog.see(Record(**known))
 
     def see(self, record: Record) -> list[Alarm]:
         """What there is to tell at this record."""
