@@ -18,11 +18,13 @@ Every file is written beside and renamed into place, and flushed to the disk.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from spdcli.disk import UNFINISHED, append_line, read_bytes, remove, sync, write_text
@@ -60,15 +62,16 @@ HELD = (
 )  # what --force replaces
 
 
-def versions() -> dict[str, str]:
-    """The versions a run depends on."""
-    versions_by_package = {}
+def conditions() -> dict[str, str]:
+    """What a run's last digits depend on besides its recipe: versions, and the number of threads, by which sums are
+    cut."""
+    values = {}
     for package in ("spd-cli", "torch", "transformers", "numpy"):
         try:
-            versions_by_package[package] = version(package)
+            values[package] = version(package)
         except PackageNotFoundError:
-            versions_by_package[package] = "source"
-    return versions_by_package
+            values[package] = "source"
+    return values | {"threads": str(torch.get_num_threads())}
 
 
 def anchored(recipe: Recipe) -> Recipe:
@@ -148,8 +151,14 @@ class RunDirectory:
         return cls(path)
 
     def write_recipe(self, recipe: Recipe) -> None:
-        text = dump_recipe(anchored(recipe), **versions())
+        text = dump_recipe(anchored(recipe), **conditions())
         write_text(self / RECIPE, text)
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """Those under which the run was made, as far as it says."""
+        comments = re.findall(r"^# ([a-z-]+): (.*)$", (self / RECIPE).read_text(encoding="utf-8"), re.MULTILINE)
+        return {name: value for name, value in comments if name in conditions()}
 
     @property
     def recipe(self) -> Recipe:

@@ -22,6 +22,7 @@ from spdcli.runs.directory import (
     RunDirectory,
     ToyDirectory,
     anchored,
+    conditions,
 )
 from spdcli.runs.lock import locked
 
@@ -111,7 +112,12 @@ def continue_run(run: RunDirectory, recipe: Recipe, report: Report) -> None:
             )
     for key, (before, after) in changed.items():
         report(Progress(f"{key} changes from {before!r} to {after!r}"))
-    if changed:
+    now = conditions()
+    others = {name: value for name, value in run.conditions.items() if value != now[name]}
+    for name, value in others.items():
+        text = f"{run} was made with {name} {value}, and goes on with {now[name]}: its last digits depend on that"
+        report(Progress(text, warning=True))
+    if changed or others:
         run.write_recipe(recipe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,28 @@ def test_notes_in_a_recipe_survive_a_resumption(tmp_path, recipe):
     (run / RECIPE).write_text(text)
     begin(run, recipe, resume=True)
     assert (run / RECIPE).read_text() == text
+
+
+def test_a_run_that_goes_on_under_other_conditions_is_told(tmp_path, recipe):
+    """Sums are cut by threads, so that their number decides the last digits; so do other versions."""
+    run = a_run(tmp_path / "run", recipe, CHECKPOINT)
+    assert run.conditions["threads"] == str(torch.get_num_threads())
+    heard = []
+    begin(run, recipe, resume=True, report=heard.append)
+    assert heard == []
+    written = (run / RECIPE).read_text()
+    older = re.sub("(?m)^# torch: .*$", "# torch: 2.6.0", written).replace("# threads: 1\n", "# threads: 64\n")
+    (run / RECIPE).write_text(older)
+    begin(run, recipe, resume=True, report=heard.append)
+    assert [progress.text.removeprefix(f"{run} was made with ") for progress in heard] == [
+        f"torch 2.6.0, and goes on with {torch.__version__}: its last digits depend on that",
+        "threads 64, and goes on with 1: its last digits depend on that",
+    ]
+    assert all(progress.warning for progress in heard)
+    assert (run / RECIPE).read_text() == written
+    (run / RECIPE).write_text(written.replace("# threads: 1\n", ""))  # as older runs have it
+    begin(run, recipe, resume=True, report=heard.append)
+    assert len(heard) == 2
 
 
 # --- a new run -------------------------------------------------------------------------------------
