@@ -41,21 +41,21 @@ def least_needs(recipe: Recipe) -> Iterator[Least]:
     if isinstance(target, InductionTarget):
         length, width, layers, heads = target.length, target.d_model, target.layers, target.heads
         weights = 2 * target.vocabulary * width + 3 * layers * width**2
-        answer, sizes = target.vocabulary, "target.length, target.d_model or target.vocabulary"
+        narrow, answer, sizes = width, target.vocabulary, "target.length, target.d_model or target.vocabulary"
     else:
         assert isinstance(target, TMSTarget | ResidMLPTarget)
         length, heads, layers = 1, 0, target.layers if isinstance(target, ResidMLPTarget) else 1
         width = target.d_model if isinstance(target, ResidMLPTarget) else target.hidden
         hidden = target.d_mlp if isinstance(target, ResidMLPTarget) else target.features
-        weights = width * target.features + layers * width * min(hidden, width)
-        answer, sizes = target.features, "target.features"
+        weights = width * target.features + layers * width * hidden
+        narrow, answer, sizes = min(hidden, width), target.features, "target.features"
     position = TOKEN + NUMBER * width * (1 + layers)
     if recipe.train is not None and target.path is None:
         yield Least(training_bytes(weights, NUMBER), "the toy's parameters and their training", sizes)
         batch = recipe.train.batch * (length * position + NUMBER * answer)
         yield Least(batch, f"a step of the toy's training on {recipe.train.batch:,} sequences", f"train.batch, {sizes}")
-    gate = recipe.importance.gate_width if recipe.importance.kind != "shared" else 1
-    slices = matrices * C * (1 + gate)
+    gate = narrow * recipe.importance.gate_width if recipe.importance.kind in ("vector", "attention") else 1
+    slices = matrices * C * (narrow + gate)
     yield Least(training_bytes(slices, NUMBER), f"{C:,} slices of a matrix and their gates", "slices.C")
     each = length * (position + 2 * NUMBER * matrices * C) + NUMBER * answer
     batch = recipe.decompose.batch

@@ -93,7 +93,7 @@ def test_few_slices_and_small_batches_are_told_before_the_first_step(tiny_gpt2_d
     path.write_text(MODEL.replace("MODEL", str(tiny_gpt2_dir)).replace("prompts = [\n", f"prompts = [\n{prompts}"))
     run, (few_slices, small_batch) = warnings_of(path)
     assert few_slices.startswith(
-        "before step 1: slices.C = 6 is below the span of the data in 4 matrices: of what h.1."
+        "before step 1: slices.C = 6 is below the span of the data in 3 matrices: of what h.1."
     )
     assert few_slices.endswith("% out; raise slices.C")
     assert small_batch == (
