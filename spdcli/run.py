@@ -42,6 +42,7 @@ from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
+from spdcli.runs.fingerprint import keep_fingerprint
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import opened_run
 from spdcli.runs.sharing import push, write_shared
@@ -354,6 +355,7 @@ class Run(LoadedRun):
         with opened_run(directory, self.recipe, force):
             if self.subject.trained_toy is not None:
                 save_tensors(directory / TOY / TOY_WEIGHTS, self.subject.trained_toy.state_dict())
+            keep_fingerprint(directory.path, self.subject.target)
             directory.save_decomposition(self.decomposition)
         return directory
 

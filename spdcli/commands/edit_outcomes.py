@@ -90,6 +90,7 @@ def use_patch(
     from spdcli.edits.edit_reports import patch_target, report_patch
     from spdcli.edits.patches import load_patch
     from spdcli.runs.directory import TOY, RunDirectory
+    from spdcli.runs.fingerprint import require_same_weights
     from spdcli.runs.loading import seed_or
     from spdcli.runs.subject import choose_device, open_subject
 
@@ -99,6 +100,8 @@ def use_patch(
     directory = RunDirectory.open(options.run)
     recipe = recipe_on(directory.recipe, base)
     subject = open_subject(recipe, choose_device(options.device or recipe.device), base or directory / TOY)
+    if base is None:
+        require_same_weights(directory.path, subject.target)
     edit, weights = patch_target(subject.target, patch, path, apply is None)
     exam = options.exam.open(console, subject, seed_or(recipe, options.seed))
     report = report_patch(subject, patch, edit, exam, apply is None)

@@ -119,6 +119,7 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
     """The run or the model that `model` names, and `texts`, or the run's own prompts where there are none."""
     from spdcli.recipe.choices import TOYS
     from spdcli.runs.directory import FIGURES, RECIPE, RunDirectory
+    from spdcli.runs.fingerprint import require_same_weights
     from spdcli.runs.subject import choose_device, open_subject
     from spdcli.targets.huggingface import build_target, load_model
 
@@ -129,6 +130,7 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
             own = "a module of your own" if kind is None else kind.about
             raise UsageError(f"{model}: its target is {own}, and causal tracing needs a language model")
         subject = open_subject(recipe, choose_device(device or recipe.device))
+        require_same_weights(Path(model), subject.target)
         assert subject.prompts is not None
         tokenizer, begin = subject.prompts.tokenizer, begin_token or recipe.data.begin_token
         return Traceable(

@@ -18,6 +18,7 @@ from spdcli.files import Contents, load_tensors
 from spdcli.recipe.reading import matching
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.contents import of_module
+from spdcli.runs.fingerprint import require_same_weights
 from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import ridged, second_moments
 
@@ -97,7 +98,8 @@ def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tupl
 
 
 def read_decomposition(path: Path, recipe: Recipe, subject: Subject, hint: str | None = None) -> Decomposition:
-    """The decomposition in the file that a run saved; SpdError with `hint` where that is not what the recipe makes."""
+    """The decomposition in the file that a run saved; SpdError with `hint` where that is not what the recipe makes,
+    or the target is not the one that was decomposed."""
     names = matching(recipe.slices.matrices, subject.target.matrices)
 
     def expected(found: Mapping[str, Tensor]) -> Contents:
@@ -105,6 +107,7 @@ def read_decomposition(path: Path, recipe: Recipe, subject: Subject, hint: str |
         ranks = {name: 1 if basis is None or not basis.dim() else basis.shape[0] for name, basis in bases.items()}
         return of_module(untrained_decomposition(recipe, subject, names, torch.device("meta"), ranks))
 
+    require_same_weights(path.parent, subject.target)
     return load_decomposition(recipe, subject, load_tensors(path, expected, hint)[0])
 
 

@@ -6,6 +6,7 @@
     checkpoint/state.safetensors  the same with optimizer, generators, adversary and step, for `--resume`
     checkpoint/state-before.safetensors  the checkpoint before that one, for when it is damaged
     toy/                        the run of `spd train` whose toy is decomposed (toys only)
+    target.json                 hashes of the target's weights, which every reader compares
     eval.json, figures/         what `spd eval` found
     certificate.json            what `spd certify` found
     harvest/                    what `spd harvest` saw slices do over text
@@ -39,6 +40,7 @@ from spdcli.recipe.section import Section
 from spdcli.records import plain
 from spdcli.runs.checkpoints import read_checkpoint, write_checkpoint
 from spdcli.runs.contents import is_record, is_whole_record
+from spdcli.runs.fingerprint import FINGERPRINT
 from spdcli.runs.lock import LOCK, locked
 from spdcli.targets.model_files import is_local
 
@@ -59,6 +61,7 @@ HELD = (
     "checkpoint",
     TOY,
     TOY_WEIGHTS,
+    FINGERPRINT,
 )  # what --force replaces
 
 
@@ -118,6 +121,8 @@ class RunDirectory:
             if force:
                 for name in HELD:
                     remove(path / name)
+            run.refuse_links()
+            remove(run / FINGERPRINT)
             if not (run / RECIPE).exists():
                 run.write_recipe(recipe)
         return run
@@ -134,7 +139,9 @@ class RunDirectory:
             raise UsageError(f"{path} is not empty and holds no run{own}", "name another with --out")
         if force:
             return
-        if any(file.name in HELD and file.name != RECIPE for file in present) or not self._is_by(recipe):
+        if any(file.name in HELD and file.name not in (RECIPE, FINGERPRINT) for file in present) or not self._is_by(
+            recipe
+        ):
             raise UsageError(f"{path} holds another run", "--force replaces it, --resume goes on, --out names another")
 
     def _is_by(self, recipe: Recipe) -> bool:
@@ -148,7 +155,18 @@ class RunDirectory:
         """An existing run; SpdError when there is none."""
         if not (path / RECIPE).exists():
             raise Missing(f"{path}: no run here", "spd decompose RECIPE --out DIRECTORY makes one")
-        return cls(path)
+        run = cls(path)
+        run.refuse_links()
+        return run
+
+    def refuse_links(self) -> None:
+        """SpdError where a directory within the run is a link: who made the run would say where others write."""
+        for name in (FIGURES, "checkpoint", TOY, f"{TOY}/checkpoint", f"{TOY}/{FIGURES}"):
+            if (self / name).is_symlink():
+                raise SpdError(
+                    f"{self / name}: a link out of the run, and nothing is written through it",
+                    "put the directory itself there, or remove the link",
+                )
 
     def write_recipe(self, recipe: Recipe) -> None:
         text = dump_recipe(anchored(recipe), **conditions())
@@ -198,9 +216,10 @@ class RunDirectory:
 
     def forget_beginning(self) -> None:
         """Remove the recipe and the empty metrics of a run that came to nothing; nothing where there is more."""
-        if any((self / name).exists() for name in HELD if name not in (RECIPE, METRICS)) or self.metrics():
+        beginning = (RECIPE, METRICS, FINGERPRINT)
+        if any((self / name).exists() for name in HELD if name not in beginning) or self.metrics():
             return
-        for name in (RECIPE, METRICS):
+        for name in beginning:
             remove(self / name)
 
     def __truediv__(self, name: str) -> Path:

@@ -15,6 +15,7 @@ from spdcli.recipe.schema import Recipe
 from spdcli.recipe.training import Decompose
 from spdcli.runs.decomposition import parameter_counts, start_decomposition
 from spdcli.runs.directory import RunDirectory
+from spdcli.runs.fingerprint import keep_fingerprint
 from spdcli.runs.guard import Guard, start_guard
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
@@ -82,6 +83,8 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
 
 def begun_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[Decomposition, FitState]:
     """The decomposition of the matrices `names` at step 0, and the state of its training."""
+    if isinstance(store, RunDirectory):
+        keep_fingerprint(store.path, subject.target)
     decomposition = start_decomposition(recipe, subject, names)
     schedule, device = optimiser_settings(recipe.decompose), subject.target.device
     return decomposition, start_fit(decomposition, schedule, recipe.seed, device, recipe.decompose.slice_rate)

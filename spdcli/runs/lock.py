@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -81,7 +82,12 @@ def locked(directory: Path) -> Iterator[Owner | None]:
 def _locked_file(path: Path) -> tuple[TextIOWrapper, Owner | None]:
     """The lock's file, open and this process's own, and its owner before."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+        # Neither through a link nor waiting for a pipe: whoever made the directory may have put one there.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise SpdError(f"{path}: not a file of spd's", "remove it")
+        file = os.fdopen(handle, "r+", encoding="utf-8")
         left = _owner_in(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

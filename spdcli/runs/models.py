@@ -13,6 +13,7 @@ from spdcli.errors import UsageError
 from spdcli.recipe.choices import TOYS
 from spdcli.recipe.schema import HuggingFaceTarget
 from spdcli.runs.directory import RECIPE, RunDirectory
+from spdcli.runs.fingerprint import require_same_weights
 from spdcli.runs.subject import choose_device
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def open_model(name: str, device: str | None = None, begin_token: bool = False) 
     """
     from spdcli.targets.huggingface import build_target, load_model
 
-    dtype = "float32"
+    dtype, run = "float32", None
     if (Path(name) / RECIPE).exists():
-        recipe = RunDirectory.open(Path(name)).recipe
+        run = RunDirectory.open(Path(name))
+        recipe = run.recipe
         if not isinstance(recipe.target, HuggingFaceTarget):
             kind = TOYS.get(recipe.target.kind)
             own = "a module of your own" if kind is None else kind.about
@@ -60,4 +62,7 @@ def open_model(name: str, device: str | None = None, begin_token: bool = False) 
         begin_token = recipe.data is not None and recipe.data.begin_token
     language_model = load_model(name, dtype)
     language_model.model.to(choose_device(device or "auto"))
-    return NamedModel(build_target(language_model, False), language_model.tokenizer, name, begin_token)
+    target = build_target(language_model, False)
+    if run is not None:
+        require_same_weights(run.path, target)
+    return NamedModel(target, language_model.tokenizer, name, begin_token)

@@ -52,6 +52,8 @@ def opened_run(
         with locked(run.path) as left:
             if left:
                 report(Progress(f"{run}: the lock of {left}, was left behind and is taken over"))
+            if not force:
+                run.refuse_links()
             for folder in (run.path, run / "checkpoint", run / TOY, run / TOY / "checkpoint"):
                 sweep(folder)
             if resume:

@@ -1,6 +1,6 @@
 """A run for others: a directory, or a repository of the Hugging Face hub, that holds what a reader of it needs.
 
-recipe.toml, decomposition.safetensors, toy/target.safetensors   as in any run directory, which it is
+recipe.toml, target.json, decomposition.safetensors, toy/target.safetensors   as in any run directory, which it is
 eval.json                                                        where the run was evaluated
 README.md                                                        a model card, written from these
 """
@@ -20,12 +20,13 @@ from spdcli.errors import UsageError
 from spdcli.files import save_tensors
 from spdcli.recipe.schema import HuggingFaceTarget, Recipe
 from spdcli.runs.directory import DECOMPOSITION, EVAL, RECIPE, TOY, TOY_WEIGHTS, RunDirectory
+from spdcli.runs.fingerprint import FINGERPRINT, keep_fingerprint
 from spdcli.runs.loading import LoadedRun
 from spdcli.targets.model_files import is_local
 from spdcli.targets.sources import PACKAGE, hub_error
 
 CARD, LIBRARY, TAGS = "README.md", "spd", ["interpretability", "parameter-decomposition"]
-FILES = [RECIPE, DECOMPOSITION, EVAL, CARD, f"{TOY}/{TOY_WEIGHTS}"]
+FILES = [RECIPE, DECOMPOSITION, FINGERPRINT, EVAL, CARD, f"{TOY}/{TOY_WEIGHTS}"]
 
 USE = """\
 ## Use
@@ -51,6 +52,7 @@ def write_shared(run: LoadedRun, folder: Path, force: bool = False) -> Path:
             save_tensors(shared / TOY / TOY_WEIGHTS, run.subject.trained_toy.state_dict())
             recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"path": None})})
         shared.write_recipe(recipe)
+        keep_fingerprint(new, run.subject.target)
         shared.save_decomposition(run.decomposition)
         if evaluation:
             write_json(shared / EVAL, {**evaluation, "run": run.recipe.name})  # not where it lay

@@ -190,7 +190,7 @@ def test_decompose_trains_its_toy_first(spd, tmp_path):
     assert steps(out) == list(range(1, 9))
     assert steps(out / "toy") == [1, 2, 4]
     assert {file.name for file in out.iterdir()} == {
-        "recipe.toml", "metrics.jsonl", "decomposition.safetensors", "checkpoint", "toy",
+        "recipe.toml", "metrics.jsonl", "decomposition.safetensors", "checkpoint", "toy", "target.json",
     }  # fmt: skip
     last = RunDirectory(out).metrics()[-1]
     assert last["losses"].keys() == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -242,3 +243,47 @@ def test_what_a_killed_writer_left_in_a_run_goes(tmp_path, recipe):
         folder.mkdir()
     begin(run, recipe, resume=True)
     assert not any(folder.exists() for folder in left)
+
+
+# --- links -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["figures", "checkpoint", TOY, f"{TOY}/checkpoint"])
+def test_nothing_is_written_through_a_link_of_somebodys_run(tmp_path, recipe, name):
+    run = a_run(tmp_path / "run", recipe, CHECKPOINT, f"{TOY}/{TOY_WEIGHTS}")
+    outside = tmp_path / "outside"
+    if (run / name).exists():
+        (run / name).rename(outside)
+    else:
+        outside.mkdir()
+    (run / name).symlink_to(outside)
+    before = files(outside)
+    for attempt in (lambda: begin(run, recipe, resume=True), lambda: RunDirectory.open(run.path)):
+        with pytest.raises(SpdError, match=f"{name}: a link out of the run"):
+            attempt()
+    begin(run, recipe, force=True)
+    assert not (run / name).is_symlink()
+    assert files(outside) == before
+
+
+@pytest.mark.parametrize("name", [METRICS, LOCK])
+def test_nor_through_a_file(tmp_path, recipe, name):
+    run = a_run(tmp_path / "run", recipe, CHECKPOINT)
+    (tmp_path / "outside").write_text("mine")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(tmp_path / "outside")
+
+    def write():
+        with opened_run(run, recipe, resume=True):
+            run.add_metrics({"step": 1})
+
+    with pytest.raises(SpdError, match="cannot be written"):
+        write()
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path, recipe):
+    run = a_run(tmp_path / "run", recipe, CHECKPOINT)
+    os.mkfifo(run / LOCK)
+    with pytest.raises(SpdError, match="not a file of spd's"):
+        begin(run, recipe, resume=True)
