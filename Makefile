@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test coverage audit lowest newest python3.11 python3.12 python3.13 check format results docs clean
+.PHONY: setup demo test soak coverage audit lowest newest python3.11 python3.12 python3.13 check format results docs clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,11 @@ lowest newest python3.11 python3.12 python3.13: setup
 
 VERSIONS_lowest := --resolution lowest-direct
 VERSIONS_newest := --resolution highest
+
+# Damage at random for so many seconds: killed processes, altered recipes, tensor files and model directories.
+SECONDS ?= 60
+soak: setup
+	PYTHONPATH=tests $(BIN)/python -m soak.soak --seconds $(SECONDS)
 
 check: setup
 	$(BIN)/ruff format --check .

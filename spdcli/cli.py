@@ -246,13 +246,13 @@ def _report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    expected = _as_expected(error)
+    expected = as_expected(error)
     if expected.message:  # a command alone has shown its help instead
         Console().error(expected)
     return expected.exit_code
 
 
-def _as_expected(error: Exception) -> SpdError:
+def as_expected(error: Exception) -> SpdError:
     if isinstance(error, SpdError):
         return error
     if hasattr(error, "format_message"):  # typer's own, of an option or a command

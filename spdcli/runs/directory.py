@@ -139,9 +139,8 @@ class RunDirectory:
             raise UsageError(f"{path} is not empty and holds no run{own}", "name another with --out")
         if force:
             return
-        if any(file.name in HELD and file.name not in (RECIPE, FINGERPRINT) for file in present) or not self._is_by(
-            recipe
-        ):
+        beyond = {file.name for file in present}.intersection(HELD) - {RECIPE, FINGERPRINT}
+        if beyond or not self._is_by(recipe):
             raise UsageError(f"{path} holds another run", "--force replaces it, --resume goes on, --out names another")
 
     def _is_by(self, recipe: Recipe) -> bool:

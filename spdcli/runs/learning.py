@@ -48,6 +48,8 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
     allow_tensor_cores(recipe.decompose.precision)
     names = select_matrices(loaded, list(subject.target.matrices))
     refuse_too_large(recipe, subject, names)
+    if isinstance(store, RunDirectory):
+        keep_fingerprint(store.path, subject.target)
     decomposition, state = begun_decomposition(recipe, subject, names)
     resumed = isinstance(store, RunDirectory) and store.has_checkpoint
     if resumed:
@@ -83,8 +85,6 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
 
 def begun_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[Decomposition, FitState]:
     """The decomposition of the matrices `names` at step 0, and the state of its training."""
-    if isinstance(store, RunDirectory):
-        keep_fingerprint(store.path, subject.target)
     decomposition = start_decomposition(recipe, subject, names)
     schedule, device = optimiser_settings(recipe.decompose), subject.target.device
     return decomposition, start_fit(decomposition, schedule, recipe.seed, device, recipe.decompose.slice_rate)
