@@ -79,7 +79,7 @@ def sampled(
     """
     device = next(model.parameters()).device
     allowed = torch.ones(model.get_input_embeddings().weight.shape[0])  # [N]: 0 for a token that must not occur
-    allowed[list(special)] = 0
+    allowed[[token for token in special if token < len(allowed)]] = 0  # some are added to a tokenizer alone
     parts = []
     for start in range(0, sequences, SEQUENCES_AT_ONCE):
         count = min(SEQUENCES_AT_ONCE, sequences - start)

@@ -155,10 +155,9 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def require_embedded(tokenizer: PreTrainedTokenizerBase, tokens: list[int], what: str) -> None:
     """SpdError where `what` has a token that the tokenizer knows and its model does not."""
     known = getattr(tokenizer, EMBEDDED, None)
-    beyond = [token for token in tokens if known is not None and token >= known]
-    if beyond:
+    if known is not None and max(tokens, default=0) >= known:
         raise SpdError(
-            f"{what} has the token #{beyond[0]}, but the model has embeddings of {known} tokens",
+            f"{what} has the token #{max(tokens)}, but the model has embeddings of {known} tokens",
             "its tokenizer is of another model, or has tokens that were added to it alone",
         )
 

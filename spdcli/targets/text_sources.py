@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spdcli.disk import require_regular
 from spdcli.errors import Missing, SpdError, UsageError
 
 DATASETS = "datasets:"  # what the name of a dataset of that library starts with
 PIECE = 1 << 20  # characters
+LONGEST = 1 << 28  # bytes of a line, which is held in memory
 TEXT, LINES, TABLE = (".txt", ".md", ".rst", ".text"), (".jsonl", ".ndjson", ".json"), ".parquet"
 Document = Iterator[str]  # its text, in pieces
 
@@ -96,6 +98,7 @@ def open_dataset(source: str) -> Any:
 
 
 def _opened(path: Path) -> Any:
+    require_regular(path)
     try:
         return path.open("rb")
     except OSError as error:
@@ -118,7 +121,9 @@ def _pieces(path: Path) -> Document:
 def _decoded(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file with their numbers from 1, newlines as they stand."""
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+            if len(line) > LONGEST:
+                raise SpdError(f"data.stream: {path}: line {number} is longer than {LONGEST / 2**20:g} MiB")
             try:
                 yield number, line.decode()
             except UnicodeDecodeError as error:

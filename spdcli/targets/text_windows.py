@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spdcli.errors import SpdError
 from spdcli.progress import Progress, Report, silent
+from spdcli.targets.prompts import require_embedded
 from spdcli.targets.text_sources import PIECE, content_key, documents
 from spdcli.targets.user_cache import cached
 
@@ -216,6 +217,8 @@ def _tokenised(source: str, field: str, tokenizer: PreTrainedTokenizerBase) -> I
 def _joined(waiting: list[tuple[list[int], str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # `verbose=False`: pieces are longer than what the model takes, and are meant to be.
     ids = tokenizer([piece for _, piece in waiting], add_special_tokens=False, verbose=False)["input_ids"]
+    for own in ids:
+        require_embedded(tokenizer, own, "data.stream")
     return [token for (before, _), own in zip(waiting, ids, strict=True) for token in (*before, *own)]
 
 

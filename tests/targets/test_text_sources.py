@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 
@@ -108,3 +109,18 @@ def test_what_is_not_there(tmp_path):
         texts(tmp_path / "nowhere.txt")
     with pytest.raises(SpdError, match="holds no text"):
         texts(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path, make):
+    make(tmp_path / "text.txt")
+    for read in (texts, lambda path: content_key(str(path))):
+        with pytest.raises(SpdError, match=r"text\.txt: a pipe or a device, not a file"):
+            read(tmp_path / "text.txt")
+
+
+def test_a_line_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_sources, "LONGEST", 100)
+    (tmp_path / "text.txt").write_text("a\n" + "b" * 101)
+    with pytest.raises(SpdError, match=r"line 2 is longer than"):
+        texts(tmp_path / "text.txt")

@@ -8,6 +8,7 @@ import torch
 from spdcli.errors import SpdError
 from spdcli.targets import text_sources, text_windows
 from spdcli.targets.huggingface import load_model
+from spdcli.targets.prompts import EMBEDDED
 from spdcli.targets.text_windows import KeptText, TextSplit, in_order, packed_text, shuffled, split
 
 LINES = [f"line {n} of the {'text' * (n % 3)}\n" for n in range(40)]
@@ -115,3 +116,10 @@ def test_minibatches_have_every_sequence_once_an_epoch():
     assert order[:10] != order[10:]
     assert parts.minibatch(2, 4, seed=2)[:, 0].tolist() == batches[2]  # without those before it
     assert len(parts.minibatch(0, 25, seed=2)) == 25  # more than there are
+
+
+def test_text_with_tokens_that_the_model_does_not_know_is_refused(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("golf")
+    setattr(tokenizer, EMBEDDED, 10)
+    with pytest.raises(SpdError, match=r"data\.stream has the token #\d+, but the model has embeddings of 10 tokens"):
+        packed_text(str(tmp_path / "text.txt"), "text", tokenizer, 2)
