@@ -151,6 +151,7 @@ def test_every_output_has_its_shape_whether_it_was_recorded_or_not() -> None:
     printed = set(re.findall(r'"spd\.[a-z.]+/1"', sources)) - {
         '"spd.facts.table/1"',
         '"spd.recovery/1"',
+        '"spd.target/1"',
     }  # files of a run
     assert {keys["schema"] for keys in outputs().values()} == printed
     page = json_page.page()
