@@ -33,16 +33,14 @@ from spdcli.engine.fit import FitState
 from spdcli.errors import Missing, RecipeError, SpdError, UsageError
 from spdcli.files import save_tensors
 from spdcli.progress import Progress, Report, silent
-from spdcli.recipe.choices import TOYS
 from spdcli.recipe.reading import dump_recipe, load_recipe
-from spdcli.recipe.schema import GENERATED, Recipe
-from spdcli.recipe.section import Section
+from spdcli.recipe.schema import Recipe
 from spdcli.records import plain
+from spdcli.runs.anchoring import anchored
 from spdcli.runs.checkpoints import read_checkpoint, write_checkpoint
 from spdcli.runs.contents import is_record, is_whole_record
 from spdcli.runs.fingerprint import FINGERPRINT
 from spdcli.runs.lock import LOCK, locked
-from spdcli.targets.model_files import is_local
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
 CERTIFICATE, HARVEST = "certificate.json", "harvest"
@@ -75,25 +73,6 @@ def conditions() -> dict[str, str]:
         except PackageNotFoundError:
             values[package] = "source"
     return values | {"threads": str(torch.get_num_threads())}
-
-
-def anchored(recipe: Recipe) -> Recipe:
-    """The recipe with its local paths made absolute, so that a run can be read from any directory."""
-    changes: dict[str, Any] = {}
-    if recipe.target.kind in TOYS:
-        changes["target"] = _anchored_key(recipe.target, "path")
-    elif recipe.target.kind == "huggingface" and is_local(recipe.target.model):
-        changes["target"] = _anchored_key(recipe.target, "model")
-    if recipe.data is not None:
-        changes["data"] = _anchored_key(recipe.data, "stream")
-    return recipe.model_copy(update=changes)
-
-
-def _anchored_key(section: Section, key: str) -> Section:
-    place = getattr(section, key)
-    if place in (None, GENERATED) or not Path(place).expanduser().exists():
-        return section
-    return section.model_copy(update={key: str(Path(place).expanduser().resolve())})
 
 
 class RunDirectory:

@@ -12,6 +12,7 @@ from spdcli.errors import Missing, SpdError, UsageError
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe
 from spdcli.recipe.schema import Recipe
+from spdcli.runs.anchoring import anchored
 from spdcli.runs.directory import (
     CERTIFICATE,
     DECOMPOSITION,
@@ -21,7 +22,6 @@ from spdcli.runs.directory import (
     TOY_WEIGHTS,
     RunDirectory,
     ToyDirectory,
-    anchored,
     conditions,
 )
 from spdcli.runs.lock import locked

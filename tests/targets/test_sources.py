@@ -16,7 +16,7 @@ import pytest
 from small_runs import model_recipe
 
 from spdcli.errors import SpdError, UsageError
-from spdcli.runs.directory import anchored
+from spdcli.runs.anchoring import anchored
 from spdcli.targets.sources import resolve
 
 RESOLVE = """
