@@ -21,7 +21,7 @@ from spdcli.engine.target import Batch
 from spdcli.machine import STATES, Machine, describe, free_bytes, state_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import Recipe, ToyTarget
-from spdcli.runs.decomposition import untrained_decomposition
+from spdcli.runs.decomposition import refuse_too_few_slices, untrained_decomposition
 from spdcli.runs.settings import fit_settings
 from spdcli.runs.subject import Subject
 from spdcli.runs.text_data import stream_batches
@@ -157,6 +157,7 @@ def counted(loaded: LoadedRecipe, device: torch.device) -> Counts:
         with Dry(heap) as state:
             subject = untrained_subject(recipe, META)
             names = select_matrices(loaded, list(subject.target.matrices))
+            refuse_too_few_slices(recipe, subject, names)
             decomposition = untrained_decomposition(recipe, subject, names, META)
             trained = [p for p in decomposition.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained for _ in range(STATES - 1)]

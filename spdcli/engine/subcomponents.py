@@ -118,13 +118,18 @@ def _dual(
     rows = distinct_rows(inputs)
     room = min(slices, weight.shape[0])
     if len(rows) > room:
-        raise SpdError(
-            f"a dual start needs a slice for each of the data's {len(rows)} distinct inputs; there is room for {room}",
-            "raise slices.C, give fewer or shorter prompts, or choose another slices.init",
-        )
+        raise no_dual(len(rows), room)
     read, write = dual_directions(rows, moment), rows @ weight
     size = (write.norm(dim=1) * read.norm(dim=0)).sqrt()
     return _filled(read * (size / read.norm(dim=0)), write * (size / write.norm(dim=1))[:, None], slices, generator)
+
+
+def no_dual(inputs: int, room: int) -> SpdError:
+    """What is said where a dual start finds so many distinct `inputs`, and `room` for fewer."""
+    return SpdError(
+        f"a dual start needs a slice for each of the data's {inputs} distinct inputs; there is room for {room}",
+        "raise slices.C, give fewer or shorter prompts, or choose another slices.init",
+    )
 
 
 def dual_directions(rows: Tensor, moment: Tensor | None = None) -> Tensor:

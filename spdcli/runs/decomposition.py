@@ -12,7 +12,7 @@ from torch import Tensor
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
 from spdcli.engine.part_tables import STARTS
-from spdcli.engine.subcomponents import Decomposition, Slices, start_slices
+from spdcli.engine.subcomponents import Decomposition, Slices, no_dual, start_slices
 from spdcli.errors import SpdError
 from spdcli.files import Contents, load_tensors
 from spdcli.recipe.reading import matching
@@ -66,6 +66,19 @@ def _assemble(
     torch.manual_seed(recipe.seed)
     decomposition = Decomposition(slices, _importances(recipe, subject, list(slices), bases), recipe.slices.delta)
     return decomposition.to(subject.target.device, subject.target.unembedding.dtype)
+
+
+def refuse_too_few_slices(recipe: Recipe, subject: Subject, names: list[str]) -> None:
+    """SpdError where a dual start will find no slice for some of the data's inputs, which the tokens tell already: what
+    a matrix after the first block reads differs where what was read so far does."""
+    deep = [subject.target.matrices[name] for name in names if subject.target.matrices[name].block > 0]
+    if not STARTS[recipe.slices.init].fixed_data or subject.prompts is None or not deep:
+        return
+    rows, valid = subject.prompts.batch.tokens.tolist(), subject.prompts.batch.valid.sum(1).tolist()
+    beginnings = {tuple(row[:end]) for row, length in zip(rows, valid, strict=True) for end in range(1, length + 1)}
+    room = min(recipe.slices.C, *(matrix.d_in for matrix in deep))
+    if len(beginnings) > room:
+        raise no_dual(len(beginnings), room)
 
 
 def untrained_decomposition(

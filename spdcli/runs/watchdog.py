@@ -62,10 +62,10 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a sign is read from: the run, the losses that it began with, its last records, and the newest."""
+    """What a sign is read from: the run, its first record, its last ones, and the newest."""
 
     run: Watched
-    begun: Mapping[str, float]
+    first: Record
     past: list[Record]
     now: Record
 
@@ -100,7 +100,7 @@ def nothing_on(seen: Seen) -> Reading | None:
         return None
     before = [record for record in seen.past if sum(record.active.values()) > 0]
     pruned = seen.run.prune_step
-    if sum((seen.past or [seen.now])[0].active.values()) < BORN_OFF * seen.run.slices:
+    if sum(seen.first.active.values()) < BORN_OFF * seen.run.slices:
         setting = f"raise importance.gate_bias, which is {seen.run.gate_bias:g}"
     elif pruned is not None and before and seen.now.step >= pruned >= before[-1].step:
         setting = f"lower decompose.prune_below, by which step {pruned} switched slices off"
@@ -115,7 +115,7 @@ def worse_than_none(seen: Seen) -> Reading | None:
     if seen.early or judged is None:
         return None
     name, value, off = judged
-    begun = seen.begun.get(name, off)
+    begun = seen.first.losses.get(name, off)
     if value < off * (LOST if begun < WELL_BEGUN * off else FULL_LOSS):
         return None
     setting = "lower losses.minimality" if seen.on < 0.01 * seen.run.slices else "lower decompose.learning_rate"
@@ -232,15 +232,15 @@ class Watchdog:
     """Sees the records of one run in their order; tells every sign once."""
 
     run: Watched
-    begun: dict[str, float] = field(default_factory=dict)
+    first: Record | None = None
     past: list[Record] = field(default_factory=list)
     shown: dict[str, int] = field(default_factory=dict)  # how many records in a row have shown a sign
     alarmed: set[str] = field(default_factory=set)
 
     def see(self, record: Record) -> list[Alarm]:
         """The alarms that this record raises."""
-        self.begun = self.begun or record.losses
-        seen, alarms = Seen(self.run, self.begun, self.past, record), []
+        self.first = self.first or record
+        seen, alarms = Seen(self.run, self.first, self.past, record), []
         for kind, sign in SIGNS.items():
             reading = sign.read(seen)
             self.shown[kind] = 0 if reading is None else self.shown.get(kind, 0) + 1
@@ -253,7 +253,7 @@ class Watchdog:
 
     def anew(self) -> Watchdog:
         """A watchdog of the same run that has seen nothing but its beginning."""
-        return Watchdog(self.run, self.begun)
+        return Watchdog(self.run, self.first)
 
     @property
     def well(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_runs import ROOT, one_line, spd_here
+from small_runs import ROOT, model_recipe, one_line, spd_here
 
 from spdcli.costs import room
 from spdcli.costs.estimate import counted
@@ -77,7 +77,25 @@ def test_the_smallest_needs_are_below_the_estimate(name):
         assert step < need.total - need.process + 2**20
 
 
-def test_what_reason_allows_is_counted(tiny_gpt2_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["plan", "decompose"])
+def test_prompts_that_a_dual_start_cannot_hold_are_told_before_the_model_is_read(
+    spd, tiny_gpt2_dir, tmp_path, monkeypatch, command
+):
+    """No two positions of the two prompts come after the same tokens."""
+    recipe = tmp_path / "model.toml"
+    model_recipe(tiny_gpt2_dir, folder=tmp_path)
+    settings = ["--set", f"target.model={tiny_gpt2_dir}", "--set", "slices.init=dual"]
+    counts = counted(load_recipe(recipe, [f"target.model={tiny_gpt2_dir}"]), CPU)
+    inputs = counts.step.tokens
+    monkeypatch.setattr("spdcli.targets.huggingface.load_model", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.chdir(tmp_path)
+    code, printed, err = spd(command, recipe, *settings, "--set", f"slices.C={inputs - 1}")
+    assert (code, printed) == (1, "")
+    one_line(err, f"a dual start needs a slice for each of the data's {inputs} distinct inputs; there is room for")
+    assert spd("plan", recipe, *settings, "--set", f"slices.C={inputs}")[0] == 0
+
+
+def test_what_reason_allows_is_counted(tmp_path, monkeypatch):
     loaded = load_recipe(ROOT / "recipes" / "induction-quick.toml")
     refuse_without_room(loaded, CPU)
     monkeypatch.setattr(room, "free_bytes", lambda device: 2**27)

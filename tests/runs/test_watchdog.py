@@ -110,6 +110,8 @@ def test_the_setting_that_switched_all_off_is_named():
     start = record(1, active={"a": 20, "b": 20, "c": 20})
     off = [record(500, active=OFF), record(550, active=OFF)]
     assert "lower losses.minimality" in lines(start, *off)[0]
+    between = [record(step) for step in range(2, 202)]  # more than are remembered
+    assert "lower losses.minimality" in lines(start, *between, *off)[0]
     assert "lower decompose.prune_below, by which step 500" in lines(start, *off, run=replace(RUN, prune_step=500))[0]
     assert "lower losses.minimality" in lines(start, *off, run=replace(RUN, prune_step=900))[0]
 
