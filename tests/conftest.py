@@ -46,6 +46,18 @@ def real_cache() -> Iterator[None]:
         yield
 
 
+# Families whose configs know no key-value heads, or name their sizes otherwise.
+OWN_SIZES: dict[str, dict[str, object]] = {
+    "gpt2": {},
+    "gpt_neox": {"intermediate_size": 48},
+    "gpt_neo": {"num_layers": 3, "window_size": 3, "attention_types": [[["global", "local", "global"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": None},
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 48},
+}
+
+
 def save_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> int:
     """Saves a byte-level tokenizer that knows `words`; 'Kobe' is 'K', 'obe'. Returns its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -72,13 +84,12 @@ def save_tiny_model(folder: Path, model_type: str, **settings: object) -> Path:
 
     vocabulary = save_tokenizer(folder)
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
-    if model_type != "gpt2":
+    if model_type not in OWN_SIZES:
         shape |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None}
-    shape |= settings
+    shape |= OWN_SIZES.get(model_type, {}) | settings
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type, vocab_size=vocabulary, bos_token_id=0, eos_token_id=1, initializer_range=0.2, **shape
-    )
+    shape = {"vocab_size": vocabulary} | shape
+    config = AutoConfig.for_model(model_type, bos_token_id=0, eos_token_id=1, initializer_range=0.2, **shape)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

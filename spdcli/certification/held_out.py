@@ -9,6 +9,7 @@ from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.losses import divergence
 from spdcli.engine.masks import held_masks
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import log_probabilities
 from spdcli.errors import SpdError
 from spdcli.measures.mean import Mean
 from spdcli.progress import Progress, Report
@@ -39,7 +40,7 @@ def held_out(subject: Subject, decomposition: Decomposition, report: Report) -> 
         g, _ = decomposition.importance(clean.inputs, clean.padding)
         for name, delta in DELTAS.items():
             logits = masked_logits(subject.target, decomposition, clean, held_masks(g, delta))
-            means[name].add(divergence(clean.log_probs, logits.log_softmax(-1)))
+            means[name].add(divergence(clean.log_probs, log_probabilities(logits)))
     count, length = batch.tokens.shape
     return {
         name: Measured(mean.value, f"{count} sequences of {length} tokens of broad text, none of them trained on")

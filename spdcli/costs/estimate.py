@@ -172,7 +172,7 @@ def counted(loaded: LoadedRecipe, device: torch.device) -> Counts:
         heap.close()
     parameters = sum(p.numel() for p in trained)
     gates = sum(p.numel() for p in decomposition.importances.parameters() if p.requires_grad)
-    weights = held - sum(m.numel() for m in moments) * subject.target.unembedding.element_size()
+    weights = held - sum(m.numel() for m in moments) * subject.target.precision.itemsize
     need = Need(process, weights, optimizer, max(0, growth - weights - optimizer))
     change = changes(recipe, need, free, gates > parameters - gates)
     return Counts(names, settings, Parameters(parameters - gates, gates), need, free, step, change)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spdcli.engine import importance
 from spdcli.engine.direct_losses import direct_terms
@@ -27,7 +26,7 @@ from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
 from spdcli.engine.part_tables import ACTIVATIONS
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.target import Batches, Target
+from spdcli.engine.target import Batches, Target, log_probabilities
 from spdcli.engine.variants import Piece, Variant, draw_variants
 
 
@@ -48,7 +47,7 @@ def one_by_one_step(
     for variant in variants:
         piece = Piece(variant, 0, len(batch.tokens))
         with replaced(target, decomposition, chunk_masks([piece], decomposition, lower, noise)):
-            log_q = whole_run(target, batch.tokens).log_softmax(-1)[batch.looked]
+            log_q = log_probabilities(whole_run(target, batch.tokens))[batch.looked]
         first, second = (log_q, clean.log_probs) if settings.reverse_kl else (clean.log_probs, log_q)
         divergence = (first.exp() * (first - second)).sum(-1).mean() * variant.weight
         losses[variant.loss] = losses.get(variant.loss, 0) + divergence
@@ -67,7 +66,7 @@ def whole_run(target: Target, tokens: Tensor) -> Tensor:
     finally:
         handle.remove()
     hidden = last[0][0] if isinstance(last[0], tuple) else last[0]
-    return F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
+    return target.outputs(hidden)
 
 
 def whole_vector_gates(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str) -> Tensor:

@@ -23,7 +23,6 @@ from spdcli.edits.answer_changes import (
     PLAN_BYTES,
     AnswerChange,
     compare_answers,
-    log_probabilities,
     with_active,
 )
 from spdcli.edits.choices import USUAL_OTHERS
@@ -106,7 +105,7 @@ def masked_answers(
         whole = Piece(Variant("", "importance", frozenset(draw), min(touched), 1.0), 0, len(clean.batch.tokens))
         with silenced(zeroed):
             hidden = plan_pass(target, slices, clean, [whole], draw)
-        draws.append(log_probabilities(target, hidden[clean.batch.looked]))
+        draws.append(target.log_probabilities(hidden[clean.batch.looked]))
     return torch.stack(draws).logsumexp(0) - math.log(len(draws))
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spdcli.edits.prompts_and_answers import Questions, answer_tokens, question_groups
 from spdcli.edits.suppression import Address, Edit, by_matrix, edit_variants
@@ -64,19 +63,13 @@ class AnswerChange:
 AnswerChanges = Sequence[AnswerChange]
 
 
-def log_probabilities(target: Target, hidden: Tensor) -> Tensor:
-    """The model's next-token log-probabilities `[n, N]`, float64, from `hidden` `[n, D]` after its last block."""
-    logits = F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
-    return logits.double().log_softmax(-1)
-
-
 @torch.no_grad()
 def predictions(
     target: Target, slices: SliceSet, clean: Clean, variants: Sequence[Variant]
 ) -> Iterator[tuple[str, slice, Tensor]]:
     """Next-token log-probabilities of every fixed variant, each row at its looked-at places.
 
-    Yields a variant's name, some of its questions and their `[n, N]` in float64, in the order of the plan: a variant
+    Yields a variant's name, some of its questions and their `[n, N]`, in the order of the plan: a variant
     may come in parts. One plan for all: no model is copied, no variant is run before its first changed block, and no
     more than a chunk of distributions is held at once.
     """
@@ -86,7 +79,7 @@ def predictions(
         hidden = plan_pass(target, slices, clean, chunk, chunk_masks(chunk, slices, {}))
         for piece, rows in zip(chunk, hidden.split([len(piece) for piece in chunk]), strict=True):
             own = slice(piece.start, piece.stop)
-            yield piece.variant.loss, own, log_probabilities(target, rows[clean.batch.looked[own]])
+            yield piece.variant.loss, own, target.log_probabilities(rows[clean.batch.looked[own]])
 
 
 class AnswerColumns(NamedTuple):

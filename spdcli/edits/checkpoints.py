@@ -27,7 +27,7 @@ RECORD = "spd_edit.json"  # what was done to the model; it also marks a director
 @contextmanager
 def edited(target: Target, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """While open, the target's modules hold `weights` `[I, O]` by matrix; afterwards, exactly what they held before."""
-    before = {name: target.matrices[name].weight.detach().clone() for name in weights}
+    before = {name: target.matrices[name].stored.detach().clone() for name in weights}
     try:
         set_weights(target, weights)
         yield

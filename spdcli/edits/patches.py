@@ -61,7 +61,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 def touched_weights(target: Target, edit: Edit) -> Weights:
     """Copies of the weights that an edit changes."""
-    return {name: target.matrices[name].weight.detach().cpu().clone() for name in edit}
+    return {name: target.matrices[name].stored.detach().cpu().clone() for name in edit}
 
 
 def edited_weights(target: Target, edit: Edit) -> Weights:
@@ -69,11 +69,10 @@ def edited_weights(target: Target, edit: Edit) -> Weights:
     return {name: subtract(weight, edit[name]) for name, weight in touched_weights(target, edit).items()}
 
 
-@torch.no_grad()
 def set_weights(target: Target, weights: Mapping[str, Tensor]) -> None:
     """Put `weights` into the target's own modules."""
     for name, weight in weights.items():
-        target.matrices[name].weight.copy_(weight)
+        target.matrices[name].store(weight)
 
 
 def negative(factors: Factors) -> Factors:

@@ -238,7 +238,7 @@ def edit_variants(target: Target, edits: Mapping[str, Edit]) -> tuple[SliceSet, 
     All factors of a matrix lie side by side in one bank. With delta mask 1 a variant is the target minus the slices
     whose mask is 0, which are its own factors: `x W − (x read) write`.
     """
-    like = target.unembedding
+    like = target.unembedding.new_empty(0, dtype=target.precision)
     columns: dict[str, list[tuple[str, Factors]]] = {}
     for name, edit in edits.items():
         for matrix, factors in edit.items():

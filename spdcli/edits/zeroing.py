@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spdcli.edits.suppression import find_matrix
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import UsageError
 
-MLP_MATRICES = ("mlp.", "Down")  # how the matrices of an MLP are named below their block; the last of them ends it
+# How the matrices of an MLP are named below their block; the last of them ends it.
+MLP_MATRICES = ("mlp.", "fc1", "fc2", "Down")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +51,11 @@ def silenced(zeroed: Sequence[Zeroed]) -> Iterator[None]:
     """While open, the matrices in `zeroed` write nothing, in whatever forward pass the target makes."""
 
     def hook_of(one: Zeroed) -> Any:
-        start, stop = one.matrix.columns
         left = None if one.output else one.matrix.bias
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            changed = output.clone()
-            changed[..., start:stop] = 0.0 if left is None else left
-            return changed
+            own = torch.zeros_like(one.matrix.covered(output))
+            return one.matrix.with_covered(output, own if left is None else own + left.to(own))
 
         return hook
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spdcli.engine.tables import HIDDEN_SITES
-from spdcli.engine.target import Matrix, Target, sent
+from spdcli.engine.target import Matrix, Target, at_least_float32, sent
 from spdcli.engine.variants import Piece, Variant
 
 
@@ -77,8 +77,8 @@ class HiddenWatch:
 
     def _add(self, piece: Piece, actual: Tensor, clean: Tensor, scale: Tensor, counted: Tensor) -> None:
         """Add ‖actual - clean‖² / ‖scale‖² `[n, T]`, where `counted` is True, to the piece's sums over positions."""
-        size = scale.square().sum(-1)
-        error = (actual.to(clean.dtype) - clean).square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)
+        size = at_least_float32(scale).square().sum(-1)
+        error = (actual.to(size.dtype) - clean).square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)
         self.sums[piece] = self.sums[piece] + torch.where(counted, error, 0.0).sum(1)
 
 

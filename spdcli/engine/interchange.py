@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.forward import hidden_of, rows_of
+from spdcli.engine.forward import by_sequence, hidden_of, rows_of
 from spdcli.engine.target import Target
 
 STATE, PARTS = "state", ("mlp", "attention")
@@ -74,12 +74,12 @@ def recorded_run(target: Target, calls: Calls, entering: Tensor) -> Recorded:
     parts: dict[str, list[Tensor]] = {kind: [] for kind in PARTS}
     states, index = [entering], _only_sequence(entering)
 
-    def keeper(kind: str) -> Callable:
-        return lambda module, args, output: parts[kind].append(hidden_of(output))
+    def keeper(kind: str) -> Callable:  # of copies: Falcon adds its attention to what its MLP gave, in place
+        return lambda module, args, output: parts[kind].append(by_sequence(hidden_of(output), entering).clone())
 
     with _hooked({module: keeper(kind) for kind in PARTS for module in target.parts[kind]}):
         for block, call in zip(target.blocks, calls, strict=True):
-            args, kwargs = rows_of(call, 1, index)
+            args, kwargs = rows_of(call, 1, index, target.by_head)
             states.append(hidden_of(block(states[-1], *args, **kwargs)))
     return Recorded(states, parts)
 
@@ -100,7 +100,7 @@ def interchanged_run(
     hidden = base.states[0][:0]
     for number in range(interchanges[0].site.entry, len(target.blocks)):
         hidden = torch.cat([hidden, rows.entering(number)])
-        args, kwargs = rows_of(calls[number], 1, _only_sequence(hidden))
+        args, kwargs = rows_of(calls[number], 1, _only_sequence(hidden), target.by_head)
         with _hooked({target.parts[kind][number]: rows.putter(kind, number) for kind in PARTS}):
             hidden = hidden_of(target.blocks[number](hidden, *args, **kwargs))
     return torch.cat([hidden, rows.entering(len(target.blocks))])
@@ -134,7 +134,8 @@ class _Rows:
             if not len(own):
                 return output
             changed = hidden_of(output).clone()
-            changed[own, self.token[own]] = self.other.parts[kind][block][self.source[own], self.token[own]]
+            by_row = changed.view(-1, *self.run.states[0].shape[1:])
+            by_row[own, self.token[own]] = self.other.parts[kind][block][self.source[own], self.token[own]]
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook

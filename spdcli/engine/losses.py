@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdcli.engine.tables import PENALTIES, losses_where
+from spdcli.engine.target import AS_THEY_ARE, LogitMap, at_least_float32, log_probabilities
 
 CACHED_ELEMENTS = 1 << 17  # logits worked on at once on a processor: 512 KiB in float32
 CACHED_TOKENS = 512  # of the vocabulary that one product of a processor covers
@@ -190,15 +191,16 @@ class _UnembedKl(torch.autograd.Function):
         target: Tensor,
         index: Tensor,
         reverse: bool,
+        logit_map: LogitMap,
         chunk: int,
     ) -> Tensor:
-        divergence = hidden.new_empty(hidden.shape[0])
+        divergence = target.new_empty(hidden.shape[0])
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         probabilities = target.exp()
         rows_at_once = chunk if hidden.is_cuda else max(1, CACHED_ELEMENTS // unembedding.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = _logits(hidden[rows], unembedding, bias)
+            logits = at_least_float32(_logits(hidden[rows], unembedding, bias))
             for own, numbers, answer in zip(
                 logits.split(rows_at_once),
                 index[rows].split(rows_at_once),
@@ -206,17 +208,22 @@ class _UnembedKl(torch.autograd.Function):
                 strict=True,
             ):
                 _divergence_and_slope(
-                    own, target.index_select(0, numbers), probabilities.index_select(0, numbers), answer, reverse
+                    own,
+                    target.index_select(0, numbers),
+                    probabilities.index_select(0, numbers),
+                    answer,
+                    reverse,
+                    logit_map,
                 )
             if slope is not None:
-                torch.mm(logits, unembedding, out=slope[rows])
+                torch.mm(logits.to(unembedding.dtype), unembedding, out=slope[rows])
         ctx.save_for_backward(slope)
         return divergence
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return slope * grad[:, None], None, None, None, None, None, None
+        return slope * grad[:, None].to(slope.dtype), None, None, None, None, None, None, None
 
 
 def _logits(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> Tensor:
@@ -228,16 +235,22 @@ def _logits(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _divergence_and_slope(logits: Tensor, log_p: Tensor, p: Tensor, divergence: Tensor, reverse: bool) -> None:
-    """Writes each row's KL to `divergence` `[n]`, and its gradient by the logits over `logits` `[n, N]`."""
-    log_q = logits.log_softmax(-1)
+def _divergence_and_slope(
+    raw: Tensor, log_p: Tensor, p: Tensor, divergence: Tensor, reverse: bool, logit_map: LogitMap
+) -> None:
+    """Writes each row's KL to `divergence` `[n]`, and its gradient by the raw logits over `raw` `[n, N]`."""
+    logits = logit_map.of(raw)
+    slope = logit_map.slope(logits)
+    log_q = log_probabilities(logits)
     q, gap = log_q.exp(), log_p.sub_(log_q)
     if reverse:
         divergence.copy_(_relative_entropy(q, p, -gap))
-        torch.mul(q, (q * gap).sum(-1, keepdim=True) - gap, out=logits)
+        torch.mul(q, (q * gap).sum(-1, keepdim=True) - gap, out=raw)
     else:
         divergence.copy_(_relative_entropy(p, q, gap))
-        torch.sub(q, p, out=logits)
+        torch.sub(q, p, out=raw)
+    if logit_map != AS_THEY_ARE:
+        raw *= slope
 
 
 def unembed_kl(
@@ -247,25 +260,34 @@ def unembed_kl(
     target: Tensor,
     index: Tensor,
     reverse: bool = False,
+    logit_map: LogitMap = AS_THEY_ARE,
     chunk_elements: int = 1 << 23,
 ) -> Tensor:
     """KL between the target and what `hidden` unembeds to, `[n]` in nats, without keeping any logits.
 
     hidden `[n, D]` after the final norm, unembedding `[N, D]`, target `[m, N]` log-probabilities, `index` `[n]`
-    says which of them each row answers to. KL(target ‖ variant), or KL(variant ‖ target) with `reverse`.
+    says which of them each row answers to. KL(target ‖ variant), or KL(variant ‖ target) with `reverse`. Logits are
+    what `logit_map` makes of the product, in float32 or better.
     Only `hidden` gets a gradient: the target is frozen.
     """
     chunk = max(1, chunk_elements // unembedding.shape[0])
-    return _UnembedKl.apply(hidden, unembedding, bias, target, index, reverse, chunk)
+    return _UnembedKl.apply(hidden, unembedding, bias, target, index, reverse, logit_map, chunk)
 
 
 def unembed_mse(
-    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, target: Tensor, index: Tensor, reverse: bool = False
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    index: Tensor,
+    reverse: bool = False,
+    logit_map: LogitMap = AS_THEY_ARE,
 ) -> Tensor:
     """Mean squared error between the target's output vectors and what `hidden` unembeds to, `[n]`.
 
     hidden `[n, D]` after the final norm, unembedding `[N, D]`, target `[m, N]` vectors, `index` `[n]` says which of
-    them each row answers to; a mean over the N numbers of a vector. It is the same both ways: `reverse` is for KLs.
+    them each row answers to; a mean over the N numbers of a vector. It is the same both ways, and there are no logits:
+    `reverse` and `logit_map` are for KLs.
 
     >>> one = torch.eye(2)
     >>> unembed_mse(torch.tensor([[3.0, 1.0]]), one, None, torch.tensor([[1.0, 1.0]]), torch.tensor([0])).item()

@@ -46,11 +46,20 @@ class MaskedRows:
         return MaskedRows(self.rows, cut(self.mask), cut(self.delta), self.origin, cut(self.noise), self.draw)
 
 
-def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, V: Tensor, masks: MaskedRows) -> Tensor:
+def replaced_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    masks: MaskedRows,
+    own: Tensor | None = None,
+) -> Tensor:
     """The matrix's output `[R, T, O]` on x `[R, T, I]`: by masked slices on the rows of `masks`, else the target's.
 
     weight `[I, O]`, bias `[O]` or None, U `[I, C]`, V `[C, O]`; x, U, V and of `masks` mask, noise and delta get
-    gradients. Where x has fewer positions than the masks, it has the last ones.
+    gradients. Where x has fewer positions than the masks, it has the last ones. `own` `[R, T, O]` is the target's own
+    `x W + bias`, where it was worked out otherwise than here.
     """
     masks = masks.last(x.shape[1])
     rows = masks.rows
@@ -58,12 +67,12 @@ def replaced_product(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, 
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         numbers = (masks.noise, masks.delta, masks.draw)
-        return _Replaced.apply(x, weight, bias, U, V, masks.mask, rows, rest, masks.origin, *numbers)
+        return _Replaced.apply(x, weight, bias, U, V, masks.mask, rows, rest, masks.origin, *numbers, own)
     narrow = torch.get_autocast_dtype(device)  # autocast does not see into a kernel of one's own
     wide = [_to(tensor, narrow) for tensor in (x, weight, bias, U, V, masks.mask)]
     with torch.autocast(device, enabled=False):
         numbers = (_to(masks.noise, narrow), _to(masks.delta, narrow), masks.draw)
-        return _Replaced.apply(*wide, rows, rest, masks.origin, *numbers)
+        return _Replaced.apply(*wide, rows, rest, masks.origin, *numbers, _to(own, narrow))
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -86,8 +95,9 @@ class _Replaced(torch.autograd.Function):
         noise: Tensor | None,
         delta: Tensor | None,
         draw: Tensor | None,
+        target_own: Tensor | None,
     ) -> Tensor:
-        out = x.new_empty(*x.shape[:2], V.shape[1])
+        out = x.new_empty(*x.shape[:2], V.shape[1]) if target_own is None else target_own.clone()
         inner = x.new_empty(len(rows), x.shape[1], V.shape[0])
         for part in _chunks(x, len(rows), V.shape[0]):
             own = rows[part]
@@ -95,14 +105,16 @@ class _Replaced(torch.autograd.Function):
             torch.matmul(piece, U, out=inner[part])
             off = _of_rows(delta, draw, part)
             answer = (inner[part] * _share(_of_rows(mask, origin, part), _of_rows(noise, draw, part), off)) @ V
-            if off is not None:
+            if target_own is not None:
+                answer += _kept(target_own.index_select(0, own), bias, off)
+            elif off is not None:
                 answer += off * (piece @ weight)
             out.index_copy_(0, own, answer)
-        for part in _chunks(x, len(rest), V.shape[0]):
+        for part in _chunks(x, len(rest) if target_own is None else 0, V.shape[0]):
             own = rest[part]
             out.index_copy_(0, own, x.index_select(0, own) @ weight)
         ctx.save_for_backward(x, weight, U, V, mask, rows, rest, origin, noise, delta, draw, inner)
-        return out if bias is None else out.add_(bias)
+        return out if bias is None or target_own is not None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,7 +155,16 @@ class _Replaced(torch.autograd.Function):
             for part in _chunks(x, len(rest), V.shape[0]):
                 own = rest[part]
                 grad_x.index_copy_(0, own, grad.index_select(0, own) @ weight.t())
-        return grad_x, None, None, grad_U, grad_V, grad_mask, None, None, None, grad_noise, grad_delta, None
+        return grad_x, None, None, grad_U, grad_V, grad_mask, None, None, None, grad_noise, grad_delta, None, None
+
+
+def _kept(own: Tensor, bias: Tensor | None, delta: Tensor | None) -> Tensor | float:
+    """What masked rows have beside their slices, `d x W + bias`, from the target's own `x W + bias` `[n, T, O]`.
+
+    With d = 1 it is that to the bit.
+    """
+    rest = 0.0 if bias is None else bias
+    return rest if delta is None else delta * own + (1 - delta) * rest
 
 
 def _chunks(x: Tensor, rows: int, slices: int) -> Iterator[slice]:

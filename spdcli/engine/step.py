@@ -35,7 +35,7 @@ def row_costs(
     It is an estimate, from the widths of the matrices from block b to block `last` (None: to the end); with `hidden`
     their outputs are compared too.
     """
-    size = target.unembedding.element_size()
+    size = target.precision.itemsize
     width = target.unembedding.shape[1]
     per_block = [16.0 * width + 2 * positions for _ in target.blocks]
     for name, matrix in target.matrices.items():

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spdcli.engine.direct_losses import exact_faithfulness
 from spdcli.engine.forward import Clean, clean_pass, hidden_of, plan_pass, row_divergences
@@ -120,7 +119,7 @@ def output_gradients(
     with torch.enable_grad(), _leaves(target, names) as (leaves, last):
         target.run(batch.tokens)
         hidden = last[0].flatten(0, 1).index_select(0, batch.looked_at.spots)
-        outputs = F.linear(target.finish(hidden), target.unembedding, target.unembedding_bias)
+        outputs = target.outputs(hidden)
         for probe in range(probes):
             drawn = (2 * torch.randint(2, outputs.shape, generator=signs) - 1).to(outputs)
             found = torch.autograd.grad((outputs * drawn).sum(), list(leaves.values()), retain_graph=probe < probes - 1)
@@ -136,9 +135,10 @@ def _leaves(target: Target, names: list[str]) -> Iterator[tuple[dict[str, Tensor
 
     def add(name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            start, stop = target.matrices[name].columns
-            leaves[name] = torch.zeros_like(output[..., start:stop]).requires_grad_()
-            return torch.cat([output[..., :start], output[..., start:stop] + leaves[name], output[..., stop:]], dim=-1)
+            matrix = target.matrices[name]
+            own = matrix.covered(output)
+            leaves[name] = torch.zeros_like(own).requires_grad_()
+            return matrix.with_covered(output, own + leaves[name])
 
         return hook
 

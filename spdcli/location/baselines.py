@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spdcli.edits.choices import USUAL_TOGETHER
 from spdcli.edits.prompts_and_answers import Questions
@@ -134,9 +133,9 @@ def _objective(target: Target, slices: SliceSet, clean: Clean, piece: Piece, row
     batch = clean.batch
     assert batch.answers is not None
     hidden = plan_pass(target, slices, clean, [piece], chunk_masks([piece], slices, {}))
-    logits = F.linear(target.finish(hidden[batch.looked][row]), target.unembedding, target.unembedding_bias)
+    log_q = target.log_probabilities(hidden[batch.looked][row])
     answer = batch.answers[row]
-    own = logits.log_softmax(-1)[answer].clamp(min=clean.log_probs[row, answer] + math.log(FLOOR))
+    own = log_q[answer].clamp(min=clean.log_probs[row, answer] + math.log(FLOOR))
     kl = row_divergences(target, clean, [piece], hidden, False)[0]
     others = torch.arange(len(kl), device=kl.device) != row
     return own + OTHERS_WEIGHT * kl[others].sum() / others.sum().clamp(min=1)

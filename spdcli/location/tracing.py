@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spdcli.edits.answer_changes import log_probabilities
 from spdcli.edits.facts_file import load_facts
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.interchange import KINDS, STATE, Interchange, Recorded, Site, interchanged_run, recorded_run
@@ -114,12 +113,12 @@ class CleanAndCorrupted:
 
     def answers(self, hidden: Tensor) -> Tensor:
         """P(answer) `[R]`, float64, of rows `[R, T, D]` after the last block."""
-        return log_probabilities(self.target, hidden[:, -1])[:, self.answer].exp()
+        return self.target.log_probabilities(hidden[:, -1])[:, self.answer].double().exp()
 
 
 def embedding_sigma(target: Target) -> float:
-    """The standard deviation of the token embeddings' elements."""
-    return target.embedding.double().std().item()
+    """The standard deviation of the token embeddings' elements, as they enter the stream."""
+    return target.embedding.double().std().item() * target.embedding_scale
 
 
 def window_of(block: int, window: int, blocks: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from spdcli.engine.forward import Clean, masked_logits
 from spdcli.engine.losses import divergence
 from spdcli.engine.masks import held_masks
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import log_probabilities
 from spdcli.measures.answers import answer_rows
 from spdcli.measures.attacks import Attack, Budget, attack
 from spdcli.measures.evaluation_data import with_importances
@@ -82,7 +83,7 @@ class CornerSums:
         for name, corner in CORNERS.items():
             masks = held_masks(on if corner.on else g, corner.delta)
             logits = masked_logits(self.subject.target, self.decomposition, clean, masks)
-            log_q = logits.log_softmax(-1)
+            log_q = log_probabilities(logits)
             each = torch.zeros(looked.shape, device=looked.device)
             each[looked] = divergence(clean.log_probs, log_q).float()
             self.kl[name].add(each.sum(1) / looked.sum(1).clamp(min=1))

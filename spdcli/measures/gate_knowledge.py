@@ -22,6 +22,7 @@ from spdcli.engine.forward import masked_logits
 from spdcli.engine.importance import AttentionMixer
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import log_probabilities
 from spdcli.measures.circuit_data import CircuitData
 from spdcli.targets.induction import recorded_patterns
 from spdcli.targets.sequences import POSITION_CLASSES
@@ -143,7 +144,7 @@ def performance(data: CircuitData, g: Mapping[str, Tensor]) -> Performance:
         if all(data.target.matrices[name].block > 0 for name in g):  # the first block is not run again below
             data.target.run(data.clean.batch.tokens)
             patterns.pop()
-        log_q = masked_logits(data.target, data.decomposition, data.clean, masks).log_softmax(-1)
+        log_q = log_probabilities(masked_logits(data.target, data.decomposition, data.clean, masks))
     log_p, answers = data.clean.log_probs, data.clean.batch.answers
     assert answers is not None
     rows, at = data.rows, data.at

@@ -15,6 +15,7 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, masked_logits
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.engine.target import log_probabilities
 from spdcli.measures.evaluation_data import (
     attacked_prompts,
     in_parts,
@@ -85,7 +86,7 @@ def evaluate_language_model(
         corners.subject = part
         corners.add(clean, g)
         masks = importance_masks(g, decomposition.delta)
-        masked = masked_logits(subject.target, decomposition, clean, masks).log_softmax(-1)
+        masked = log_probabilities(masked_logits(subject.target, decomposition, clean, masks))
         assert part.prompts is not None
         predictions.add(part.prompts, TargetAndMasked(clean.log_probs, masked))
         shares.add(subject.target, decomposition, clean, g, threshold)

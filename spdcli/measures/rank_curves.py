@@ -118,7 +118,7 @@ def by_mean_importance(data: CurveData) -> list[Point]:
     """
     order = removal_order(data)
     total = sum(len(places) for places in order.values())
-    dtype = data.target.unembedding.dtype
+    dtype = data.target.precision
     variants, ranks = [], {}
     for count in counts(total):
         masks = {name: (places >= total - count).to(dtype) for name, places in order.items()}

@@ -65,7 +65,7 @@ def _assemble(
 ) -> Decomposition:
     torch.manual_seed(recipe.seed)
     decomposition = Decomposition(slices, _importances(recipe, subject, list(slices), bases), recipe.slices.delta)
-    return decomposition.to(subject.target.device, subject.target.unembedding.dtype)
+    return decomposition.to(subject.target.device, subject.target.precision)
 
 
 def refuse_too_few_slices(recipe: Recipe, subject: Subject, names: list[str]) -> None:
@@ -100,7 +100,7 @@ def untrained_decomposition(
             ranks = ranks or {name: min(matrix.d_in, rows) for name, matrix in matrices.items()}
             bases = {name: torch.randn(ranks[name], m.d_in) / math.sqrt(m.d_in) for name, m in matrices.items()}
         importances = _importances(recipe, subject, names, bases)
-    return Decomposition(slices, importances, recipe.slices.delta).to(device, subject.target.unembedding.dtype)
+    return Decomposition(slices, importances, recipe.slices.delta).to(device, subject.target.precision)
 
 
 def parameter_counts(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[int, int]:

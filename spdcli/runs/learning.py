@@ -163,7 +163,7 @@ def standing(record: Record) -> str:
 def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
     """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
     slices, gates = parameter_counts(recipe, subject, names)
-    element = subject.target.unembedding.element_size()
+    element = subject.target.precision.itemsize
     needed = training_bytes(slices + gates, element)
     free = free_bytes(subject.target.device)
     if needed <= free:

@@ -192,7 +192,8 @@ def language_subject(recipe: Recipe, device: torch.device, trained: bool = True,
     """A language model and its data, ready to decompose. Unless `trained`, its weights are not read: they are random,
     or on torch's `meta` device shapes alone."""
     from spdcli.runs.text_data import with_data
-    from spdcli.targets.huggingface import build_routes, build_target, load_model, load_untrained
+    from spdcli.targets.huggingface import build_target, load_model, load_untrained
+    from spdcli.targets.language_routes import build_routes
 
     assert isinstance(recipe.target, HuggingFaceTarget)
     name, dtype, split = recipe.target.model, recipe.target.dtype, recipe.target.split_attention

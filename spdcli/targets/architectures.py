@@ -1,67 +1,26 @@
 """The transformer families that can be decomposed. A new one is one entry in the table at the end.
 
-Any decoder fits whose blocks take the residual stream as their first argument and return it, with
-one weight matrix per module (or equal parts side by side, as in GPT-2's `c_attn`).
+Any decoder fits whose blocks take the residual stream as their first argument and return it, with one weight matrix per
+module, or several in one module's columns (as in GPT-2's `c_attn`). Whether an entry fits a checkpoint is tried when it
+is loaded (`targets/self_check.py`), so that a wrong one is refused and never used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from spdcli.errors import SpdError
+from spdcli.targets.block_layout import (
+    RESIDUAL,
+    Architecture,
+    MatrixEntry,
+    attention_entries,
+    fused_attention,
+    gated_mlp,
+    plain_mlp,
+)
 
-RESIDUAL = "the residual stream"
-
-
-@dataclass(frozen=True)
-class MatrixEntry:
-    """One weight of a block, where its input comes from and where its output goes (for labels).
-
-    Give `norm`, the block's norm through which it reads the residual stream, or `reads`, the matrix
-    of the block whose output it reads. `writes` is RESIDUAL, or the matrix of the block that its
-    output passes through, or None where the output only steers attention. A fused weight names its
-    equal `parts` in column order, each with a `writes` of its own.
-    """
-
-    module: str  # path inside the block
-    norm: str | None = None
-    reads: str | None = None
-    writes: str | None = None
-    parts: tuple[tuple[str, str | None], ...] = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where a causal language model keeps its parts.
-
-    `base` is a path below the whole model; `blocks`, `final_norm` and `embedding` are paths below
-    `base`; `head` is a path below the whole model again. `attention` and `mlp` are the two modules of
-    a block whose outputs are added to the residual stream. `transposed` is True where weights are
-    stored `[O, I]` (nn.Linear). `matrices` are in the order of execution.
-    """
-
-    base: str
-    blocks: str
-    final_norm: str
-    embedding: str
-    head: str
-    attention: str
-    mlp: str
-    transposed: bool
-    matrices: tuple[MatrixEntry, ...]
-
-
-def architecture_of(model_type: str) -> Architecture:
-    """The entry of a config's `model_type`. Raises SpdError for a family that the table lacks."""
-    if model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    raise SpdError(
-        f"models of type '{model_type}' are not supported; known types: {', '.join(sorted(ARCHITECTURES))}",
-        "a new type is one entry of ARCHITECTURES in spdcli/targets/architectures.py: the paths of its base model, "
-        "blocks, final norm, embedding and head, a block's attention and MLP, and its matrices with where each reads "
-        "and writes",
-    )
-
+BEFORE_ATTENTION, BEFORE_MLP = "input_layernorm", "post_attention_layernorm"  # as Llama calls them
 
 GPT2 = Architecture(
     base="transformer",
@@ -72,12 +31,8 @@ GPT2 = Architecture(
     attention="attn",
     mlp="mlp",
     transposed=False,
-    matrices=(
-        MatrixEntry("attn.c_attn", norm="ln_1", parts=(("q", None), ("k", None), ("v", "attn.c_proj"))),
-        MatrixEntry("attn.c_proj", reads="attn.c_attn.v", writes=RESIDUAL),
-        MatrixEntry("mlp.c_fc", norm="ln_2", writes="mlp.c_proj"),
-        MatrixEntry("mlp.c_proj", reads="mlp.c_fc", writes=RESIDUAL),
-    ),
+    matrices=(*fused_attention("attn.c_attn", "ln_1", "attn.c_proj"), *plain_mlp("mlp.c_fc", "mlp.c_proj", "ln_2")),
+    known_as="GPT-2",
 )
 
 LLAMA = Architecture(
@@ -89,22 +44,197 @@ LLAMA = Architecture(
     attention="self_attn",
     mlp="mlp",
     transposed=True,
+    matrices=(*attention_entries("self_attn", BEFORE_ATTENTION), *gated_mlp(BEFORE_MLP)),
+    known_as="Llama, SmolLM2",
+)
+
+# A norm behind attention and MLP, before their outputs are added.
+NORMS_BEHIND = replace(
+    LLAMA,
+    attention="post_attention_layernorm",
+    mlp="post_feedforward_layernorm",
     matrices=(
-        MatrixEntry("self_attn.q_proj", norm="input_layernorm"),
-        MatrixEntry("self_attn.k_proj", norm="input_layernorm"),
-        MatrixEntry("self_attn.v_proj", norm="input_layernorm", writes="self_attn.o_proj"),
-        MatrixEntry("self_attn.o_proj", reads="self_attn.v_proj", writes=RESIDUAL),
-        MatrixEntry("mlp.gate_proj", norm="post_attention_layernorm", writes="mlp.down_proj"),
-        MatrixEntry("mlp.up_proj", norm="post_attention_layernorm", writes="mlp.down_proj"),
-        MatrixEntry("mlp.down_proj", reads="mlp.up_proj", writes=RESIDUAL),
+        *attention_entries("self_attn", (), writes="post_attention_layernorm"),
+        *gated_mlp((), "post_feedforward_layernorm"),
     ),
+)
+NORMS_AROUND = replace(
+    NORMS_BEHIND,
+    matrices=(
+        *attention_entries("self_attn", BEFORE_ATTENTION, writes="post_attention_layernorm"),
+        *gated_mlp("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    cap="final_logit_softcapping",
+    embedding_scale=lambda config: config.hidden_size**0.5,
+)
+
+GPT_NEOX = replace(
+    LLAMA,
+    base="gpt_neox",
+    final_norm="final_layer_norm",
+    embedding="embed_in",
+    head="lm_head",
+    attention="attention",
+    matrices=(
+        *fused_attention("attention.query_key_value", BEFORE_ATTENTION, "attention.dense", interleaved=True),
+        *plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", BEFORE_MLP),
+    ),
+    known_as="Pythia, GPT-NeoX",
+)
+
+FALCON = replace(
+    LLAMA,
+    base="transformer",
+    blocks="h",
+    final_norm="ln_f",
+    embedding="word_embeddings",
+    attention="self_attention",
+    matrices=(
+        *fused_attention(
+            "self_attention.query_key_value", ("ln_attn", BEFORE_ATTENTION), "self_attention.dense", interleaved=True
+        ),
+        *plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ("ln_mlp", BEFORE_MLP, BEFORE_ATTENTION)),
+    ),
+    known_as="Falcon",
+    by_head=frozenset({"alibi"}),
+)
+
+# Its attention and its MLP add the stream to their own outputs: what is added is their last matrix's output.
+BLOOM = replace(FALCON, attention="self_attention.dense", mlp="mlp.dense_4h_to_h", known_as="BLOOM")
+
+GPTJ = replace(
+    GPT2,
+    transposed=True,
+    matrices=(
+        *attention_entries("attn", "ln_1", "out_proj"),
+        *plain_mlp("mlp.fc_in", "mlp.fc_out", "ln_1"),
+    ),
+    known_as="GPT-J",
+)
+
+GPT_NEO = replace(
+    GPTJ,
+    matrices=(
+        *attention_entries("attn.attention", "ln_1", "out_proj"),
+        *plain_mlp("mlp.c_fc", "mlp.c_proj", "ln_2"),
+    ),
+    known_as="GPT-Neo, TinyStories",
+)
+
+OPT = replace(
+    LLAMA,
+    base="model.decoder",
+    final_norm="final_layer_norm",
+    mlp="fc2",
+    matrices=(
+        *attention_entries("self_attn", "self_attn_layer_norm", "out_proj"),
+        *plain_mlp("fc1", "fc2", "final_layer_norm"),
+    ),
+    known_as="OPT, Galactica",
+)
+
+PHI = replace(
+    LLAMA,
+    final_norm="final_layernorm",
+    matrices=(
+        *attention_entries("self_attn", BEFORE_ATTENTION, "dense"),
+        *plain_mlp("mlp.fc1", "mlp.fc2", BEFORE_ATTENTION),
+    ),
+    known_as="Phi-1.5, Phi-2",
+)
+
+PHI3 = replace(
+    LLAMA,
+    matrices=(
+        *fused_attention("self_attn.qkv_proj", BEFORE_ATTENTION, "self_attn.o_proj"),
+        MatrixEntry("mlp.gate_up_proj", (BEFORE_MLP,), parts=(("gate", "mlp.down_proj"), ("up", "mlp.down_proj"))),
+        MatrixEntry("mlp.down_proj", reads="mlp.gate_up_proj.up", writes=RESIDUAL),
+    ),
+    known_as="Phi-3, Phi-4",
+)
+
+STARCODER2 = replace(
+    LLAMA,
+    matrices=(
+        *attention_entries("self_attn", BEFORE_ATTENTION),
+        *plain_mlp("mlp.c_fc", "mlp.c_proj", BEFORE_MLP),
+    ),
+    known_as="StarCoder2",
+)
+
+# Attention and MLP side by side, behind one norm, unless there are two.
+STABLELM = replace(
+    LLAMA,
+    matrices=(
+        *attention_entries("self_attn", BEFORE_ATTENTION),
+        *gated_mlp((BEFORE_MLP, BEFORE_ATTENTION)),
+    ),
+    known_as="StableLM",
 )
 
 ARCHITECTURES = {
     "gpt2": GPT2,
     "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "smollm3": LLAMA,
+    "mistral": replace(LLAMA, known_as="Mistral"),
+    "qwen2": replace(LLAMA, known_as="Qwen2"),
+    "qwen3": replace(LLAMA, known_as="Qwen3"),
+    "smollm3": replace(LLAMA, known_as="SmolLM3"),
+    "gpt_neox": GPT_NEOX,
+    "gpt_neo": GPT_NEO,
+    "gptj": GPTJ,
+    "opt": OPT,
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "phi": PHI,
+    "phi3": PHI3,
+    "olmo": replace(LLAMA, known_as="OLMo"),
+    "olmo2": replace(NORMS_BEHIND, known_as="OLMo 2"),
+    "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
+    "gemma": replace(LLAMA, known_as="Gemma", embedding_scale=NORMS_AROUND.embedding_scale),
+    "gemma2": replace(NORMS_AROUND, known_as="Gemma 2"),
+    "gemma3_text": replace(NORMS_AROUND, known_as="Gemma 3 (text)"),
+    "granite": replace(
+        LLAMA,
+        known_as="Granite",
+        divisor="logits_scaling",
+        embedding_scale=lambda config: config.embedding_multiplier,
+    ),
+    "cohere": replace(STABLELM, known_as="Command R", scale="logit_scale"),
 }
+
+UNFIT = {
+    "its experts see tokens of their choice, so that their matrices have no input at every position": (
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "granitemoe",
+        "phimoe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "gpt_oss",
+        "dbrx",
+        "jamba",
+    ),
+    "it is a state space model, whose blocks have neither attention nor an MLP": (
+        "mamba",
+        "mamba2",
+        "falcon_mamba",
+    ),
+}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The entry of a config's `model_type`. Raises SpdError for a family that the table lacks."""
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    for reason, types in UNFIT.items():
+        if model_type in types:
+            raise SpdError(f"models of type '{model_type}' cannot be decomposed: {reason}")
+    raise SpdError(
+        f"models of type '{model_type}' are not supported; known types: {', '.join(sorted(ARCHITECTURES))}",
+        "a new type is one entry of ARCHITECTURES in spdcli/targets/architectures.py: the paths of its base model, "
+        "blocks, final norm, embedding and head, a block's attention and MLP, and its matrices with where each reads "
+        "and writes",
+    )

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 
 from spdcli.engine.target import Matrix, Target
 from spdcli.errors import SpdError, UsageError
-from spdcli.targets.architectures import RESIDUAL, Architecture, MatrixEntry, architecture_of
+from spdcli.targets.architectures import architecture_of
+from spdcli.targets.block_layout import Architecture, MatrixEntry, head_counts, part_widths
 from spdcli.targets.model_files import ModelFiles, look_through, require_fit, staged
 from spdcli.targets.prompts import EMBEDDED, token_text
 from spdcli.targets.quiet import loading
-from spdcli.targets.routes import Map, Route, back_through, columns_only, detached, final_scale, through, unchanged
+from spdcli.targets.self_check import require_agreement
 from spdcli.targets.sources import resolve
 
 TRUSTING_NOBODY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-LOCALLY: dict[str, Any] = TRUSTING_NOBODY | {"attn_implementation": "sdpa"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +64,16 @@ def load_model(model: str, dtype: str) -> LanguageModel:
     """Loads `model` (see `sources.resolve` for its four spellings), frozen and in evaluation mode.
 
     `dtype` names a torch floating type. Only what `model_files` names is read, and no code that came with the
-    model runs. Attention is torch's own kernel ("sdpa"): transformers' eager attention rounds to
-    float32 inside, so that float64 would not be exact. (The norms of the Llama family do so still.)
+    model runs. Attention is torch's own kernel where the family has it (GPT-Neo, GPT-J, BLOOM and Gemma 2
+    have transformers' eager one alone, which rounds to float32 inside, so that float64 is not exact; the
+    norms of the Llama family do so too).
     Raises SpdError for a model that is absent, unsupported, quantised, incomplete or not finite.
     """
     files, architecture = _described(model)
     with loading(f"'{model}' cannot be loaded"), staged(files) as folder:
         _require_fit(files, architecture, folder)
         answer: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **LOCALLY
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **TRUSTING_NOBODY
         )
         loaded, report = answer
         loaded.config.name_or_path = str(files.folder)
@@ -112,7 +114,7 @@ def _described(model: str) -> tuple[ModelFiles, Architecture]:
 
 def _untrained(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, **TRUSTING_NOBODY)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _require_fit(files: ModelFiles, architecture: Architecture, folder: Path) -> None:
@@ -127,7 +129,9 @@ def _frozen(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture, files: ModelFiles
 ) -> LanguageModel:
     # So that whoever holds only the tokenizer can tell which prompts are too long, or not of this model.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    # BLOOM has no longest prompt.
+    longest = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     setattr(tokenizer, EMBEDDED, model.get_input_embeddings().weight.shape[0])
     return LanguageModel(model.eval().requires_grad_(False), tokenizer, architecture, files.folder)
 
@@ -135,8 +139,9 @@ def _frozen(
 def build_target(language_model: LanguageModel, split_attention: bool) -> Target:
     """The engine's view of a language model, with every matrix of every block.
 
-    A matrix is named by its path below the base model. `split_attention` makes three matrices of a
-    fused `c_attn`, named `.q`, `.k` and `.v`; UsageError where there is none to split.
+    A matrix is named by its path below the base model. `split_attention` makes a matrix of every part of a fused
+    one, as of `c_attn` those named `.q`, `.k` and `.v`; UsageError where there is none to split. SpdError where the
+    engine does not give the model's own predictions (see `self_check`).
     """
     model, base = language_model.model, language_model.base
     if split_attention and not any(entry.parts for entry in language_model.architecture.matrices):
@@ -145,9 +150,15 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
             "leave split_attention out",
         )
     fuse_activations(model)
-    head = model.get_submodule(language_model.architecture.head)
-
-    return Target(
+    architecture = language_model.architecture
+    head = model.get_submodule(architecture.head)
+    embedding = base.get_submodule(architecture.embedding).get_parameter("weight")
+    if embedding.shape[1] != model.config.hidden_size:
+        raise SpdError(
+            f"this model's embeddings have {embedding.shape[1]} numbers and its hidden states "
+            f"{model.config.hidden_size}: the projections between them are not supported"
+        )
+    target = Target(
         model=model,
         blocks=language_model.blocks,
         # No mask: padding comes last, and causal attention shows no real position what comes later.
@@ -155,10 +166,15 @@ def build_target(language_model: LanguageModel, split_attention: bool) -> Target
         finish=language_model.final_norm,
         unembedding=head.get_parameter("weight"),
         unembedding_bias=None if head.bias is None else head.get_parameter("bias"),
-        embedding=base.get_submodule(language_model.architecture.embedding).get_parameter("weight"),
+        embedding=embedding,
         matrices={matrix.name: matrix for matrix, _, _ in walk_matrices(language_model, split_attention)},
         parts=block_parts(language_model),
+        logit_map=architecture.logit_map(model.config),
+        embedding_scale=architecture.embedding_scale(model.config),
+        by_head=architecture.by_head,
     )
+    require_agreement(target, model.config.model_type)
+    return target
 
 
 def block_parts(language_model: LanguageModel) -> dict[str, list[nn.Module]]:
@@ -184,75 +200,26 @@ def walk_matrices(
         for entry in architecture.matrices:
             module = block.get_submodule(entry.module)
             name = f"{architecture.blocks}.{index}.{entry.module}"
-            if not (split_attention and entry.parts):
-                columns = (0, width_out(module, architecture.transposed))
-                yield Matrix(name, module, index, columns, architecture.transposed), entry, None
-                continue
-            for part, columns in part_columns(entry, width_out(module, architecture.transposed)).items():
-                yield Matrix(f"{name}.{part}", module, index, columns, architecture.transposed), entry, part
+            columns = (0, width_out(module, architecture.transposed))
+            whole = Matrix(name, module, index, columns, architecture.transposed)
+            if split_attention and entry.parts:
+                for part, matrix in matrix_parts(whole, entry, language_model).items():
+                    yield matrix, entry, part
+            else:
+                yield whole, entry, None
 
 
 def width_out(module: nn.Module, transposed: bool) -> int:
     return module.get_parameter("weight").shape[0 if transposed else 1]
 
 
-def part_columns(entry: MatrixEntry, d_out: int) -> dict[str, tuple[int, int]]:
-    """The output columns `[start, stop)` of each part of a fused matrix."""
-    width = d_out // len(entry.parts)
-    return {part: (i * width, (i + 1) * width) for i, (part, _) in enumerate(entry.parts)}
-
-
-def build_routes(language_model: LanguageModel, split_attention: bool) -> dict[str, Route]:
-    """The route of every matrix that `build_target` names, for the labels of its slices."""
-    end = final_scale(language_model.final_norm)
-    routes = {}
-    for matrix, entry, part in walk_matrices(language_model, split_attention):
-        block = language_model.blocks[matrix.block]
-        weights = block_weights(block, language_model.architecture)
-        norm = block_norm(block, entry, language_model.architecture)
-        into = unchanged if entry.reads is None else back_through(weights[entry.reads], language_model.head_width)
-        writes = dict(entry.parts)[part] if part is not None else entry.writes
-        out = outward(writes, weights, end, language_model.head_width)
-        if part is None and entry.parts:
-            out = fused_outward(entry, matrix.d_out, weights, end, language_model.head_width)
-        routes[matrix.name] = Route(norm, into, out)
-    return routes
-
-
-def block_weights(block: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """Every weight of a block as `[I, O]`, parts of fused ones included, by path inside the block."""
-    weights = {}
-    for entry in architecture.matrices:
-        weight = block.get_submodule(entry.module).get_parameter("weight").detach()
-        weights[entry.module] = weight.t() if architecture.transposed else weight
-        if entry.parts:
-            for part, (start, stop) in part_columns(entry, weights[entry.module].shape[1]).items():
-                weights[f"{entry.module}.{part}"] = weights[entry.module][:, start:stop]
-    return weights
-
-
-def block_norm(block: nn.Module, entry: MatrixEntry, architecture: Architecture) -> Map:
-    """The norm between the residual stream and a matrix, or and the matrix that it reads."""
-    if entry.norm is not None:
-        return detached(block.get_submodule(entry.norm))
-    assert entry.reads is not None, f"{entry.module} names neither a norm nor a matrix that it reads"
-    source = next(other for other in architecture.matrices if entry.reads.startswith(other.module))
-    return block_norm(block, source, architecture)
-
-
-def outward(writes: str | None, weights: dict[str, Tensor], end: Map, head_width: int) -> Map | None:
-    """The way of a matrix's output to the final residual stream; None where there is none."""
-    if writes is None:
-        return None
-    if writes == RESIDUAL:
-        return end
-    return through(weights[writes], end, head_width)
-
-
-def fused_outward(entry: MatrixEntry, d_out: int, weights: dict[str, Tensor], end: Map, head_width: int) -> Map | None:
-    """The way out of a fused matrix: that of its one part which has a way out."""
-    for part, writes in entry.parts:
-        out = outward(writes, weights, end, head_width)
-        if out is not None:
-            return columns_only(out, part_columns(entry, d_out)[part])
-    return None
+def matrix_parts(whole: Matrix, entry: MatrixEntry, language_model: LanguageModel) -> dict[str, Matrix]:
+    """The parts of a fused matrix, by name, in column order."""
+    heads, kv_heads = head_counts(language_model.model.config)
+    groups = kv_heads if entry.interleaved else 1
+    widths = part_widths(entry, whole.d_out, heads, kv_heads)
+    stops = list(accumulate(width // groups for width in widths))
+    return {
+        part: replace(whole, name=f"{whole.name}.{part}", columns=(stop - width // groups, stop), groups=groups)
+        for (part, _), width, stop in zip(entry.parts, widths, stops, strict=True)
+    }

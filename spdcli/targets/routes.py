@@ -6,7 +6,7 @@ from it. Letters: N vocabulary, D width of the residual stream, C slices, I d_in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +40,23 @@ class Route:
 def final_scale(norm: nn.Module) -> Map:
     """The linear part of a final norm, for write directions `[C, D]`.
 
-    Root-mean-square norms scale by their weight; a LayerNorm removes the mean first. The division
-    by the stream's own length is left out: it is one positive number for all tokens of a position.
+    Root-mean-square norms scale by a weight, or one more than it (Gemma); a LayerNorm removes the mean first, and may
+    have no weight (OLMo). Which it is, is seen from what the norm makes of numbers of one size and alternating sign.
+    The division by the stream's own length is left out: it is one positive number for all tokens of a position.
     """
-    weight = norm.get_parameter("weight").detach()
-    if isinstance(norm, nn.LayerNorm):
-        return lambda directions: (directions - directions.mean(-1, keepdim=True)) * weight
-    return lambda directions: directions * weight
+
+    @torch.no_grad()
+    def scaled(directions: Tensor) -> Tensor:
+        signs = 1 - 2 * (torch.arange(directions.shape[-1], device=directions.device) % 2).to(directions)
+        large = 1024 * signs  # beside which the norm's epsilon is nothing
+        up, down = norm(large), norm(-large)
+        if not torch.allclose(norm(large + 512), up, rtol=0.05, atol=0.05):
+            return directions * ((up - down) / 2 * signs)
+        centred = signs - signs.mean()
+        weight = (up - down) / 2 * centred.square().mean().sqrt() / centred
+        return (directions - directions.mean(-1, keepdim=True)) * weight
+
+    return scaled
 
 
 def widen_heads(directions: Tensor, width: int, head_width: int) -> Tensor:
@@ -66,9 +76,9 @@ def narrow_heads(directions: Tensor, width: int, head_width: int) -> Tensor:
     return heads.sum(1).reshape(width, slices)
 
 
-def columns_only(out: Map, columns: tuple[int, int]) -> Map:
-    """`out` of some of a fused matrix's output columns; the other columns go nowhere."""
-    return lambda directions: out(directions[:, columns[0] : columns[1]])
+def sum_of_columns(ways: Sequence[tuple[Map, Map]]) -> Map:
+    """`out` of a fused matrix: for each of its parts with a way out, what takes its columns, and that way."""
+    return lambda directions: torch.stack([out(columns(directions)) for columns, out in ways]).sum(0)
 
 
 def through(weight: Tensor, onward: Map, head_width: int) -> Map:

@@ -10,7 +10,7 @@ from spdcli.edits.ablation import Masking, ablate, draw_masks, without
 from spdcli.edits.answer_changes import compare_answers
 from spdcli.edits.exam import Exam
 from spdcli.edits.suppression import Address
-from spdcli.edits.zeroing import silenced, zeroed_matrix, zeroed_mlp, zeroed_parts
+from spdcli.edits.zeroing import MLP_MATRICES, silenced, zeroed_matrix, zeroed_mlp, zeroed_parts
 from spdcli.errors import UsageError
 from spdcli.targets.architectures import ARCHITECTURES, RESIDUAL
 
@@ -151,9 +151,10 @@ def test_a_toys_mlp_is_its_feed_forward_part(request, tmp_path):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_ends_its_mlp_with_a_matrix_of_that_name(kind):
     """What `zeroed_mlp` relies on: the last matrix named after the MLP is the one that writes for all of it."""
-    own = [entry for entry in ARCHITECTURES[kind].matrices if entry.module.startswith("mlp.")]
-    assert own[-1].writes == RESIDUAL
-    assert all(entry.writes != RESIDUAL for entry in own[:-1])
+    own = [entry for entry in ARCHITECTURES[kind].matrices if entry.module.startswith(MLP_MATRICES)]
+    ends = (RESIDUAL, "post_feedforward_layernorm")
+    assert own[-1].writes in ends
+    assert all(entry.writes not in ends for entry in own[:-1])
 
 
 @pytest.mark.parametrize(("case", "name"), [("gpt2", "h.1.attn.c_proj"), ("split", "h.1.attn.c_attn.v"), ("toy", "K0")])

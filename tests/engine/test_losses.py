@@ -24,6 +24,7 @@ from spdcli.engine.losses import (
     unembed_kl,
     unembed_mse,
 )
+from spdcli.engine.target import LogitMap
 
 
 def test_faithfulness_by_hand():
@@ -173,6 +174,39 @@ def test_unembed_kl_is_the_kl_of_two_softmaxes(rows, with_bias, reverse):
     close(actual, expected)
     weights = torch.randn(7, dtype=torch.float64)
     close(*gradients(actual, weights, [hidden]), *gradients(expected, weights, [hidden]))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_unembed_kl_of_scaled_and_capped_logits(scale, cap, reverse):
+    hidden, clean, unembedding, bias = ends()
+    logits = lambda x: scale * F.linear(x, unembedding, bias)  # noqa: E731
+    capped = (lambda z: z) if cap is None else (lambda z: cap * torch.tanh(z / cap))
+    log_p, index = capped(logits(clean)).log_softmax(-1), torch.tensor([4, 0, 2, 2, 1, 3, 0])
+    hidden.requires_grad_()
+    logit_map = LogitMap(scale, cap)
+    actual = unembed_kl(hidden, unembedding, bias, log_p, index, reverse, logit_map, chunk_elements=3 * 11 + 1)
+    log_q = capped(logits(hidden)).log_softmax(-1)
+    pair = (log_p[index], log_q) if reverse else (log_q, log_p[index])
+    expected = F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+    close(actual, expected)
+    weights = torch.randn(7, dtype=torch.float64)
+    close(*gradients(actual, weights, [hidden]), *gradients(expected, weights, [hidden]))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_unembed_kl_of_bfloat16_is_that_of_the_same_logits_in_float32(reverse):
+    hidden, clean, unembedding, bias = (tensor.to(torch.bfloat16) for tensor in ends())
+    log_p, index = F.linear(clean, unembedding, bias).float().log_softmax(-1), torch.arange(5)
+    actual = unembed_kl(hidden[:5].requires_grad_(), unembedding, bias, log_p, index, reverse)
+    log_q = (hidden[:5] @ unembedding.t() + bias).float().log_softmax(-1)
+    pair = (log_p, log_q) if reverse else (log_q, log_p)
+    expected = F.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)  # float32
+    actual.sum().backward()
+    assert hidden.dtype == torch.bfloat16
 
 
 def test_kl_by_hand():

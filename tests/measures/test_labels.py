@@ -9,7 +9,8 @@ from torch import nn
 
 from spdcli.engine.target import Target
 from spdcli.measures.labels import TokenLens
-from spdcli.targets.huggingface import build_routes, build_target, load_model
+from spdcli.targets.huggingface import build_target, load_model
+from spdcli.targets.language_routes import build_routes
 from spdcli.targets.routes import Route, narrow_heads, through, unchanged, widen_heads
 
 TOKENS = torch.tensor([[5, 9, 2, 30]])
