@@ -7,12 +7,15 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from generate import edit_results, recipe_page, toy_results
 from generate.markdown import code, duration, fenced, joined, size, table, threads
 from generate.recorded import DOCS, ROOT, recording
 from spdcli.engine.tables import GRADES
+
+if TYPE_CHECKING:
+    from spdcli.targets.block_layout import Architecture
 
 WRITTEN = (ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md")))
 
@@ -85,7 +88,26 @@ def models() -> str:
     """The model families that can be decomposed, by the `model_type` of their `config.json`."""
     from spdcli.targets.architectures import ARCHITECTURES
 
-    return ", ".join(map(code, ARCHITECTURES))
+    heads = ["`model_type`", "models", "matrices of a block", "`split_attention` makes", "logits"]
+    rows = [
+        [
+            code(name),
+            family.known_as,
+            ", ".join(code(entry.module) for entry in family.matrices),
+            ", ".join(part for entry in family.matrices for part, _ in entry.parts),
+            logits_of(family),
+        ]
+        for name, family in ARCHITECTURES.items()
+    ]
+    return table(heads, rows, words=5)
+
+
+def logits_of(family: Architecture) -> str:
+    """What a family makes of its unembedding's output, by the names in its `config.json`."""
+    parts = [f"times {code(family.scale)}"] if family.scale else []
+    parts += [f"over {code(family.divisor)}"] if family.divisor else []
+    parts += [f"within ± {code(family.cap)}"] if family.cap else []
+    return ", ".join(parts)
 
 
 def rooms() -> str:

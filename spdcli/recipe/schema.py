@@ -117,7 +117,7 @@ class ResidMLPTarget(ToyTarget):
 
 
 class HuggingFaceTarget(Section):
-    """A causal language model of the GPT-2 or Llama family."""
+    """A causal language model of a family that the guide lists."""
 
     kind: Literal["huggingface"] = Field(description="This kind of target: a language model.")
     model: Text = Field(
@@ -125,10 +125,12 @@ class HuggingFaceTarget(Section):
         "of an installed package."
     )
     dtype: Annotated[str, OneOf(DTYPES)] = Field(
-        "float32", description="The numbers that the model, the slices and the gates are held in."
+        "float32", description="The numbers that the model is held in; slices and gates have float32 at least."
     )
     split_attention: bool = Field(
-        False, description="GPT-2: decompose a fused c_attn as three matrices, its q, k and v. Open in the paper."
+        False,
+        description="Decompose every part of a fused weight as a matrix of its own: q, k and v of GPT-2's c_attn, gate "
+        "and up of Phi-3's. Open in the paper.",
     )
 
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 
 from spdcli.engine.target import Matrix, Target
@@ -73,7 +81,12 @@ def load_model(model: str, dtype: str) -> LanguageModel:
     with loading(f"'{model}' cannot be loaded"), staged(files) as folder:
         _require_fit(files, architecture, folder)
         answer: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **TRUSTING_NOBODY
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=_attention(_config(folder)),
+            use_safetensors=True,
+            output_loading_info=True,
+            **TRUSTING_NOBODY,
         )
         loaded, report = answer
         loaded.config.name_or_path = str(files.folder)
@@ -113,8 +126,18 @@ def _described(model: str) -> tuple[ModelFiles, Architecture]:
 
 
 def _untrained(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, **TRUSTING_NOBODY)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    config = _config(folder)
+    chosen: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(config), "trust_remote_code": False}
+    return AutoModelForCausalLM.from_config(config, **chosen)
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(folder, **TRUSTING_NOBODY)
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    """The attention kernel of models of this `config`: never one that the configuration itself may name."""
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
 
 def _require_fit(files: ModelFiles, architecture: Architecture, folder: Path) -> None:
