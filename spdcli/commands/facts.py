@@ -46,8 +46,12 @@ Rank = Annotated[
     typer.Option("--rank", min=1, max=10**6, help="A known answer has at most this rank.", show_default="the file's"),
 ]
 Begin = Annotated[
-    bool,
-    typer.Option("--begin-token", help="Put the begin-of-sequence token before every prompt; a run says for itself."),
+    bool | None,
+    typer.Option(
+        "--begin-token/--no-begin-token",
+        help="Whether the begin-of-sequence token stands before every prompt; a run says for itself.",
+        show_default="as the tokenizer does",
+    ),
 ]
 
 
@@ -84,7 +88,7 @@ def check(
     name: Name = None,
     probability: Probability = None,
     rank: Rank = None,
-    begin_token: Begin = False,
+    begin_token: Begin = None,
     force: Force = False,
     device: Device = None,
     json: Json = False,

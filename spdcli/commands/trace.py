@@ -39,7 +39,12 @@ ModelOrRun = Annotated[
 ]
 Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of the noise.")]
 BeginToken = Annotated[
-    bool, typer.Option("--begin-token", help="Put the model's begin-of-sequence token first; a run knows by itself.")
+    bool | None,
+    typer.Option(
+        "--begin-token/--no-begin-token",
+        help="Whether the begin-of-sequence token comes first.",
+        show_default="as the run, or the tokenizer, does",
+    ),
 ]
 FigureFolder = Annotated[
     Path | None,
@@ -56,7 +61,7 @@ def trace(
     sigma: Sigma = None,
     samples: Samples = 10,
     window: Window = 10,
-    begin_token: BeginToken = False,
+    begin_token: BeginToken = None,
     out: FigureFolder = None,
     device: Device = None,
     seed: Seed = None,
@@ -94,6 +99,12 @@ def trace(
             source.begin_token,
             report,
         )
+    for one in traces:
+        if one.raised:
+            console.warn(
+                f"{one.prompt!r}: noise raises P({one.answer!r}) from {one.clean:.4f} to {one.corrupted:.4f}, so that "
+                "there is nothing to restore; try more or less --noise, or another --subject"
+            )
     head = {"schema": "spd.trace/1", "model": model, "noise": noise, "samples": samples, "window": window}
     figures = draw(traces, out or source.figures)
     data = head | {"seed": settings.seed, "layers": blocks, "prompts": traces, "figures": figures}
@@ -110,12 +121,12 @@ class Traceable:
     target: Target
     tokenizer: PreTrainedTokenizerBase
     texts: list[str]
-    begin_token: bool
+    begin_token: bool | None
     figures: Path
     seed: int
 
 
-def open_traceable(model: str, texts: list[str], begin_token: bool, device: str | None) -> Traceable:
+def open_traceable(model: str, texts: list[str], begin_token: bool | None, device: str | None) -> Traceable:
     """The run or the model that `model` names, and `texts`, or the run's own prompts where there are none."""
     from spdcli.recipe.choices import TOYS
     from spdcli.runs.directory import FIGURES, RECIPE, RunDirectory
@@ -132,7 +143,8 @@ def open_traceable(model: str, texts: list[str], begin_token: bool, device: str 
         subject = open_subject(recipe, choose_device(device or recipe.device))
         require_same_weights(Path(model), subject.target)
         assert subject.prompts is not None
-        tokenizer, begin = subject.prompts.tokenizer, begin_token or recipe.data.begin_token
+        tokenizer = subject.prompts.tokenizer
+        begin = subject.prompts.begin_token if begin_token is None else begin_token
         return Traceable(
             subject.target, tokenizer, texts or recipe.data.prompts or [], begin, Path(model) / FIGURES, recipe.seed
         )

@@ -165,7 +165,7 @@ def report_facts(
     settings = settings or ReportSettings()
     steps = iter(range(1, 1000))
     tell = lambda text: report(Progress(text, next(steps), 4 + 2 * len(data.prompts)))  # noqa: E731
-    prompts = encode(subject.prompts.tokenizer, data.prompts, "held_out", data.begin_token)
+    prompts = encode(subject.prompts.tokenizer, data.prompts, "held_out", subject.prompts.begin_token)
     about = subject_prompts(prompts, subjects, facts.subjects())
     matrix = chosen_matrix(subject.target, decomposition.names, settings.matrix)
     tell("which facts the model knows")
@@ -184,7 +184,7 @@ def report_facts(
     reports = []
     for row, (trace, second) in enumerate(zip(traces, seconds, strict=True)):
         tell(f"edits: {trace.prompt}")
-        reports.append(fact_report(context, row, trace, second, zeroed, facts, data.begin_token, settings.random))
+        reports.append(fact_report(context, row, trace, second, zeroed, facts, prompts.begin_token, settings.random))
     counts = FactCounts(len(facts.without(data.prompts)), len(known.questions.texts) if known else 0)
     evidence = evaluate_language_model(subject, decomposition, 0.0, settings.seed, NO_SEARCH).evidence
     return RunReport(matrix, counts, zeroed.prompts, reports, evidence)

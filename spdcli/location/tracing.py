@@ -81,7 +81,7 @@ class BestSite:
 class Trace:
     """What causal tracing finds in one prompt: one entry of `spd.trace/1`.
 
-    `clean` and `corrupted` (a mean over draws) are P(answer), `sigma` is the standard deviation that the noise is
+    `clean` and `corrupted` (a mean over draws) are P(answer). `sigma` is the standard deviation that the noise is
     counted in; `sites` has a grid for every kind of site. Standard errors are of means over draws, nan of one draw.
     """
 
@@ -95,6 +95,11 @@ class Trace:
     corrupted_standard_error: float
     sites: dict[str, SiteGrid]
     best: list[BestSite]
+
+    @property
+    def raised(self) -> bool:
+        """Whether noise made the answer likelier: there is nothing to restore then, and effects say nothing."""
+        return self.corrupted > self.clean
 
     def best_site(self, kind: str, where: str) -> BestSite:
         """The best site of one kind among the subject's tokens, or after them."""
@@ -203,14 +208,14 @@ def trace(
     texts: Sequence[str],
     subjects: Sequence[str] = (),
     settings: TraceSettings | None = None,
-    begin_token: bool = False,
+    begin_token: bool | None = None,
     report: Report = silent,
 ) -> list[Trace]:
     """Causal tracing of each of `texts`, whose last token is its answer and is not fed.
 
     `subjects` are words to corrupt, and those that the shipped facts name come after them (see `subject_prompts`);
-    `begin_token` feeds the tokenizer's begin-of-sequence token first. UsageError for a target that is no language
-    model, and for a text without a subject.
+    `begin_token` feeds the tokenizer's begin-of-sequence token first (see `encode`). UsageError for a target that is no
+    language model, and for a text without a subject.
     """
     prompts = encode(tokenizer, list(texts), "held_out", begin_token)
     about = subject_prompts(prompts, subjects, load_facts().subjects())

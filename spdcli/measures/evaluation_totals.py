@@ -40,11 +40,11 @@ class Totals:
     the exact share of W's squared norm that slices leave out, a mean over matrices; `hidden_recon` is the squared error
     of what matrices give, over that of the target's own, with all of them masked by importances, a mean over matrices
     and positions; the others are KL(target ‖ variant) in nats, of a target that gives vectors squared errors, a mean
-    over sequences that has its `standard_error`. `recon_layerwise_by_matrix` is the same with that matrix alone
-    replaced; their mean is the loss of that name. `l0` is the mean number of active slices at a position, over all
-    matrices; `delta_share` by matrix the share of the energy of its output x W that no slice holds: the sum of
-    ‖x (W - U V)‖² over that of ‖x W‖², over all positions. `all_off` is what the loss recon is with every slice off,
-    and the delta with them: a decomposition whose recon is no less is worse than none.
+    over the positions that count, as in training, with a `standard_error` over sequences. `recon_layerwise_by_matrix`
+    is the same with that matrix alone replaced; their mean is the loss of that name. `l0` is the mean number of active
+    slices at a position, over all matrices; `delta_share` by matrix the share of the energy of its output x W that no
+    slice holds: the sum of ‖x (W - U V)‖² over that of ‖x W‖², over all positions. `all_off` is what the loss recon is
+    with every slice off, and the delta with them: a decomposition whose recon is no less is worse than none.
     """
 
     seed: int
@@ -124,8 +124,10 @@ class Sums:
         self.energy[name] = (before[0] + rest, before[1] + whole)
 
     def _reconstruct(self, clean: Clean, g: Mapping[str, Tensor]) -> None:
-        """The four reconstruction losses of Table 1c, a mean over looked-at positions for every sequence."""
+        """The four reconstruction losses of Table 1c, a mean over looked-at positions for every sequence; of all
+        sequences together, over all these positions."""
         target, looked = self.target, clean.batch.looked
+        positions = looked.sum(1)
         blocks = {name: target.matrices[name].block for name in self.decomposition.names}
         count = len(clean.batch.tokens)
         owner = looked.nonzero()[:, 0]
@@ -134,10 +136,10 @@ class Sums:
         def consume(variant: Variant, part: slice, divergence: Tensor) -> None:
             rows = owner[(owner >= part.start) & (owner < part.stop)]
             means = torch.zeros(count, device=target.device).index_add_(0, rows, divergence.float())
-            means = (means / looked.sum(1).clamp(min=1))[part]
+            means = (means / positions.clamp(min=1))[part]
             per_sequence[variant.loss][part] += variant.weight * means
             if variant.loss == "recon_layerwise":
-                self.by_matrix[next(iter(variant.matrices))].add(means)
+                self.by_matrix[next(iter(variant.matrices))].add(means, positions[part])
 
         shape = (count, clean.batch.valid.shape[1])
         variants = draw_variants(LOSSES, blocks, 1, "forward", shape, torch.Generator())
@@ -145,10 +147,10 @@ class Sums:
         nothing = {name: torch.zeros_like(values[0, 0]) for name, values in g.items()}
         off = fixed_variant(ALL_OFF, nothing, blocks, 0.0)
         reconstruction(target, self.decomposition, clean, [off], g, self.noise, PLAN_BYTES, consume)
-        self.all_off.add(per_sequence.pop(ALL_OFF))
+        self.all_off.add(per_sequence.pop(ALL_OFF), positions)
         self._compare_hidden(clean, g, per_sequence, blocks)
         for loss, values in per_sequence.items():
-            self.reconstruction[loss].add(values)
+            self.reconstruction[loss].add(values, positions if loss in LOSSES else None)
 
     def _compare_hidden(
         self, clean: Clean, g: Mapping[str, Tensor], per_sequence: dict[str, Tensor], blocks: Mapping[str, int]

@@ -33,7 +33,8 @@ from spdcli.runs.subject import Subject
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """KL(target ‖ variant) in nats, a mean over sequences, by where masks come from, the weakest evidence first.
+    """KL(target ‖ variant) in nats, a mean over the positions that count, by where masks come from, the weakest
+    evidence first.
 
     `kl` by name: importance, stochastic and the corners; each has its `standard_error` and a grade in `grades`
     (`spdcli.engine.tables.GRADES`). `accuracy` is the share of sequences whose answer is still told right, `answers`
@@ -86,7 +87,7 @@ class CornerSums:
             log_q = log_probabilities(logits)
             each = torch.zeros(looked.shape, device=looked.device)
             each[looked] = divergence(clean.log_probs, log_q).float()
-            self.kl[name].add(each.sum(1) / looked.sum(1).clamp(min=1))
+            self.kl[name].add(each.sum(1) / looked.sum(1).clamp(min=1), looked.sum(1))
             self.right[name].add(log_q[rows].argmax(-1).eq(answers).float())
             if self.subject.toy is None:
                 self.answers.setdefault(name, []).extend(log_q[rows, answers].exp().tolist())

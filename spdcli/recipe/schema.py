@@ -121,8 +121,8 @@ class HuggingFaceTarget(Section):
 
     kind: Literal["huggingface"] = Field(description="This kind of target: a language model.")
     model: Text = Field(
-        description="Where the model is: a hub id, a local directory, a .gguf file, or package:NAME/FILE.gguf, a file "
-        "of an installed package."
+        description="Where the model is: a hub id, a local directory, a .gguf file, package:NAME/FILE.gguf, a file of "
+        "an installed package, or random:pythia or random:gemma, small ones with random weights."
     )
     dtype: Annotated[str, OneOf(DTYPES)] = Field(
         "float32", description="The numbers that the model is held in; slices and gates have float32 at least."
@@ -149,10 +149,11 @@ class Data(Section):
     answers: Annotated[str, OneOf(ANSWERS)] = Field(
         "held_out", description="What becomes of a prompt's last token, its answer."
     )
-    begin_token: bool = Field(
-        False,
-        description="Put the tokenizer's begin-of-sequence token before every prompt, and every sequence of a corpus; "
-        "none is put otherwise.",
+    begin_token: bool | None = Field(
+        None,
+        description="Whether the tokenizer's begin-of-sequence token stands before every prompt, and every sequence of "
+        "a corpus; as the tokenizer itself does if it is left out (GPT-2's and SmolLM2's put none, Llama's and Gemma's "
+        "do).",
     )
     stream: Text | None = Field(
         None,

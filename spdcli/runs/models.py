@@ -42,12 +42,14 @@ def token_text_of(run: Path) -> Callable[[int], str]:
     return partial(token_text, load_tokenizer(recipe.target.model))
 
 
-def open_model(name: str, device: str | None = None, begin_token: bool = False) -> NamedModel:
+def open_model(name: str, device: str | None = None, begin_token: bool | None = None) -> NamedModel:
     """The model `name`: a hub id, a directory, a .gguf file, package:NAME/FILE, or a run directory.
 
-    `device` is auto, cpu or cuda; a run's own when left out. UsageError for a run of another target.
+    `device` is auto, cpu or cuda; a run's own when left out. `begin_token` as in `prompts.encode`. UsageError for a run
+    of another target.
     """
     from spdcli.targets.huggingface import build_target, load_model
+    from spdcli.targets.prompts import begins_texts
 
     dtype, run = "float32", None
     if (Path(name) / RECIPE).exists():
@@ -59,10 +61,11 @@ def open_model(name: str, device: str | None = None, begin_token: bool = False) 
             raise UsageError(f"{name} is a run of {own}, which knows no facts", "give a language model")
         device = device or recipe.device
         name, dtype = recipe.target.model, recipe.target.dtype
-        begin_token = recipe.data is not None and recipe.data.begin_token
+        begin_token = None if recipe.data is None else recipe.data.begin_token
     language_model = load_model(name, dtype)
     language_model.model.to(choose_device(device or "auto"))
     target = build_target(language_model, False)
     if run is not None:
         require_same_weights(run.path, target)
-    return NamedModel(target, language_model.tokenizer, name, begin_token)
+    begins = begins_texts(language_model.tokenizer, begin_token)
+    return NamedModel(target, language_model.tokenizer, name, begins)

@@ -14,7 +14,7 @@ from spdcli.progress import Report, silent
 from spdcli.recipe.schema import GENERATED, Data, Recipe
 from spdcli.runs.subject import Subject, some_of
 from spdcli.targets.broad_text import generated_text, require_length
-from spdcli.targets.prompts import Prompts, encode, prompts_of_tokens
+from spdcli.targets.prompts import Prompts, begins_texts, encode, prompts_of_tokens
 from spdcli.targets.text_windows import KeptText, Part, TextSplit, Windows, packed_text, split
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def with_data(recipe: Recipe, subject: Subject, model: LanguageModel, trained: b
     def held_out_prompts(count: int) -> Prompts:
         part = corpus().held_out
         tokens = part.read(torch.arange(min(count, len(part))))
-        prompts = prompts_of_tokens(model.tokenizer, tokens, data.begin_token)
+        prompts = prompts_of_tokens(model.tokenizer, tokens, begins_texts(model.tokenizer, data.begin_token))
         return replace(prompts, batch=_looked(prompts.batch, recipe).to(device))
 
     def batches(generator: torch.Generator, number: int = 0) -> Batch:
@@ -98,7 +98,7 @@ def corpus_of(data: Data, model: LanguageModel, seed: int, report: Report = sile
         assert count is not None
         held_out = max(1, round(data.stream_held_out * count)) if alone else count
         return generated_text(model.model, model.tokenizer, count, held_out, data.length, seed, kept=alone)
-    begin = model.tokenizer.bos_token_id if data.begin_token else None
+    begin = model.tokenizer.bos_token_id if begins_texts(model.tokenizer, data.begin_token) else None
     text = packed_text(data.stream, data.stream_field, model.tokenizer, data.length, begin, report)
     return split(text, data.stream_held_out, data.sequences, seed, data.stream)
 
@@ -116,7 +116,7 @@ def text_to_read(recipe: Recipe, subject: Subject, source: str | None, field: st
         raise UsageError("this run was decomposed on prompts alone", "--data TEXT names a text to read")
     tokenizer, data = subject.prompts.tokenizer, recipe.data
     length = data.length if subject.held_out_prompts is not None else min(LENGTH, tokenizer.model_max_length)
-    begin = tokenizer.bos_token_id if data.begin_token else None
+    begin = tokenizer.bos_token_id if begins_texts(tokenizer, data.begin_token) else None
     whole = packed_text(source, field, tokenizer, length, begin, report)
     if not len(whole):
         raise SpdError(f"{source} has fewer than {length} tokens, a sequence")

@@ -69,7 +69,7 @@ class LanguageModel:
 
 
 def load_model(model: str, dtype: str) -> LanguageModel:
-    """Loads `model` (see `sources.resolve` for its four spellings), frozen and in evaluation mode.
+    """Loads `model` (see `sources.resolve` for its five spellings), frozen and in evaluation mode.
 
     `dtype` names a torch floating type. Only what `model_files` names is read, and no code that came with the
     model runs. Attention is torch's own kernel where the family has it (GPT-Neo, GPT-J, BLOOM and Gemma 2

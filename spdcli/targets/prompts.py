@@ -75,16 +75,17 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     answers: str = "held_out",
-    begin_token: bool = False,
+    begin_token: bool | None = None,
 ) -> Prompts:
     """Tokenises `prompts` into one batch.
 
     `answers` (a key of `recipe.choices.ANSWERS`) says whether a prompt's last token is fed or only predicted;
-    `begin_token` puts the tokenizer's begin-of-sequence token first (none is put otherwise). Raises SpdError naming a
-    prompt that has fewer than two tokens or more than the model takes.
+    `begin_token` puts the tokenizer's begin-of-sequence token first, or none; if None, as the tokenizer itself does.
+    Raises SpdError naming a prompt that has fewer than two tokens or more than the model takes.
     """
     if not prompts:
         raise ValueError("no prompts")
+    begin_token = begins_texts(tokenizer, begin_token)
     sequences = [token_ids(tokenizer, text, begin_token) for text in prompts]
     fed = [sequence[:-1] if answers == "held_out" else sequence for sequence in sequences]
     lengths = torch.tensor([len(sequence) for sequence in fed])
@@ -116,6 +117,18 @@ def prompts_of_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, begin_
         tokenizer=tokenizer,
         begin_token=begin_token,
     )
+
+
+def begins_texts(tokenizer: PreTrainedTokenizerBase, begin_token: bool | None = None) -> bool:
+    """Whether a begin-of-sequence token stands before a text: as `begin_token` says, or where it is None, as the
+    tokenizer does if it is left to itself."""
+    if begin_token is not None:
+        return begin_token
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        return False
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    return whole[:1] == [begin]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin_token: bool, least: int = 2) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import clean_pass, plan_pass
+from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Batch, Target, log_probabilities
@@ -56,9 +56,9 @@ def _compare_all(target: Target, model_type: str) -> None:
     _compare(replaced, own[order], target, f"matrices of '{model_type}' models cannot be replaced")
 
 
-def _all_replaced(target: Target, clean: Any, order: list[int]) -> Tensor:
+def _all_replaced(target: Target, clean: Clean, order: list[int]) -> Tensor:
     """Hidden states after the last block, `[R, T, D]`, of the sequences `order` with nothing but deltas."""
-    precise = {"dtype": target.precision, "device": target.device}
+    precise: dict[str, Any] = {"dtype": target.precision, "device": target.device}
     nothing = {
         name: Slices(torch.zeros(matrix.d_in, 1, **precise), torch.zeros(1, matrix.d_out, **precise))
         for name, matrix in target.matrices.items()

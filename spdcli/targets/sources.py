@@ -1,7 +1,8 @@
 """From what a recipe calls a model to a local directory that holds it.
 
-Four spellings: a local directory, a `.gguf` file, `package:NAME/FILE` (a file inside an installed
-Python package), a hub id. A local spelling never touches the network, and no pickle is ever loaded.
+Five spellings: a local directory, a `.gguf` file, `package:NAME/FILE` (a file inside an installed Python package),
+`random:NAME` (a small model with random weights), a hub id. A local spelling never touches the network, and no pickle
+is ever loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from spdcli.errors import Missing, SpdError, UsageError
 from spdcli.targets.gguf import converted
 from spdcli.targets.model_files import CONFIG, TOKENIZERS, is_local, weight_files
+from spdcli.targets.random_models import RANDOM, random_model
 
 HUB_SECONDS = 6.0  # for the hub's first answer, name resolution included
 OFFLINE_WAYS = "without the hub, set target.model to a local directory of safetensors, or to a .gguf file"
@@ -33,6 +35,8 @@ def resolve(model: str) -> Path:
     """
     if model.startswith(PACKAGE):
         return checkpoint(file_in_package(model))
+    if model.startswith(RANDOM):
+        return random_model(model)
     if is_local(model):
         return checkpoint(Path(model).expanduser())
     try:

@@ -40,9 +40,10 @@ def run(spd, tmp_path, tiny_gpt2_dir):
 
 def test_a_model_is_traced_as_the_analysis_does(spd, tmp_path, tiny_llama_dir):
     data, err = answer(spd, tiny_llama_dir, "--prompt", KOBE, *BOTH[:2], *FEW, "--seed", 3, "--out", tmp_path / "f")
-    assert err == ""
     assert (data["schema"], data["layers"], data["seed"]) == ("spd.trace/1", 3, 3)
     [entry] = data["prompts"]
+    assert (err == "") == (entry["corrupted"] <= entry["clean"])
+    assert err == "" or f"noise raises P(' basketball') from {entry['clean']:.4f}" in err
     language_model = load_model(str(tiny_llama_dir), "float32")
     target, settings = build_target(language_model, False), TraceSettings(samples=2, window=1, seed=3)
     [wanted] = plain(trace(target, language_model.tokenizer, [KOBE], ["Kobe Bryant"], settings))

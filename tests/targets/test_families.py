@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -15,15 +16,17 @@ from spdcli.edits.answer_changes import measure_edits
 from spdcli.edits.checkpoints import save_checkpoint
 from spdcli.edits.patches import edited_weights
 from spdcli.edits.prompts_and_answers import given_questions
-from spdcli.edits.suppression import Address, suppression
+from spdcli.edits.suppression import Address, Factors, suppression
 from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import SliceSet, start_slices
-from spdcli.engine.target import Batch
-from spdcli.errors import SpdError
+from spdcli.engine.target import Batch, log_probabilities
+from spdcli.errors import SpdError, UsageError
+from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject
 from spdcli.targets.architectures import ARCHITECTURES, UNFIT, architecture_of
 from spdcli.targets.huggingface import build_target, load_model
+from spdcli.targets.prompts import begins_texts
 
 ROUNDED = 2e-6  # norms and eager attention of transformers round to float32, whatever the model's numbers
 LENGTHS = (6, 3, 5)
@@ -214,6 +217,47 @@ def test_what_cannot_be_decomposed_says_why_in_a_line(model_type):
     with pytest.raises(SpdError, match=f"'{model_type}' cannot be decomposed: it") as caught:
         architecture_of(model_type)
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2"])
+def test_a_bfloat16_target_is_itself_to_the_bit(family, tmp_path):
+    """With all masks and deltas on, and with an edit of nothing: its own products are its own kernels'."""
+    folder = save_tiny_model(tmp_path, family, vocab_size=VOCABULARY)
+    recipe = model_recipe(folder, "target.dtype='bfloat16'", folder=tmp_path)
+    subject = language_subject(recipe, torch.device("cpu"))
+    target, batch = subject.target, padded_batch()
+    decomposition = start_decomposition(recipe, subject, list(target.matrices))
+    assert {parameter.dtype for parameter in decomposition.parameters()} <= {torch.float32, torch.bool}
+    clean = clean_pass(target, batch, target.matrices)
+    torch.testing.assert_close(clean.log_probs.exp().sum(-1), torch.ones(sum(LENGTHS)))
+    rows, on = torch.arange(len(LENGTHS)), torch.ones(len(LENGTHS), 1, 6)
+    whole = {name: MaskedRows(rows, on, on[:, :, :1]) for name in target.matrices}
+    with torch.no_grad():
+        masked = log_probabilities(masked_logits(target, decomposition, clean, whole))
+    assert torch.equal(masked, clean.log_probs)
+
+    name = next(iter(target.matrices))
+    nothing = Factors(torch.zeros(target.matrices[name].d_in, 1), torch.zeros(1, target.matrices[name].d_out))
+    (effect, other) = measure_edits(target, given_questions(subject, PROMPTS), {"nothing": {name: nothing}})["nothing"]
+    assert (effect.before, effect.kl, other.ratio) == (effect.after, 0.0, 1.0)
+    own = own_log_probs(target.model, Batch(*[tensor[:1] for tensor in (batch.tokens, batch.valid, batch.looked)]))
+    torch.testing.assert_close(clean.log_probs[: LENGTHS[0]].double(), own, rtol=0, atol=0.05)  # 8 bits
+
+    save_checkpoint(tmp_path / "saved", subject, edited_weights(target, {name: nothing}), {})
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert {parameter.dtype for parameter in saved.parameters()} == {torch.bfloat16}
+
+
+def test_random_models_are_the_same_everywhere_and_gemmas_tokenizer_begins_texts():
+    for name, begins in (("random:pythia", False), ("random:gemma", True)):
+        language_model = load_model(name, "float32")
+        build_target(language_model, False)
+        assert begins_texts(language_model.tokenizer) is begins
+        first = language_model.model.get_input_embeddings().weight[5, 7].item()
+        shutil.rmtree(language_model.source)
+        assert load_model(name, "float32").model.get_input_embeddings().weight[5, 7].item() == first
+    with pytest.raises(UsageError, match="no model 'random:mamba'"):
+        load_model("random:mamba", "float32")
 
 
 WRONG = {

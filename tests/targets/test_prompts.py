@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -41,6 +43,23 @@ def test_fed_answers_are_predicted_one_position_before(tokenizer):
 def test_begin_token_comes_first_only_when_asked_for(tokenizer):
     assert encode(tokenizer, [KOBE], begin_token=True).pieces[0][:2] == ["<s>", "K"]
     assert encode(tokenizer, [KOBE]).pieces[0][0] == "K"
+
+
+def test_a_begin_token_that_the_tokenizer_puts_itself_is_fed_unless_refused(tokenizer, tmp_path):
+    """As Llama's and Gemma's do; a tokenizer that is left to itself here puts none."""
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    begin = {"id": "<s>", "ids": [0], "tokens": ["<s>"]}
+    pieces = {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    saved["post_processor"] = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"<s>": begin}} | pieces
+    path.write_text(json.dumps(saved))
+    begins = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    prompts = encode(begins, [KOBE])
+    assert prompts.begin_token
+    assert prompts.pieces[0][:2] == ["<s>", "K"]
+    assert encode(begins, [KOBE], begin_token=False).pieces[0][0] == "K"
+    assert not encode(tokenizer, [KOBE]).begin_token
 
 
 def test_begin_token_needs_a_tokenizer_that_has_one(tiny_gpt2_dir):
