@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spdcli.engine.forward import clean_pass, hidden_of, masked_logits
 from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import Slices, SliceSet
-from spdcli.engine.target import Batch, Matrix, Target
+from spdcli.engine.target import Batch, Matrix, Target, log_probabilities
 from spdcli.errors import UsageError
 
 TRIED = (2, 5)  # sequences and positions of the random tokens that a new target is tried on
@@ -133,7 +133,8 @@ def _try_blocks(target: Target) -> None:
     answer = _logits_in(output)
     if answer is not None and answer.shape[-1] == len(target.unembedding):
         own = clean_pass(target, Batch.everywhere(_random_tokens(target)), ()).log_probs
-        _agree(own, answer.flatten(0, 1).log_softmax(-1), "the blocks, the final norm and the unembedding give")
+        wanted = log_probabilities(answer.flatten(0, 1))
+        _agree(target, own, wanted, "the blocks, the final norm and the unembedding give")
 
 
 def _logits_in(output: Any) -> Tensor | None:
@@ -160,12 +161,12 @@ def _try_matrices(target: Target) -> None:
         mask = matrix.weight.new_zeros(TRIED[0], 1, 1)
         whole = {name: MaskedRows(rows, mask, torch.ones_like(mask))}
         logits = masked_logits(target, SliceSet({name: nothing}, delta=True), clean, whole)
-        _agree(logits.log_softmax(-1), clean.log_probs, f"matrix {name} as x W + b gives")
+        _agree(target, log_probabilities(logits), clean.log_probs, f"matrix {name} as x W + b gives")
 
 
-def _agree(own: Tensor, wanted: Tensor, what: str) -> None:
+def _agree(target: Target, own: Tensor, wanted: Tensor, what: str) -> None:
     apart = (own - wanted).abs().max().item()
-    if not apart <= ROUNDING * torch.finfo(own.dtype).eps:
+    if not apart <= ROUNDING * torch.finfo(target.unembedding.dtype).eps:
         raise UsageError(f"{what} log-probabilities that are {apart:.2g} nats from the module's own")
 
 
