@@ -240,7 +240,7 @@ def heard(subject: Subject, tokens: Tensor, names: Iterable[str]) -> tuple[dict[
     matrices = [subject.target.matrices[name] for name in names]
     with hooks({matrix.module: keep for matrix in matrices} | dict.fromkeys(subject.target.blocks, enter)):
         subject.logits(tokens)
-    return {matrix.name: gave[matrix.module][:, slice(*matrix.columns)] for matrix in matrices}, states
+    return {matrix.name: matrix.covered(gave[matrix.module]) for matrix in matrices}, states
 
 
 Masks = Mapping[str, tuple[Tensor, Tensor, Tensor]]
@@ -260,8 +260,7 @@ def swapped(target: Target, decomposition: Decomposition, masks: Masks):
             U, V = decomposition.of(matrix.name).U, decomposition.of(matrix.name).V
             formed = torch.einsum("ic,nc,co->nio", U, m, V) + d[:, None, None] * (matrix.weight - U @ V)
             out = torch.einsum("ni,nio->no", args[0][0], formed) + (0 if matrix.bias is None else matrix.bias)
-            columns = slice(*matrix.columns)
-            changed[0, :, columns] = torch.where(where[:, None], out, output[0, :, columns])
+            changed = matrix.with_covered(changed, torch.where(where[:, None], out, matrix.covered(output))[None])
         return changed
 
     return hooks(dict.fromkeys(parts, hook))

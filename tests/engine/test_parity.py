@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from torch import nn
 from twins import (
     COEFFICIENTS,
@@ -39,7 +40,7 @@ PLENTY = 1e12
 
 
 @pytest.fixture
-def subject(request, tiny_gpt2_dir, tiny_llama_dir) -> Subject:
+def subject(request, tmp_path, tiny_gpt2_dir, tiny_llama_dir) -> Subject:
     return {
         "toy": lambda: toy_subject(),
         "toy with everything": lambda: toy_subject(
@@ -48,6 +49,7 @@ def subject(request, tiny_gpt2_dir, tiny_llama_dir) -> Subject:
         "gpt2": lambda: language_subject(tiny_gpt2_dir),
         "gpt2 split": lambda: language_subject(tiny_gpt2_dir, split_attention=True),
         "llama": lambda: language_subject(tiny_llama_dir),
+        "gpt_neox split": lambda: language_subject(save_tiny_model(tmp_path, "gpt_neox"), split_attention=True),
         "tms": lambda: feature_subject("tms"),
         "resid_mlp": lambda: feature_subject("resid_mlp"),
     }[request.param]()
@@ -121,6 +123,7 @@ CASES = [
     ("gpt2", "vector", "last"),
     ("gpt2", "attention", "routed"),
     ("gpt2", "scalar", "some"),
+    ("gpt_neox split", "vector", "all"),
     ("gpt2 split", "vector", "all"),
     ("gpt2 split", "shared", "routed without delta"),
     ("gpt2 split", "scalar", "last"),

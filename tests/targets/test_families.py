@@ -22,11 +22,14 @@ from spdcli.engine.product import MaskedRows
 from spdcli.engine.subcomponents import SliceSet, start_slices
 from spdcli.engine.target import Batch, log_probabilities
 from spdcli.errors import SpdError, UsageError
+from spdcli.measures.labels import TokenLens
 from spdcli.runs.decomposition import start_decomposition
 from spdcli.runs.subject import language_subject
 from spdcli.targets.architectures import ARCHITECTURES, UNFIT, architecture_of
 from spdcli.targets.huggingface import build_target, load_model
+from spdcli.targets.language_routes import build_routes
 from spdcli.targets.prompts import begins_texts
+from spdcli.targets.routes import final_scale
 
 ROUNDED = 2e-6  # norms and eager attention of transformers round to float32, whatever the model's numbers
 LENGTHS = (6, 3, 5)
@@ -185,6 +188,30 @@ def test_parts_are_what_their_names_say(language_model):
     torch.testing.assert_close(read("q", 0), as_it_is, rtol=0, atol=ROUNDED)
     assert (read("k", 0) - as_it_is)[:, 1:].abs().max() > 1e-3
     assert (read("q", everywhere) - as_it_is)[:, 1:].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_labels_go_through_every_norm(language_model):
+    """Beside the derivative of the final norm along a direction without mean that is orthogonal to the stream; and
+    every matrix has labels, but for those of queries and keys, which write nothing."""
+    norm, generator = language_model.final_norm, torch.Generator().manual_seed(3)
+    stream, direction = torch.randn(2, language_model.model.config.hidden_size, generator=generator).double()
+    basis = torch.linalg.qr(torch.stack([torch.ones_like(stream), stream], dim=1)).Q
+    direction -= basis @ (basis.t() @ direction)
+    moved = (norm(stream + 0.05 * direction) - norm(stream - 0.05 * direction)) / 0.1
+    ours = final_scale(norm)(direction[None])[0]
+    torch.testing.assert_close(ours / ours.norm(), moved / moved.norm(), rtol=0, atol=2e-3)  # curvature
+    centres = torch.allclose(norm(stream + 1), norm(stream), atol=1e-4)
+    assert torch.allclose(final_scale(norm)(torch.ones(1, len(stream)).double()), torch.zeros(()).double()) == centres
+
+    split = any(entry.parts for entry in language_model.architecture.matrices)
+    for parted in {False, split}:
+        lens = TokenLens(build_target(language_model, parted), build_routes(language_model, parted), str)
+        for name, matrix in lens.target.matrices.items():
+            U, V = torch.eye(matrix.d_in)[:, :1].double(), torch.eye(matrix.d_out)[-1:].double()
+            steers = name.rpartition(".")[2] in ("q", "k", "q_proj", "k_proj")
+            assert len(lens.reads(name, U, 2)[0]) == 2
+            assert len(lens.promotes(name, V, 2)[0]) == (0 if steers else 2), name
 
 
 def test_a_saved_edit_loads_as_what_was_measured(folder, language_model, tmp_path):
