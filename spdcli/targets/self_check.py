@@ -44,7 +44,8 @@ def require_agreement(target: Target, model_type: str) -> None:
 def _compare_all(target: Target, model_type: str) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (SEQUENCES, POSITIONS)
-    tokens = torch.randint(len(target.unembedding), shape, generator=generator).to(target.device)
+    known = min(len(target.embedding), len(target.unembedding))
+    tokens = torch.randint(known, shape, generator=generator).to(target.device)
     model: Any = target.model
     own = log_probabilities(model(input_ids=tokens, use_cache=False).logits)
     clean = clean_pass(target, Batch.everywhere(tokens), target.matrices)
