@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spdcli.disk import beside, settle
-from spdcli.errors import SpdError, UsageError
-from spdcli.targets.gguf import cache_folder, publish
+from spdcli.errors import UsageError
+from spdcli.targets.user_cache import cached
 
 RANDOM = "random:"  # what the name of such a model starts with
 BEGIN = "<s>"
@@ -39,18 +38,7 @@ def random_model(name: str) -> Path:
         raise UsageError(f"there is no model '{name}'", f"they are {', '.join(RANDOM + known for known in SHAPES)}")
     shape, begins = SHAPES[kind]
     digest = hashlib.sha256(json.dumps([shape, begins], sort_keys=True).encode()).hexdigest()
-    place = cache_folder().parent / "random" / f"{kind}-{digest[:16]}"
-    if place.is_dir():
-        return place
-    try:
-        with beside(place) as folder:
-            folder.mkdir()
-            make(folder, shape, begins)
-            settle(folder)
-            publish(folder, place)
-    except OSError as error:
-        raise SpdError(f"the cache cannot be written: {error}", "set XDG_CACHE_HOME to a directory you own") from error
-    return place
+    return cached("random", f"{kind}-{digest[:16]}", lambda folder: make(folder, shape, begins))
 
 
 def make(folder: Path, shape: dict[str, Any], begins: bool) -> None:
