@@ -20,11 +20,12 @@ from torch import Tensor
 from spdcli.engine import importance
 from spdcli.engine.direct_losses import direct_terms
 from spdcli.engine.fit import FitSettings, FitState
-from spdcli.engine.forward import Clean, clean_pass, replaced
+from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, chunk_masks
 from spdcli.engine.optimise import set_rate
 from spdcli.engine.part_tables import ACTIVATIONS
+from spdcli.engine.replacement import replaced
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batches, Target, log_probabilities
 from spdcli.engine.variants import Piece, Variant, draw_variants

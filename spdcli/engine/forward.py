@@ -11,8 +11,8 @@ N vocabulary, n positions that losses look at, H attention heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.hidden import HiddenWatch, last_block
-from spdcli.engine.product import MaskedRows, replaced_product
+from spdcli.engine.product import MaskedRows
+from spdcli.engine.replacement import replaced
+from spdcli.engine.rows import by_sequence, hidden_of, rows_of
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.tables import OUTPUT_LOSSES
-from spdcli.engine.target import Batch, LookedAt, Matrix, Target, at_least_float32, log_probabilities
+from spdcli.engine.target import Batch, LookedAt, Target, at_least_float32, log_probabilities
 from spdcli.engine.variants import Piece, Variant
 
 
@@ -116,12 +118,6 @@ def outputs_after(target: Target, hidden: Tensor, spots: Tensor) -> Tensor:
     return target.outputs(hidden.flatten(0, 1).index_select(0, spots))
 
 
-def by_sequence(numbers: Tensor, hidden: Tensor) -> Tensor:
-    """What a module of a block reads or gives, as `[R, T, ...]`: some blocks lay their rows flat, `[R * T, ...]`.
-    `hidden` `[R, T, D]` is a hidden state of the same rows."""
-    return numbers.unflatten(0, hidden.shape[:2]) if numbers.dim() < hidden.dim() else numbers
-
-
 def recording(target: Target, patterns: bool) -> AbstractContextManager[list[Tensor]]:
     """A list that gets the attention log-probabilities `[R, H, T, T]` of every block that runs while it is open; one
     that stays empty without `patterns`."""
@@ -129,115 +125,6 @@ def recording(target: Target, patterns: bool) -> AbstractContextManager[list[Ten
         return nullcontext([])
     assert target.record_patterns is not None, "this target does not tell its attention patterns"
     return target.record_patterns()
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state `[R, T, D]` in what a block, or a part of one, returns: all of it, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def replaced(
-    target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows], watch: HiddenWatch | None = None
-) -> Iterator[None]:
-    """While open, the modules of the matrices in `masks` answer with masked slices on the rows that have masks.
-
-    Their input is `[R, T, I]` then, or as much laid flat, and their output `[R, T, O]` likewise; other rows get the
-    target's own. Where the target's numbers are narrower than float32, the part of the slices is worked out in float32,
-    added to what the target's own kernel gives and rounded once. `watch` is told what they give.
-    """
-    parts: dict[nn.Module, list[Matrix]] = {}
-    for matrix in target.matrices.values():
-        parts.setdefault(matrix.module, []).append(matrix)
-    changed = {module: own[0] for module, own in parts.items() if any(m.name in masks for m in own)}
-    entering: list[Tensor] = []  # of the block that runs
-
-    def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            by_row = by_sequence(x, entering[0]) if entering else x
-            own = _own_output(module, by_row)
-            wide = by_row if own is None else at_least_float32(by_row)
-            outputs = [_part_output(wide, matrix, slices, masks, watch, own) for matrix in parts[module]]
-            whole = outputs[0] if len(outputs) == 1 else _side_by_side(outputs, parts[module][0].groups)
-            return (whole if own is None else whole.to(x.dtype)).view(*x.shape[:-1], -1)
-
-        return forward
-
-    blocks = {target.blocks[matrix.block] for matrix in changed.values()}
-
-    def note(module: nn.Module, args: tuple) -> None:
-        entering[:] = args[:1]
-
-    handles = [block.register_forward_pre_hook(note) for block in blocks]
-    try:
-        for module in changed:
-            module.forward = forward_of(module)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in changed:
-            module.__dict__.pop("forward", None)
-
-
-def _side_by_side(outputs: Sequence[Tensor], groups: int) -> Tensor:
-    """The output `[..., O]` of a module from those of its parts, which lie side by side in each of its `groups`."""
-    return torch.cat([output.unflatten(-1, (groups, -1)) for output in outputs], dim=-1).flatten(-2)
-
-
-@torch.no_grad()
-def _own_output(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What the module itself gives on x `[R, T, I]`, in float32, where its numbers are narrower than that; else None.
-
-    A product in float32 would not be the target's: what differs by one rounding is far apart some blocks later.
-    """
-    weight = module.get_parameter("weight")
-    return None if weight.dtype.itemsize >= 4 else at_least_float32(type(module).forward(module, x))
-
-
-def _part_output(
-    x: Tensor,
-    matrix: Matrix,
-    slices: SliceSet,
-    masks: Mapping[str, MaskedRows],
-    watch: HiddenWatch | None,
-    whole: Tensor | None,
-) -> Tensor:
-    """The columns `[R, T, O]` of `matrix`; `whole` is its module's own output, where that is not worked out here."""
-    target_own = None if whole is None else matrix.covered(whole)
-    if matrix.name in masks:
-        own = slices.of(matrix.name)
-        out = replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name], target_own)
-        if watch is not None:
-            watch.matrix(matrix, out)
-        return out
-    if target_own is not None:
-        return target_own
-    out = x @ matrix.weight
-    return out if matrix.bias is None else out + matrix.bias
-
-
-def rows_of(value: Any, sequences: int, index: Tensor, by_head: Collection[str] = ()) -> Any:
-    """A block's recorded argument for the rows that replay the sequences `index` `[R]` of all `sequences`.
-
-    Tensors `[sequences, ...]` become `[R, ...]`, inside tuples, lists and dicts too; the rest passes. What all
-    sequences share must have one dimension, or a first dimension of 1: `[T, D]` would be taken for B = T. A tensor that
-    a dict names as one of `by_head` is `[sequences * H, ...]` and becomes `[R * H, ...]`.
-    """
-    if isinstance(value, Tensor):
-        return value.index_select(0, index) if value.dim() >= 2 and value.shape[0] == sequences else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(rows_of(item, sequences, index, by_head) for item in value)
-    if isinstance(value, dict):
-        return {
-            key: _rows_of_heads(item, sequences, index) if key in by_head else rows_of(item, sequences, index, by_head)
-            for key, item in value.items()
-        }
-    return value
-
-
-def _rows_of_heads(value: Tensor | None, sequences: int, index: Tensor) -> Tensor | None:
-    return None if value is None else value.unflatten(0, (sequences, -1)).index_select(0, index).flatten(0, 1)
 
 
 def plan_pass(

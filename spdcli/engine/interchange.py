@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.forward import by_sequence, hidden_of, rows_of
+from spdcli.engine.rows import by_sequence, hidden_of, rows_of
 from spdcli.engine.target import Target
 
 STATE, PARTS = "state", ("mlp", "attention")

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.direct_losses import exact_faithfulness
-from spdcli.engine.forward import Clean, clean_pass, hidden_of, plan_pass, row_divergences
+from spdcli.engine.forward import Clean, clean_pass, plan_pass, row_divergences
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
+from spdcli.engine.rows import hidden_of
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Batch, Batches, Target
 from spdcli.engine.variants import Piece, Variant

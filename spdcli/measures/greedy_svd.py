@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spdcli.engine.forward import Clean, clean_pass, replaced
+from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.masks import chunk_masks
+from spdcli.engine.replacement import replaced
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.variants import Piece, fixed_variant
 from spdcli.measures.rank_curves import CurveData, Point, Rounds

@@ -36,10 +36,13 @@ class Mean:
         self.weights += weight.square().sum().item()
 
     def join(self, other: Mean) -> None:
-        """All values of another one too."""
+        """All values of another such mean."""
         self.count += other.count
+        self.weight += other.weight
         self.total += other.total
         self.squares += other.squares
+        self.products += other.products
+        self.weights += other.weights
 
     @property
     def value(self) -> float:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.forward import clean_pass, replaced
+from spdcli.engine.forward import clean_pass
 from spdcli.engine.product import MaskedRows
+from spdcli.engine.replacement import replaced
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import OUTPUT_LOSSES
 from spdcli.engine.target import Batch, Target

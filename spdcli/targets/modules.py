@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.forward import clean_pass, hidden_of, masked_logits
+from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.product import MaskedRows
+from spdcli.engine.rows import hidden_of
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Batch, Matrix, Target, log_probabilities
 from spdcli.errors import UsageError

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spdcli.engine.forward import clean_pass, replaced
+from spdcli.engine.forward import clean_pass
 from spdcli.engine.importance import Importances, ImportanceSettings
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, importance_masks
+from spdcli.engine.replacement import replaced
 from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition, start_slices
 from spdcli.errors import RecipeError
