@@ -23,6 +23,7 @@ from spdcli.commands.decompose import decompose
 from spdcli.commands.doctor import doctor
 from spdcli.commands.evaluate import evaluate
 from spdcli.commands.explore import explore
+from spdcli.commands.graph import graph
 from spdcli.commands.harvest import harvest
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
@@ -131,6 +132,12 @@ COMMANDS = (
         LOOK,
         "spd locate run --prompt 1 --token basketball\nspd locate run --matrices 'layers.0.mlp.*' --others-limit 0.02"
         "\nspd locate run --no-facts --json | jq '.pairs[0]'",
+    ),
+    (
+        "graph",
+        graph,
+        LOOK,
+        "spd graph run --out graph.json\nspd graph run --prompt 'Tiger Woods plays' --top 50 --out golf.json",
     ),
     (
         "svd",

@@ -37,6 +37,7 @@ from spdcli.measures.harvest_files import save_harvest
 from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.measures.inspection import Inspection, Query, inspect_texts
 from spdcli.measures.language_evaluation import LanguageEvaluation
+from spdcli.measures.slice_graph import SliceGraph, graph_text, slice_graph
 from spdcli.measures.svd import RankCurves, svd_curves
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Progress, Report, silent
@@ -209,6 +210,25 @@ class Run(LoadedRun):
         if self.directory and not save_harvest(self.directory.path, gathered, self.subject.token_text):
             progress(Progress("no pyarrow, so no slices.parquet: pip install 'spd-cli[text]'", warning=True))
         return gathered
+
+    def graph(
+        self,
+        prompt: int | str = 1,
+        *,
+        top: int = 100,
+        logits: int = 5,
+        threshold: float = 0.0,
+        progress: Report = silent,
+    ) -> SliceGraph:
+        """A prompt's active slices and how each moves the others and the answer, as `spd graph` writes it.
+
+        `prompt` is one of the run's, by its number from 1 or its text, or another text, fed whole. Of the `top` slices
+        of most effect on the `logits` likeliest next tokens. `viewer_graph` makes of it what graph viewers read.
+        """
+        _at_least(1, top=top, logits=logits)
+        texts, row = graph_text(self.subject, str(prompt), self.begin_token, self.recipe.seed)
+        settings = {"top": top, "logits": logits, "threshold": threshold}
+        return slice_graph(self.subject, self.decomposition, texts, row, report=progress, **settings)
 
     def svd(self, tolerance: float = 1e-3, *, sequences: int = 512, progress: Report = silent) -> RankCurves:
         """How small a model says the same, as `spd svd`: KL (nats) against rank, beside greedy SVD (Figure 2).

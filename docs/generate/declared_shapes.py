@@ -73,6 +73,9 @@ def _looking() -> dict[str, Keys]:
         "spd inspect --slice": _said("inspect", RUN, nothing, {"slices": [one_slice]}),
         "spd harvest": _said("harvest", RUN, {"tokens": int, "slices": [SliceInText]}),
         "spd search": _said("search", RUN, {"text": str, "matches": [Match]}),
+        "spd graph": _said(
+            "graph", RUN, {"prompt": str, "tokens": [str], "active": int, "nodes": int, "links": int, "saved": Path}
+        ),
         "spd svd": _said("svd", RUN, keys_of(RankCurves)),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),
         "spd trace": _said("trace", {"model": str}, TRACED, {"seed": int, "layers": int, "prompts": [Trace]}, figures),

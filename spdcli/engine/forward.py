@@ -11,7 +11,7 @@ N vocabulary, n positions that losses look at, H attention heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,23 +131,37 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextmanager
 def replaced(
     target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows], watch: HiddenWatch | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """While open, the modules of the matrices in `masks` answer with masked slices on the rows that have masks.
 
     Their input is `[R, T, I]` then, and their output `[R, T, O]`; other rows get the target's own. `watch` is told what
     they give.
     """
+
+    def masked(x: Tensor, matrix: Matrix) -> Tensor:
+        own = slices.of(matrix.name)
+        out = replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name])
+        if watch is not None:
+            watch.matrix(matrix, out)
+        return out
+
+    return answering(target, masks, masked)
+
+
+@contextmanager
+def answering(target: Target, names: Container[str], answer: Callable[[Tensor, Matrix], Tensor]) -> Iterator[None]:
+    """While open, the matrices `names` answer `answer(x, matrix)` `[R, T, O]` to x `[R, T, I]`, in the target's own
+    modules."""
     parts: dict[nn.Module, list[Matrix]] = {}
     for matrix in target.matrices.values():
         parts.setdefault(matrix.module, []).append(matrix)
-    changed = [module for module, matrices in parts.items() if any(m.name in masks for m in matrices)]
+    changed = [module for module, matrices in parts.items() if any(m.name in names for m in matrices)]
 
     def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            outputs = [_part_output(x, matrix, slices, masks, watch) for matrix in parts[module]]
+            outputs = [answer(x, m) if m.name in names else _own_output(x, m) for m in parts[module]]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
         return forward
@@ -161,15 +175,7 @@ def replaced(
             module.__dict__.pop("forward", None)
 
 
-def _part_output(
-    x: Tensor, matrix: Matrix, slices: SliceSet, masks: Mapping[str, MaskedRows], watch: HiddenWatch | None
-) -> Tensor:
-    if matrix.name in masks:
-        own = slices.of(matrix.name)
-        out = replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name])
-        if watch is not None:
-            watch.matrix(matrix, out)
-        return out
+def _own_output(x: Tensor, matrix: Matrix) -> Tensor:
     out = x @ matrix.weight
     return out if matrix.bias is None else out + matrix.bias
 
