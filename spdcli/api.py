@@ -31,6 +31,7 @@ from spdcli.run import Run
 from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
 from spdcli.runs.learning import Store, learned
+from spdcli.runs.goodfire import import_run
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.opening import can_go_on, opened_run
@@ -71,6 +72,24 @@ def from_pretrained(name: str | Path, device: str | None = None, revision: str |
     SpdError, one line, where there is none or the hub cannot be reached; nothing that it holds is executed.
     """
     return load(name if Path(name).is_dir() else fetch(str(name), revision), device)
+
+
+def import_checkpoint(
+    path: str | Path,
+    recipe: RecipeLike,
+    *,
+    device: str | None = None,
+    progress: Report | None = None,
+    **settings: Any,
+) -> Run:
+    """A run of a checkpoint of goodfire-ai/spd, as `spd import`; it is kept in memory until `Run.save`.
+
+    The recipe says of which language model the checkpoint is, and what its prompts are. SpdError where the checkpoint
+    does not fit; nothing that it holds is executed.
+    """
+    loaded = recipe_of(recipe, settings, device=device)
+    run = import_run(loaded.recipe, Path(path), device, _report(progress))
+    return Run(None, run.recipe, run.subject, run.decomposition)
 
 
 def own_subject(recipe: Recipe, target: Target, data: ModuleData | None, tokenizer: Any) -> Subject:

@@ -44,6 +44,7 @@ from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.fingerprint import keep_fingerprint
+from spdcli.runs.goodfire import export_run
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import opened_run
 from spdcli.runs.sharing import push, write_shared
@@ -227,8 +228,8 @@ class Run(LoadedRun):
         """
         _at_least(1, top=top, logits=logits)
         texts, row = graph_text(self.subject, str(prompt), self.begin_token, self.recipe.seed)
-        settings = {"top": top, "logits": logits, "threshold": threshold}
-        return slice_graph(self.subject, self.decomposition, texts, row, report=progress, **settings)
+        own = (self.subject, self.decomposition, texts, row)
+        return slice_graph(*own, top=top, logits=logits, threshold=threshold, report=progress)
 
     def svd(self, tolerance: float = 1e-3, *, sequences: int = 512, progress: Report = silent) -> RankCurves:
         """How small a model says the same, as `spd svd`: KL (nats) against rank, beside greedy SVD (Figure 2).
@@ -382,6 +383,13 @@ class Run(LoadedRun):
     def save_pretrained(self, path: str | Path, *, force: bool = False) -> None:
         """Write the run for others, with a model card: a directory that `load` and `from_pretrained` read."""
         write_shared(self, Path(path), force)
+
+    def export(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the run as a checkpoint of goodfire-ai/spd, as `spd export`: torch.save's form, or `.safetensors`.
+
+        UsageError for importance functions that its code does not have, and for a file that is there without `force`.
+        """
+        export_run(self, Path(path), force)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the run with a model card to OWNER/NAME on the Hugging Face hub; gives its address."""

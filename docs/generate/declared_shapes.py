@@ -41,6 +41,8 @@ def _learning() -> dict[str, Keys]:
             "train", RUN, {"loss": float, "accuracy": float | None, "error?": float | None, "steps": int}
         ),
         "spd decompose": _said("decompose", RUN, step, rates),
+        "spd import": _said("import", RUN, {"checkpoint": Path, "matrices": [str], "slices": int}),
+        "spd export": _said("export", RUN, {"settings": {"<setting>": str}, "saved": Path}),
     }
 
 
