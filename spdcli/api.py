@@ -30,13 +30,14 @@ from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run
 from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
-from spdcli.runs.learning import Store, learned
 from spdcli.runs.goodfire import import_run
+from spdcli.runs.learning import Store, learned
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.opening import can_go_on, opened_run
 from spdcli.runs.sharing import fetch
 from spdcli.runs.subject import Subject, choose_device
+from spdcli.runs.tensorboard import require_tensorboard
 from spdcli.runs.training import (
     TrainedToy,
     finish_run,
@@ -147,9 +148,11 @@ def decompose(
             raise UsageError("resume and force are about a run directory", "give out=")
         with _told_to_stop(None):
             store = MemoryRun()
+            require_tensorboard(loaded.recipe.decompose.tensorboard, store)
             subject = subject or prepared(store, loaded, report)
             return Run(None, loaded.recipe, subject, learned(store, loaded, subject, report))
     directory = RunDirectory(Path(out))
+    require_tensorboard(loaded.recipe.decompose.tensorboard, directory)
     with _told_to_stop(directory), opened_run(directory, loaded.recipe, force, resume, report):
         subject = subject or prepared(directory, loaded, report)
         return Run(directory, loaded.recipe, subject, learned(directory, loaded, subject, report))
