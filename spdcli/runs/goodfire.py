@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ from spdcli.errors import SpdError, UsageError
 from spdcli.files import load_tensors, save_tensors
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.schema import HuggingFaceTarget, Recipe
-from spdcli.runs.decomposition import start_decomposition
+from spdcli.runs.decomposition import untrained_decomposition
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.subject import choose_device, open_subject
 
@@ -152,7 +153,7 @@ def import_run(recipe: Recipe, path: Path, device: str | None = None, report: Re
         )
     recipe = imported_recipe(recipe, ours, path)
     ordered = [name for name in subject.target.matrices if name in ours]
-    decomposition = start_decomposition(recipe, subject, ordered)
+    decomposition = untrained_decomposition(recipe, subject, ordered, subject.target.device)
     state = decomposition.state_dict()
     for name in ordered:
         fill(state, name, ours[name], recipe.slices.C, path)
@@ -161,16 +162,21 @@ def import_run(recipe: Recipe, path: Path, device: str | None = None, report: Re
 
 
 def imported_recipe(recipe: Recipe, parts: Mapping[str, Component], path: Path) -> Recipe:
-    """The recipe with what the checkpoint says; SpdError where its matrices have gates of several kinds or widths."""
+    """The recipe with what the checkpoint says; SpdError where its matrices have gates of several kinds or widths, and
+    UsageError where the recipe says what these cannot have."""
     shapes = {(part.kind, part.gate_width) for part in parts.values()}
     if len(shapes) > 1:
         raise SpdError(f"{path}: importance functions of several kinds or widths, {sorted(shapes)}; a run has one")
     ((kind, width),) = shapes
     own = recipe.model_dump()
-    own["slices"] |= {"C": max(part.slices for part in parts.values()), "matrices": list(parts), "init": "random"}
+    own["slices"] |= {"C": max(part.slices for part in parts.values()), "matrices": list(parts)}
     gates = {"kind": kind, "gate_width": width, "activation": "gelu", "normalise": "none", "basis": "full"}
     own["importance"] |= gates
-    return Recipe.model_validate(own)
+    try:
+        return Recipe.model_validate(own)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UsageError(f"the recipe does not go with {path}: {said}", "--set changes a setting of it") from error
 
 
 def fill(state: dict[str, Tensor], name: str, part: Component, slices: int, path: Path) -> None:

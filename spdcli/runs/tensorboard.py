@@ -37,12 +37,12 @@ def event_log(store: RunDirectory | MemoryRun, wanted: bool, after: int) -> Iter
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(store / EVENTS), purge_step=after + 1) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(store / EVENTS), purge_step=after + 1) as writer:
 
         def log(record: Record) -> None:
             for tag, value in scalars(asdict(record)).items():
-                writer.add_scalar(tag, value, record.step)  # type: ignore[no-untyped-call]
-            writer.flush()  # type: ignore[no-untyped-call]
+                writer.add_scalar(tag, value, record.step)
+            writer.flush()
 
         yield log
 
