@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdcli.api import decompose, from_pretrained, load, train_toy
+    from spdcli.api import decompose, from_pretrained, import_checkpoint, load, train_toy
     from spdcli.errors import Interrupted, RecipeError, SpdError, UsageError
     from spdcli.progress import Progress
     from spdcli.run import Run
@@ -23,6 +23,7 @@ HOMES = {  # of the public names
     "decompose": "spdcli.api",
     "load": "spdcli.api",
     "from_pretrained": "spdcli.api",
+    "import_checkpoint": "spdcli.api",
     "train_toy": "spdcli.api",
     "module_target": "spdcli.targets.modules",
     "Run": "spdcli.run",
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "decompose",
     "from_pretrained",
+    "import_checkpoint",
     "load",
     "module_target",
     "train_toy",

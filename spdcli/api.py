@@ -30,12 +30,14 @@ from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run
 from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
+from spdcli.runs.goodfire import import_run
 from spdcli.runs.learning import Store, learned
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
 from spdcli.runs.opening import can_go_on, opened_run
 from spdcli.runs.sharing import fetch
 from spdcli.runs.subject import Subject, choose_device
+from spdcli.runs.tensorboard import require_tensorboard
 from spdcli.runs.training import (
     TrainedToy,
     finish_run,
@@ -71,6 +73,24 @@ def from_pretrained(name: str | Path, device: str | None = None, revision: str |
     SpdError, one line, where there is none or the hub cannot be reached; nothing that it holds is executed.
     """
     return load(name if Path(name).is_dir() else fetch(str(name), revision), device)
+
+
+def import_checkpoint(
+    path: str | Path,
+    recipe: RecipeLike,
+    *,
+    device: str | None = None,
+    progress: Report | None = None,
+    **settings: Any,
+) -> Run:
+    """A run of a checkpoint of goodfire-ai/spd, as `spd import`; it is kept in memory until `Run.save`.
+
+    The recipe says of which language model the checkpoint is, and what its prompts are. SpdError where the checkpoint
+    does not fit; nothing that it holds is executed.
+    """
+    loaded = recipe_of(recipe, settings, device=device)
+    run = import_run(loaded.recipe, Path(path), device, _report(progress))
+    return Run(None, run.recipe, run.subject, run.decomposition)
 
 
 def own_subject(recipe: Recipe, target: Target, data: ModuleData | None, tokenizer: Any) -> Subject:
@@ -128,9 +148,11 @@ def decompose(
             raise UsageError("resume and force are about a run directory", "give out=")
         with _told_to_stop(None):
             store = MemoryRun()
+            require_tensorboard(loaded.recipe.decompose.tensorboard, store)
             subject = subject or prepared(store, loaded, report)
             return Run(None, loaded.recipe, subject, learned(store, loaded, subject, report))
     directory = RunDirectory(Path(out))
+    require_tensorboard(loaded.recipe.decompose.tensorboard, directory)
     with _told_to_stop(directory), opened_run(directory, loaded.recipe, force, resume, report):
         subject = subject or prepared(directory, loaded, report)
         return Run(directory, loaded.recipe, subject, learned(directory, loaded, subject, report))

@@ -22,7 +22,9 @@ from spdcli.commands.compare import compare
 from spdcli.commands.decompose import decompose
 from spdcli.commands.doctor import doctor
 from spdcli.commands.evaluate import evaluate
+from spdcli.commands.exchange import export, import_checkpoint
 from spdcli.commands.explore import explore
+from spdcli.commands.graph import graph
 from spdcli.commands.harvest import harvest
 from spdcli.commands.inspect import inspect
 from spdcli.commands.locate import locate
@@ -133,6 +135,12 @@ COMMANDS = (
         "\nspd locate run --no-facts --json | jq '.pairs[0]'",
     ),
     (
+        "graph",
+        graph,
+        LOOK,
+        "spd graph run --out graph.json\nspd graph run --prompt 'Tiger Woods plays' --top 50 --out golf.json",
+    ),
+    (
         "svd",
         svd,
         LOOK,
@@ -159,6 +167,13 @@ COMMANDS = (
         "spd report run\nspd report run --subject 'Kobe Bryant' --subject 'Tiger Woods' --out where\n"
         "spd report run --json | jq '.prompts[].rows[] | {name, own}'",
     ),
+    (
+        "import",
+        import_checkpoint,
+        BUILD,
+        "spd import model_50000.pth gpt2 --out theirs\nspd import theirs.safetensors my-model.toml --out theirs",
+    ),
+    ("export", export, LOOK, "spd export run --out model.pth\nspd export run --out model.safetensors"),
     ("push", push, LOOK, "spd push run --out shared\nspd push run --repo me/induction-slices --private"),
     (
         "ablate",

@@ -37,12 +37,14 @@ from spdcli.measures.harvest_files import save_harvest
 from spdcli.measures.importances import Ids, importances, text_ids
 from spdcli.measures.inspection import Inspection, Query, inspect_texts
 from spdcli.measures.language_evaluation import LanguageEvaluation
+from spdcli.measures.slice_graph import SliceGraph, graph_text, slice_graph
 from spdcli.measures.svd import RankCurves, svd_curves
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.fingerprint import keep_fingerprint
+from spdcli.runs.goodfire import export_run
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import opened_run
 from spdcli.runs.sharing import push, write_shared
@@ -210,6 +212,25 @@ class Run(LoadedRun):
             progress(Progress("no pyarrow, so no slices.parquet: pip install 'spd-cli[text]'", warning=True))
         return gathered
 
+    def graph(
+        self,
+        prompt: int | str = 1,
+        *,
+        top: int = 100,
+        logits: int = 5,
+        threshold: float = 0.0,
+        progress: Report = silent,
+    ) -> SliceGraph:
+        """A prompt's active slices and how each moves the others and the answer, as `spd graph` writes it.
+
+        `prompt` is one of the run's, by its number from 1 or its text, or another text, fed whole. Of the `top` slices
+        of most effect on the `logits` likeliest next tokens. `viewer_graph` makes of it what graph viewers read.
+        """
+        _at_least(1, top=top, logits=logits)
+        texts, row = graph_text(self.subject, str(prompt), self.begin_token, self.recipe.seed)
+        own = (self.subject, self.decomposition, texts, row)
+        return slice_graph(*own, top=top, logits=logits, threshold=threshold, report=progress)
+
     def svd(self, tolerance: float = 1e-3, *, sequences: int = 512, progress: Report = silent) -> RankCurves:
         """How small a model says the same, as `spd svd`: KL (nats) against rank, beside greedy SVD (Figure 2).
 
@@ -362,6 +383,13 @@ class Run(LoadedRun):
     def save_pretrained(self, path: str | Path, *, force: bool = False) -> None:
         """Write the run for others, with a model card: a directory that `load` and `from_pretrained` read."""
         write_shared(self, Path(path), force)
+
+    def export(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the run as a checkpoint of goodfire-ai/spd, as `spd export`: torch.save's form, or `.safetensors`.
+
+        UsageError for importance functions that its code does not have, and for a file that is there without `force`.
+        """
+        export_run(self, Path(path), force)
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload the run with a model card to OWNER/NAME on the Hugging Face hub; gives its address."""

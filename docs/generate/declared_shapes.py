@@ -41,6 +41,8 @@ def _learning() -> dict[str, Keys]:
             "train", RUN, {"loss": float, "accuracy": float | None, "error?": float | None, "steps": int}
         ),
         "spd decompose": _said("decompose", RUN, step, rates),
+        "spd import": _said("import", RUN, {"checkpoint": Path, "matrices": [str], "slices": int}),
+        "spd export": _said("export", RUN, {"settings": {"<setting>": str}, "saved": Path}),
     }
 
 
@@ -73,6 +75,9 @@ def _looking() -> dict[str, Keys]:
         "spd inspect --slice": _said("inspect", RUN, nothing, {"slices": [one_slice]}),
         "spd harvest": _said("harvest", RUN, {"tokens": int, "slices": [SliceInText]}),
         "spd search": _said("search", RUN, {"text": str, "matches": [Match]}),
+        "spd graph": _said(
+            "graph", RUN, {"prompt": str, "tokens": [str], "active": int, "nodes": int, "links": int, "saved": Path}
+        ),
         "spd svd": _said("svd", RUN, keys_of(RankCurves)),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),
         "spd trace": _said("trace", {"model": str}, TRACED, {"seed": int, "layers": int, "prompts": [Trace]}, figures),

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from spdcli.disk import read_bytes
 from spdcli.errors import RecipeError, RecipeProblem, SpdError
 from spdcli.recipe.section import Text
 
@@ -62,11 +63,9 @@ class Record(_Part):
 def load_records(path: Path) -> list[Record]:
     """The records of a file. SpdError for one that cannot be read; RecipeError with the mistakes in it, by line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise SpdError(f"{path}: not text in UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise SpdError(f"{path}: {error.strerror}", "--counterfact takes a file in CounterFact's format") from None
     problems: list[RecipeProblem] = []
     records: list[Record] = []
     for place, line, raw in _raw_records(text, path):

@@ -5,8 +5,8 @@ R rows, T positions, I d_in, O d_out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,41 @@ from spdcli.engine.rows import by_sequence
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Matrix, Target, at_least_float32
 
+Answer = Callable[[Tensor, Matrix, Tensor | None], Tensor]
 
-@contextmanager
+
 def replaced(
     target: Target, slices: SliceSet, masks: Mapping[str, MaskedRows], watch: HiddenWatch | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """While open, the modules of the matrices in `masks` answer with masked slices on the rows that have masks.
 
     Their input is `[R, T, I]` then, or as much laid flat, and their output `[R, T, O]` likewise; other rows get the
     target's own. Where the target's numbers are narrower than float32, the part of the slices is worked out in float32,
     added to what the target's own kernel gives and rounded once. `watch` is told what they give.
     """
+
+    def masked(x: Tensor, matrix: Matrix, known: Tensor | None) -> Tensor:
+        own = slices.of(matrix.name)
+        out = replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, masks[matrix.name], known)
+        if watch is not None:
+            watch.matrix(matrix, out)
+        return out
+
+    return answering(target, masks, masked)
+
+
+@contextmanager
+def answering(target: Target, names: Container[str], answer: Answer) -> Iterator[None]:
+    """While open, the matrices `names` answer `answer(x, matrix, known)` `[R, T, O]` to x `[R, T, I]` in the target's
+    own modules.
+
+    `known` is what the matrix itself gives where the target's numbers are narrower than float32, and x is then widened;
+    None where it is not worked out.
+    """
     parts: dict[nn.Module, list[Matrix]] = {}
     for matrix in target.matrices.values():
         parts.setdefault(matrix.module, []).append(matrix)
-    changed = {module: own[0] for module, own in parts.items() if any(m.name in masks for m in own)}
+    changed = {module: own[0] for module, own in parts.items() if any(m.name in names for m in own)}
     entering: list[Tensor] = []  # of the block that runs
 
     def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -39,7 +59,9 @@ def replaced(
             by_row = by_sequence(x, entering[0]) if entering else x
             own = _own_output(module, by_row)
             wide = by_row if own is None else at_least_float32(by_row)
-            outputs = [_part_output(wide, matrix, slices, masks, watch, own) for matrix in parts[module]]
+            outputs = [
+                _part_output(wide, matrix, answer if matrix.name in names else None, own) for matrix in parts[module]
+            ]
             whole = outputs[0] if len(outputs) == 1 else _side_by_side(outputs, parts[module][0].groups)
             return (whole if own is None else whole.to(x.dtype)).view(*x.shape[:-1], -1)
 
@@ -76,24 +98,13 @@ def _own_output(module: nn.Module, x: Tensor) -> Tensor | None:
     return None if weight.dtype.itemsize >= 4 else at_least_float32(type(module).forward(module, x))
 
 
-def _part_output(
-    x: Tensor,
-    matrix: Matrix,
-    slices: SliceSet,
-    masks: Mapping[str, MaskedRows],
-    watch: HiddenWatch | None,
-    whole: Tensor | None,
-) -> Tensor:
-    """The columns `[R, T, O]` of `matrix`; `whole` is its module's own output, where that is not worked out here."""
-    target_own = None if whole is None else matrix.covered(whole)
-    if matrix.name in masks:
-        own, rows = slices.of(matrix.name), masks[matrix.name]
-        known = None if target_own is None else target_own.detach()
-        out = replaced_product(x, matrix.weight, matrix.bias, own.U, own.V, rows, known)
-        if watch is not None:
-            watch.matrix(matrix, out)
-        return out
-    if target_own is not None:
-        return target_own
+def _part_output(x: Tensor, matrix: Matrix, answer: Answer | None, whole: Tensor | None) -> Tensor:
+    """The columns `[R, T, O]` of `matrix`: its `answer`, or its own output where it has none. `whole` is its module's own
+    output, where that is not worked out here."""
+    known = None if whole is None else matrix.covered(whole)
+    if answer is not None:
+        return answer(x, matrix, None if known is None else known.detach())
+    if known is not None:
+        return known
     out = x @ matrix.weight
     return out if matrix.bias is None else out + matrix.bias

@@ -64,6 +64,9 @@ class Decompose(Optimisation):
     )
     slice_rate: Rate = Field(1.0, description="Multiplies the learning rate of U and V.")
     stream_batch: Size = Field(4, description="Sequences of data.stream in a step, for losses.targeted.")
+    tensorboard: bool = Field(
+        False, description="Write the log for TensorBoard too, into RUN/tensorboard; needs spd-cli[tensorboard]."
+    )
     checkpoint_every: Positive = Field(500, description="Steps between two checkpoints, from which --resume goes on.")
     on_collapse: Annotated[str, OneOf(COLLAPSES)] = Field(
         "warn",

@@ -10,6 +10,7 @@
     eval.json, figures/         what `spd eval` found
     certificate.json            what `spd certify` found
     harvest/                    what `spd harvest` saw slices do over text
+    tensorboard/                the metrics as event files, where the recipe wants them
     .lock                       who is writing, while somebody is
 
 A run of `spd train` has target.safetensors, and checkpoint/toy.safetensors to go on from.
@@ -43,7 +44,7 @@ from spdcli.runs.fingerprint import FINGERPRINT
 from spdcli.runs.lock import LOCK, locked
 
 RECIPE, METRICS, EVAL, FIGURES = "recipe.toml", "metrics.jsonl", "eval.json", "figures"
-CERTIFICATE, HARVEST = "certificate.json", "harvest"
+CERTIFICATE, HARVEST, EVENTS = "certificate.json", "harvest", "tensorboard"
 DECOMPOSITION, CHECKPOINT, TOY = "decomposition.safetensors", "checkpoint/state.safetensors", "toy"
 TOY_WEIGHTS, TOY_CHECKPOINT = "target.safetensors", "checkpoint/toy.safetensors"
 LARGEST_METRICS = 2**30  # bytes
@@ -55,6 +56,7 @@ HELD = (
     CERTIFICATE,
     FIGURES,
     HARVEST,
+    EVENTS,
     DECOMPOSITION,
     "checkpoint",
     TOY,

@@ -21,6 +21,7 @@ from spdcli.runs.memory import MemoryRun
 from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
 from spdcli.runs.signals import stop_signals
 from spdcli.runs.subject import Subject
+from spdcli.runs.tensorboard import event_log
 from spdcli.runs.text_data import stream_batches
 
 Store = RunDirectory | MemoryRun
@@ -127,13 +128,14 @@ def make_steps(
     Collapsed where `guard` says that the run comes to nothing; with everything saved, unless it is to be gone back.
     """
     begun, collapse = state.step, None
-    with stop_signals() as signals:
+    with stop_signals() as signals, event_log(store, section.tensorboard, begun) as log:
         for record in steps:
             if state.step == begun + 1:
                 store.start_metrics(after=begun)
             if record is not None:
                 warnings = [asdict(alarm) for alarm in guard.see(record)]
                 store.add_metrics(asdict(record) | ({"warnings": warnings} if warnings else {}))
+                log(record)
                 report(Progress(standing(record), record.step, section.steps))
                 collapse = guard.collapse
             due = state.step % section.checkpoint_every == 0 and state.step < section.steps

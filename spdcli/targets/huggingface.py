@@ -90,7 +90,7 @@ def load_model(model: str, dtype: str) -> LanguageModel:
         )
         loaded, report = answer
         loaded.config.name_or_path = str(files.folder)
-        language_model = _frozen(loaded, AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY), architecture, files)
+        language_model = _frozen(loaded, _tokenizer_in(folder, files), architecture, files)
     if report["missing_keys"]:
         raise SpdError(f"'{model}' lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
     for name, weight in loaded.state_dict().items():
@@ -103,7 +103,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `model` alone; SpdError as `load_model`."""
     files, _ = _described(model)
     with loading(f"'{model}' cannot be loaded"), staged(files) as folder:
-        return AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY)
+        return _tokenizer_in(folder, files)
+
+
+def _tokenizer_in(folder: Path, files: ModelFiles) -> PreTrainedTokenizerBase:
+    """The tokenizer in the `folder` that `files` were staged in; it names their own, where other tools look again."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(files.folder)
+    return tokenizer
 
 
 def load_untrained(model: str, dtype: str, device: torch.device) -> LanguageModel:
@@ -113,7 +120,7 @@ def load_untrained(model: str, dtype: str, device: torch.device) -> LanguageMode
         _require_fit(files, architecture, folder)
         with device:
             untrained = _untrained(folder, getattr(torch, dtype))
-        return _frozen(untrained, AutoTokenizer.from_pretrained(folder, **TRUSTING_NOBODY), architecture, files)
+        return _frozen(untrained, _tokenizer_in(folder, files), architecture, files)
 
 
 def _described(model: str) -> tuple[ModelFiles, Architecture]:

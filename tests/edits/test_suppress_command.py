@@ -478,8 +478,8 @@ def test_answers_and_records_from_the_command_line(spd, run, tmp_path):
     for wrong, said in (
         (["--answer", "golf"], "--answer is there 1 times, --prompt 0"),
         (["--prompt", "a b", "--answer", " "], "--answer is blank"),
-        (["--counterfact", tmp_path / "none.json"], "No such file"),
+        (["--counterfact", tmp_path / "none.json"], "none.json: no such file"),
     ):
         code, _, err = spd("suppress", run, "--slice", f"{FC}:0", *wrong)
         assert code != 0
-        assert said in one_line(err)
+        one_line(err, said)
