@@ -9,6 +9,7 @@ import typer
 
 from spdcli.commands.edit_options import FactsOption, read_facts
 from spdcli.commands.evidence_tables import evidence_tables
+from spdcli.commands.opening import opened
 from spdcli.commands.options import (
     Device,
     Json,
@@ -76,10 +77,8 @@ def report(
     from spdcli.location.report_markdown import markdown
     from spdcli.location.tracing import TraceSettings
     from spdcli.records import plain
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     seed, layers, recipe = loaded.seed_or(seed), len(loaded.subject.target.blocks), loaded.recipe
     settings = ReportSettings(TraceSettings(noise, sigma, samples, window, seed), random, matrix, seed)
     with console.progress() as tell:

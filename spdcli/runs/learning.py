@@ -137,9 +137,9 @@ def make_steps(
                 warnings = [asdict(alarm) for alarm in guard.see(record)]
                 store.add_metrics(asdict(record) | ({"warnings": warnings} if warnings else {}))
                 report(standing(record, section.steps, state.generators["noise"].device))
+                collapse = guard.collapse
             else:
                 report(Progress("", state.step, section.steps, step_only=True))
-                collapse = guard.collapse
             due = state.step % section.checkpoint_every == 0 and state.step < section.steps
             if due and not signals and collapse is None and guard.may_save:
                 with signals.held():
