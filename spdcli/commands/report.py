@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from spdcli.location.report import RunReport
 
-REPORT, PAGE, DATA, TEXT = "report", "report.html", "report.json", "report.md"
+REPORT, DATA, TEXT = "report", "report.json", "report.md"
 Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of the noise of causal tracing.")]
 Random = Annotated[int, typer.Option("--random", min=1, max=10**6, help="Random directions as a control.")]
 MatrixOption = Annotated[
@@ -82,8 +82,7 @@ def report(
     from spdcli.location.report import ReportSettings, report_facts
     from spdcli.location.report_markdown import markdown as in_markdown
     from spdcli.location.tracing import TraceSettings
-    from spdcli.page.assemble import run_page
-    from spdcli.page.render import html
+    from spdcli.page.assemble import write_page
     from spdcli.paper.table1 import PAPER_ACTIVE
     from spdcli.records import plain
 
@@ -105,34 +104,16 @@ def report(
             )
     elif markdown:
         raise UsageError("--markdown is about facts, and there are none here", "leave it out")
-    figures = [] if about is None else draw(about, folder)
     with console.progress("the page") as tell:
-        page = run_page(loaded, folder, about, figures, PAPER_ACTIVE, seed, tell)
+        page, figures = write_page(loaded, folder, about, PAPER_ACTIVE, seed, tell)
     said = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": seed, "layers": layers}
     told = {"prompts": []} if about is None else plain(about)
-    drawn = [one.file.with_suffix(kind) for one in (*page.curves, *page.patterns) for kind in (".png", ".svg")]
-    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **told, "figures": [*figures, *drawn]}
+    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **told, "figures": figures}
     write_json(folder / DATA, data)
-    write_text(folder / PAGE, html(page))
     if markdown and about is not None:
         write_text(folder / TEXT, in_markdown(str(run), about, settings, layers, figures))
     console.show(data, *([] if about is None else render(about)))
-    console.result(folder / PAGE)
-
-
-def draw(report: RunReport, folder: Path) -> list[Path]:
-    """Figures 3, 4, 7 or 8, and 9 of a report."""
-    from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = save_zeroed(report.mlp_zeroed, folder)
-    if any(fact.slices for fact in report.prompts):
-        figures += save_slices(report, folder)
-    for row, fact in enumerate(report.prompts):
-        figures += save_trace(fact.trace, folder, f"trace-{row + 1}")
-        if fact.slices:
-            figures += save_names(fact, row, folder, f"names-{row + 1}")
-    return figures
+    console.result(page)
 
 
 def render(report: RunReport) -> list[RenderableType]:

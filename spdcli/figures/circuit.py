@@ -134,14 +134,17 @@ def _draw_offsets(axes: Axes, offsets: Offsets) -> None:
         axes.plot(offsets.offsets, entry.scores, linewidth=1, label=label, **style)
     axes.axvline(1, color="0.7", linewidth=0.8)
     axes.set(xlabel="query position - key position", ylabel="score of encodings alone", title="keys of K0's slices")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def _draw_identity(values: Axes, decoding: Axes, identity: Identity) -> None:
-    lines = ((identity.singular_values_target, "o", "W"), (identity.singular_values, "x", "active slices"))
-    for singular_values, marker, label in lines:
+    lines = (
+        (identity.singular_values_target, {"color": "black", "marker": "o"}, "W"),
+        (identity.singular_values, {"color": "0.5", "marker": "x", "linestyle": "--"}, "active slices"),
+    )
+    for singular_values, style, label in lines:
         numbers = range(1, len(singular_values) + 1)
-        values.plot(numbers, singular_values, color="black", marker=marker, linewidth=0.7, markersize=4, label=label)
+        values.plot(numbers, singular_values, linewidth=0.7, markersize=4, label=label, **style)
     values.set(xlabel="number", ylabel="singular value", title="V1", ylim=(0, None))
     values.legend(frameon=False, fontsize=7)
     numbers = range(1, len(identity.decoding) + 1)

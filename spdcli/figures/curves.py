@@ -55,7 +55,7 @@ def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -
 
 
 RANK_LINES = ("-", "--", "-.", ":")
-RANK_MARKS = ("o", "s", "^", "x")
+RANK_MARKS = ("o", "s", "^", "x", "D")
 RANK_FLOOR = 1e-8
 
 
@@ -72,10 +72,7 @@ def save_rank_curves(rank_curves: RankCurves, directory: Path) -> list[Path]:
             [point.rank for point in shown],
             [point.kl for point in shown],
             label=rank_curves.legend[method],
-            color=str(0.2 * number),
-            linestyle=RANK_LINES[number % len(RANK_LINES)],
-            marker=RANK_MARKS[number % len(RANK_MARKS)],
-            markersize=3,
+            **distinct(number) | {"marker": RANK_MARKS[number % len(RANK_MARKS)], "markersize": 3},
         )
     if rank_curves.tolerance > 0:
         axes.axhline(rank_curves.tolerance, color="0.7", linewidth=0.8, label="tolerance")

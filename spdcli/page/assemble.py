@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spdcli.disk import read_json
+from spdcli.disk import read_json, write_text
 from spdcli.explorer.exploration import Exploration
 from spdcli.figures.attention import save_patterns
 from spdcli.figures.curves import save_training_curve
+from spdcli.figures.facts import save_report
 from spdcli.figures.training import save_decomposition_curves
 from spdcli.location.report import RunReport
 from spdcli.measures.evaluation import evaluate
@@ -17,16 +18,35 @@ from spdcli.measures.evidence_choices import NO_SEARCH
 from spdcli.measures.target_and_masked import language_patterns, patterns_of
 from spdcli.page.content import Page, Picture, about, active_slices, commands, evidence, metrics, token_maps
 from spdcli.page.fact_sections import all_facts_pictures, fact_sections, kinds_of_rows
+from spdcli.page.render import html
 from spdcli.page.slices import slice_entries
 from spdcli.progress import Progress, Report, silent
 from spdcli.records import plain
 from spdcli.runs.directory import EVAL, METRICS, TOY, RunDirectory
 from spdcli.runs.loading import LoadedRun
 
+PAGE = "report.html"
 SEQUENCES = 512  # fresh ones of a toy that is measured for the page
 LONGEST_PATTERN = 64  # tokens of a text whose attention is drawn
 MOST_BLOCKS = 12  # whose attention is drawn, from the first on
 STAGES = 4
+
+
+def write_page(
+    run: LoadedRun,
+    folder: Path,
+    facts: RunReport | None = None,
+    paper: Mapping[str, Sequence[float]] | None = None,
+    seed: int | None = None,
+    report: Report = silent,
+) -> tuple[Path, list[Path]]:
+    """Write a run's page and its figures into `folder`; gives the page, and the figures (see `run_page`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [] if facts is None else save_report(facts, folder)
+    page = run_page(run, folder, facts, figures, paper, seed, report)
+    write_text(folder / PAGE, html(page))
+    drawn = [one.file.with_suffix(kind) for one in (*page.curves, *page.patterns) for kind in (".png", ".svg")]
+    return folder / PAGE, [*figures, *drawn]
 
 
 def run_page(
@@ -49,7 +69,6 @@ def run_page(
     report(Progress("what slices read and promote", 2, STAGES))
     slices, active = slice_entries(exploration)
     report(Progress("curves and attention", 3, STAGES))
-    folder.mkdir(parents=True, exist_ok=True)
     name = run.recipe.name if run.directory is None else str(run.directory)
     return Page(
         title=f"{name}: {run.recipe.target.kind} taken apart",

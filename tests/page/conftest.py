@@ -8,7 +8,7 @@ import pytest
 from small_runs import model_recipe, save_toy, toy_recipe
 
 import spdcli
-from spdcli.commands.report import draw
+from spdcli.figures.facts import save_report
 from spdcli.location.report import ReportSettings
 from spdcli.location.tracing import TraceSettings
 from spdcli.page.assemble import run_page
@@ -48,6 +48,7 @@ def toy_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     toy = save_toy(folder / "trained", toy_recipe(folder=folder))
     run = spdcli.decompose(toy_recipe(f"target.path={toy}", folder=folder), folder / "<i>run")
+    (folder / "page").mkdir()
     page = run_page(run, folder / "page", paper=PAPER_ACTIVE)
     (folder / "report.html").write_text(html(page), encoding="utf-8")
     return run, page, folder / "report.html"
@@ -63,6 +64,7 @@ def language_page(tmp_path_factory, tiny_gpt2_dir):
         settings=ReportSettings(TraceSettings(samples=1, window=1), random=1), facts=folder / "facts.toml"
     )
     (folder / "run" / "eval.json").write_text(json.dumps({"metrics": {"recon": 0.125, "stochastic_recon": None}}))
-    page = run_page(run, folder / "page", told, draw(told, folder / "page"))
+    (folder / "page").mkdir()
+    page = run_page(run, folder / "page", told, save_report(told, folder / "page"))
     (folder / "report.html").write_text(html(page), encoding="utf-8")
     return run, page, folder / "report.html"

@@ -137,6 +137,14 @@ def test_a_language_model_has_its_facts(language_page):
             assert table.rows[0][1] in text
 
 
+def test_it_is_written_from_python_too(toy_page, tmp_path):
+    run, page, _ = toy_page
+    path = run.save_page(tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "report.html"
+    assert page.slices[0].address in path.read_text(encoding="utf-8")
+    assert {one.name for one in path.parent.iterdir()} >= {"decomposition.png", "patterns.svg"}
+
+
 def test_evidence_of_a_search_is_adversarial():
     graded = {"importance": 0.5, "grades": {"importance": "importance"}, "accuracy": {}}
     said = graded | {"pgd_shared": {"kl": 2, "accuracy": 0.25}}
