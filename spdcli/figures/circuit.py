@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -138,7 +139,7 @@ def _draw_offsets(axes: Axes, offsets: Offsets) -> None:
 
 
 def _draw_identity(values: Axes, decoding: Axes, identity: Identity) -> None:
-    lines = (
+    lines: tuple[tuple[Sequence[float], dict[str, Any], str], ...] = (
         (identity.singular_values_target, {"color": "black", "marker": "o"}, "W"),
         (identity.singular_values, {"color": "0.5", "marker": "x", "linestyle": "--"}, "active slices"),
     )
