@@ -28,7 +28,10 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.console import Console
+    from spdcli.edits.facts_file import Facts
     from spdcli.location.report import RunReport
+    from spdcli.runs.loading import LoadedRun
 
 REPORT, DATA, TEXT = "report", "report.json", "report.md"
 Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of the noise of causal tracing.")]
@@ -44,6 +47,12 @@ MatrixOption = Annotated[
 ]
 NoFacts = Annotated[bool, typer.Option("--no-facts", help="Leave out the part about facts, which takes the most time.")]
 AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Write the part about facts as report.md, too.")]
+FigureNumbers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--figure", metavar="N", help="Draw this figure of the paper alone; may be repeated.", show_default=False
+    ),
+]
 Folder = Annotated[Path | None, typer.Option("--out", "-o", help="Where it goes.", show_default="RUN/report")]
 
 
@@ -59,6 +68,7 @@ def report(
     random: Random = 3,
     no_facts: NoFacts = False,
     markdown: AsMarkdown = False,
+    figure: FigureNumbers = None,
     out: Folder = None,
     device: Device = None,
     seed: Seed = None,
@@ -90,6 +100,9 @@ def report(
     seed, layers, recipe = loaded.seed_or(seed), len(loaded.subject.target.blocks), loaded.recipe
     settings = ReportSettings(TraceSettings(noise, sigma, samples, window, seed), random, matrix, seed)
     folder, about = out or run / REPORT, None
+    if figure:
+        draw_alone(console, loaded, figure, folder, file)
+        return
     if file is not None and (recipe.data is not None or facts is not None):
         with console.progress("which facts the model knows") as tell:
             about = report_facts(
@@ -114,6 +127,19 @@ def report(
         write_text(folder / TEXT, in_markdown(str(run), about, settings, layers, figures))
     console.show(data, *([] if about is None else render(about)))
     console.result(page)
+
+
+def draw_alone(console: Console, run: LoadedRun, numbers: list[int], folder: Path, facts: Facts | None) -> None:
+    """Draw figures of the paper by their numbers, and say where they are."""
+    from spdcli.page.paper_figures import draw_figure
+
+    figures = []
+    for number in numbers:
+        with console.progress(f"Figure {number}") as tell:
+            figures += draw_figure(run, number, folder, facts, tell)
+    console.show({"schema": "spd.report/1", "run": str(run.directory), "prompts": [], "figures": figures})
+    for path in figures:
+        console.result(path)
 
 
 def render(report: RunReport) -> list[RenderableType]:

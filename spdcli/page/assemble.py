@@ -24,6 +24,7 @@ from spdcli.progress import Progress, Report, silent
 from spdcli.records import plain
 from spdcli.runs.directory import EVAL, METRICS, TOY, RunDirectory
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.subject import require_tokens
 
 PAGE = "report.html"
 SEQUENCES = 512  # fresh ones of a toy that is measured for the page
@@ -41,6 +42,7 @@ def write_page(
     report: Report = silent,
 ) -> tuple[Path, list[Path]]:
     """Write a run's page and its figures into `folder`; gives the page, and the figures (see `run_page`)."""
+    require_tokens(run.subject)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     figures = [] if facts is None else save_report(facts, folder)
     page = run_page(run, folder, facts, figures, paper, seed, report)
