@@ -103,7 +103,8 @@ def report(
     if figure:
         draw_alone(console, loaded, figure, folder, file)
         return
-    if file is not None and (recipe.data is not None or facts is not None):
+    prompts = None if recipe.data is None else recipe.data.prompts
+    if file is not None and (prompts is not None or facts is not None):
         with console.progress("which facts the model knows") as tell:
             about = report_facts(
                 loaded.subject,

@@ -99,7 +99,7 @@ def about(run: LoadedRun) -> dict[str, str]:
         "trained": f"{recipe.decompose.steps} steps, seed {recipe.seed}, importance: {recipe.importance.kind}",
         "losses": ", ".join(f"{name} {value:g}" for name, value in weighted.items()),
     }
-    if recipe.data is not None:
+    if recipe.data is not None and recipe.data.prompts is not None:
         facts["prompts"] = f"{len(recipe.data.prompts)}"
     return facts | versions(run)
 
