@@ -205,6 +205,16 @@ def test_the_report_is_a_directory(spd, run, facts):
     assert again["prompts"] == data["prompts"]  # the seed says all
 
 
+def test_figures_of_slices_are_drawn_alone(spd, run, facts, tmp_path):
+    code, out, err = spd(
+        "report", run, "--facts", facts, "--figure", 3, "--figure", 4, "--out", tmp_path / "alone", "-q"
+    )
+    assert (code, err) == (0, "")
+    names = [f"{name}.{kind}" for name in ("slices", "names-1", "names-2") for kind in ("png", "svg")]
+    assert out.splitlines() == [str(tmp_path / "alone" / name) for name in names]
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == sorted(names)
+
+
 def rule_of(spd, run, name):
     """How much of the weights a slice's suppression takes, |ûᵀ W v̂|."""
     (cut,) = answer(spd, "suppress", run, "--slice", name, "--no-facts")["matrices"]
