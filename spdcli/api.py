@@ -14,7 +14,7 @@ from spdcli.costs.room import refuse_beyond_reason, refuse_without_room
 from spdcli.engine.target import Target
 from spdcli.errors import Interrupted, UsageError
 from spdcli.figures.curves import save_training_curve
-from spdcli.progress import Report, silent
+from spdcli.progress import Report, silent, without_steps
 from spdcli.recipe.reading import (
     LoadedRecipe,
     Override,
@@ -243,9 +243,12 @@ def override(key: str, value: Any) -> Override:
 
 
 def _report(progress: Report | None) -> Report:
-    if progress is not None and not callable(progress):
+    """`progress`, told of records and notes; of every step too where it has a true attribute `hears_steps`."""
+    if progress is None:
+        return silent
+    if not callable(progress):
         raise UsageError(f"progress= is a {type(progress).__name__}", "give a function of one argument, such as print")
-    return progress or silent
+    return progress if getattr(progress, "hears_steps", False) else without_steps(progress)
 
 
 def _tables(sections: Mapping[str, Any]) -> dict[str, Any]:

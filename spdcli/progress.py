@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Progress:
     """One thing to tell. With a `total`, `text` is how things stand after `done` of so many steps, and the next one
     replaces it; without one it is a note, or a `warning`, that stays.
+
+    `numbers` are what matters most of how things stand, the first first; `terms` are what a loss is made of, by name,
+    and `groups` the mean active slices (L0) at a position, by kind of matrix. With `step_only` another step is done,
+    and the rest is as it was.
 
     `str()` is a line for people, so that `print` is a `Report`.
     """
@@ -18,6 +22,10 @@ class Progress:
     done: int = 0
     total: int = 0
     warning: bool = False
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    terms: Mapping[str, float] = field(default_factory=dict)
+    groups: Mapping[str, float] = field(default_factory=dict)
+    step_only: bool = False
 
     def __str__(self) -> str:
         if self.total:
@@ -30,3 +38,12 @@ Report = Callable[[Progress], object]
 
 def silent(progress: Progress) -> None:
     """The `Report` of who wants to hear nothing."""
+
+
+def without_steps(report: Report) -> Report:
+    """`report`, which is told of every record and note, but not of every step."""
+
+    def told(progress: Progress) -> object:
+        return None if progress.step_only else report(progress)
+
+    return told

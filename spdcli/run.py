@@ -40,6 +40,7 @@ from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.slice_graph import SliceGraph, graph_text, slice_graph
 from spdcli.measures.svd import RankCurves, svd_curves
 from spdcli.measures.toy_evaluation import ToyEvaluation
+from spdcli.page.assemble import write_page
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.bounds import BOUNDS
 from spdcli.runs.directory import TOY, TOY_WEIGHTS, RunDirectory
@@ -366,6 +367,11 @@ class Run(LoadedRun):
         """What `spd explore` shows, without a screen: `prompt(1)` or `typed(text)` is a text's map of importance,
         `slices` those of one of its cells, `next_tokens` what follows without some of them."""
         return Exploration(self, threshold, labels)
+
+    def save_page(self, folder: str | Path, facts: RunReport | None = None, *, progress: Report = silent) -> Path:
+        """Write the run's page, as `spd report`, with its figures into `folder`: one file of HTML that needs nothing
+        else. `facts` is what `report` gives, and without it the page says nothing of facts."""
+        return write_page(self, Path(folder), facts, report=progress)[0]
 
     def save(self, path: str | Path, *, force: bool = False) -> RunDirectory:
         """Write a run that was kept in memory to a directory, for `load` and for the commands; it cannot go on there.

@@ -127,7 +127,7 @@ def test_its_commands_run_in_order(
     evaluated = json.loads((folder / "demo/induction/eval.json").read_text())
     assert set(evaluated["active"]) == {"Q0", "K0", "V0", "Q1", "K1", "V1"}
     assert (folder / "restored/model.safetensors").exists()
-    assert "# Where is it?" in (folder / "athletes/report/report.md").read_text()
+    assert "Facts and edits" in (folder / "athletes/report/report.html").read_text()
 
 
 def test_its_python_runs(

@@ -11,6 +11,7 @@ import typer
 from spdcli.commands import completion
 from spdcli.commands.edit_options import Answer, FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
 from spdcli.commands.effect_tables import alone_table, effects_table, facts_tables, in_title, prompts_only, quiet_lines
+from spdcli.commands.opening import opened
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
 from spdcli.errors import UsageError
@@ -86,10 +87,8 @@ def ablate(
     from spdcli.edits.suppression import find_slices
     from spdcli.edits.zeroing import zeroed_parts
     from spdcli.records import plain
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     seed = loaded.seed_or(seed)
     slices = find_slices(loaded.decomposition, slice or [])
     zeroed = zeroed_parts(loaded.subject.target, matrix or [], mlp or [])
@@ -106,7 +105,8 @@ def ablate(
     if slices and masking.others == "on" and not loaded.decomposition.delta:
         console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
     exam = options.open(console, loaded.subject, seed, loaded.decomposition if slices else None)
-    report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking)
+    with console.progress("measuring what is lost"):
+        report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking)
     drawings = draw_layers(report.alone, run) if figure else []
     title = f"Without {in_title([*report.slices, *report.zeroed])}" + (f" (others {masking.others})" if slices else "")
     whole = [] if each_mlp else [effects_table(title, prompts_only(report.effects))]

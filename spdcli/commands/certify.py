@@ -9,6 +9,7 @@ import typer
 
 from spdcli.commands.edit_options import FactsOption, read_facts
 from spdcli.commands.evidence_tables import MEANING
+from spdcli.commands.opening import opened
 from spdcli.commands.options import (
     AdversaryOption,
     Device,
@@ -92,14 +93,13 @@ def certify(
     from spdcli.recipe.reading import load_recipe
     from spdcli.records import plain
     from spdcli.runs.directory import CERTIFICATE, RECIPE, RunDirectory
-    from spdcli.runs.loading import load
 
     directory = RunDirectory.open(run)
     held = load_recipe(recipe or str(directory / RECIPE), set_ or [])
     bounds = {} if held.recipe.certify is None else held.recipe.certify.bounds
     read = None if script is None else load_script(script)
     beside = read_facts(facts, without=False) if read is not None and read[0].asks_facts else None
-    loaded, others = load(run, device), [load(other, device) for other in against or ()]
+    loaded, others = opened(console, run, device), [opened(console, other, device) for other in against or ()]
     settings = Certifying(sequences, threshold, MaskSearch(adversary, starts), loaded.seed_or(seed))
     with console.progress() as report:
         certificate = measure(loaded, bounds, settings, others, read, beside, report)

@@ -56,7 +56,7 @@ def decompose(
     loaded = load_recipe(recipe, [*on_text, *(set_ or [])], seed=seed, device=device)
     from spdcli import api
 
-    with console.progress() as progress:
+    with console.progress(f"preparing {loaded.recipe.name}") as progress:
         run = api.decompose(loaded, out, progress=progress, force=force, resume=resume)
     console.debug(str(run))
     last = run.home.last_record

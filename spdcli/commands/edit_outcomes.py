@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spdcli.commands.edit_options import ExamOptions
 from spdcli.commands.effect_tables import prompts_only
+from spdcli.commands.opening import opened
 from spdcli.console import Console
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from spdcli.edits.suppression import Edit
     from spdcli.recipe.reading import Source
     from spdcli.runs.subject import Subject
+
+MEASURING = "measuring what the edit does"
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,12 @@ def suppress_slices(console: Console, options: RunOptions, addresses: list[str],
     from spdcli.edits.checkpoints import base_of
     from spdcli.edits.edit_reports import report_suppression
     from spdcli.edits.suppression import find_slices, suppression
-    from spdcli.runs.loading import load
 
-    loaded = load(options.run, options.device)
-    console.debug(str(loaded))
+    loaded = opened(console, options.run, options.device)
     slices = find_slices(loaded.decomposition, addresses)
     exam = options.exam.open(console, loaded.subject, loaded.seed_or(options.seed), loaded.decomposition)
-    report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam)
+    with console.progress(MEASURING):
+        report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam)
     edit = suppression(loaded.subject.target, loaded.decomposition, slices, together)
     return Outcome(report, loaded.subject, base_of(loaded.recipe, options.run), edit)
 
@@ -65,10 +67,8 @@ def suppress_script(console: Console, options: RunOptions, sections: tuple[Scrip
     from spdcli.edits.exam import script_exam
     from spdcli.edits.expectations import report_plan, report_script
     from spdcli.edits.script_plan import plan_script
-    from spdcli.runs.loading import load
 
-    loaded = load(options.run, options.device)
-    console.debug(str(loaded))
+    loaded = opened(console, options.run, options.device)
     subject, base, seed = loaded.subject, base_of(loaded.recipe, options.run), loaded.seed_or(options.seed)
     plan = plan_script(subject, loaded.decomposition, *sections, seed)
     if dry_run:
@@ -78,7 +78,8 @@ def suppress_script(console: Console, options: RunOptions, sections: tuple[Scrip
     with console.progress() as progress:
         exam = script_exam(subject, plan.questions, facts, options.exam.records, seed, progress)
     edits = plan.edits(subject.target, loaded.decomposition)
-    report = report_script(subject, loaded.decomposition, plan, edits, exam)
+    with console.progress(MEASURING):
+        report = report_script(subject, loaded.decomposition, plan, edits, exam)
     return Outcome(report, subject, base, next(iter(edits.values())))
 
 
@@ -99,12 +100,14 @@ def use_patch(
     patch = load_patch(path)
     directory = RunDirectory.open(options.run)
     recipe = recipe_on(directory.recipe, base)
-    subject = open_subject(recipe, choose_device(options.device or recipe.device), base or directory / TOY)
+    with console.progress(f"opening {base or options.run}"):
+        subject = open_subject(recipe, choose_device(options.device or recipe.device), base or directory / TOY)
     if base is None:
         require_same_weights(directory.path, subject.target)
     edit, weights = patch_target(subject.target, patch, path, apply is None)
     exam = options.exam.open(console, subject, seed_or(recipe, options.seed))
-    report = report_patch(subject, patch, edit, exam, apply is None)
+    with console.progress(MEASURING):
+        report = report_patch(subject, patch, edit, exam, apply is None)
     return Outcome(report, subject, base_of(recipe, options.run), edit, weights)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from spdcli.commands.evidence_tables import evidence_tables, grade_of
 from spdcli.commands.language_tables import language_tables, losses_line
+from spdcli.commands.opening import opened
 from spdcli.commands.options import (
     AdversaryOption,
     Device,
@@ -96,12 +97,11 @@ def evaluate(
     from spdcli.figures.run_files import write_evaluation
     from spdcli.measures.evaluation import evaluate as measure
     from spdcli.runs.directory import EVAL
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     sought = MaskSearch(adversary, starts)
-    evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed), sought)
+    with console.progress("measuring, and seeking masks that break it"):
+        evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed), sought)
     console.show(write_evaluation(loaded, evaluation), *render(evaluation, loaded.subject))
     if evaluation.worse_than_none:
         recon, nothing = evaluation.metrics["recon"], evaluation.all_off

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from spdcli.commands import completion
+from spdcli.commands.opening import opened
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.errors import SpdError, UsageError
 
@@ -56,11 +57,8 @@ def explore(
     console = make_console(json, quiet, verbose)
     if not json:
         require_screen()
-    from spdcli.runs.loading import load
 
-    console.note(f"opening {run} …")
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     from spdcli.edits.suppression import find_slices
     from spdcli.explorer.exploration import Exploration
     from spdcli.records import plain

@@ -116,9 +116,12 @@ def check(
     from spdcli.edits.fact_check import check_facts
     from spdcli.runs.models import open_model
 
-    language_model = open_model(model, device, begin_token)
+    with console.progress(f"opening {model}"):
+        language_model = open_model(model, device, begin_token)
     name = name or model_name(language_model.name)
-    checks = check_facts(language_model.target, language_model.tokenizer, file, language_model.begin_token, name, known)
+    target, tokenizer, begin = language_model.target, language_model.tokenizer, language_model.begin_token
+    with console.progress(f"asking {len(file.fact)} facts"):
+        checks = check_facts(target, tokenizer, file, begin, name, known)
     if write is not None:
         write_notes(write, facts or BUILTIN, file, checks, name, known)
     wrong = sum(one.agrees is False for one in checks)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spdcli.commands import completion
+from spdcli.commands.opening import opened
 from spdcli.commands.options import (
     Device,
     Json,
@@ -79,13 +80,11 @@ def inspect(
         show_slices(console, run, slice_, labels, device)
         return
     from spdcli.measures.inspection import Query, inspect_texts
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     query = Query(token, matrix or ["*"], top, labels, threshold, places)
     begin, seed = loaded.begin_token, loaded.seed_or(seed)
-    with console.progress() as report:
+    with console.progress("looking at every token") as report:
         inspection = inspect_texts(loaded.subject, loaded.decomposition, query, prompt or [], begin, seed, report)
     console.show({"schema": "spd.inspect/1", "run": run} | plain(inspection), *render(inspection))
     if quiet:

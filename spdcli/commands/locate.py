@@ -9,6 +9,7 @@ import typer
 
 from spdcli.commands import completion
 from spdcli.commands.edit_options import FactsOption, NoFacts, read_facts
+from spdcli.commands.opening import opened
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
 from spdcli.edits.choices import STATISTICS, USUAL_STATISTIC
 
@@ -90,10 +91,8 @@ def locate(
     from spdcli.location.locate import Search
     from spdcli.location.locate import locate as locate_slices
     from spdcli.records import plain
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     if loaded.subject.prompts is None and facts is None:
         file = None  # the toy knows none of those that come with spd
     search = Search(tuple(matrices or ["*"]), top, paired, pairs, collateral, others_limit, threshold)

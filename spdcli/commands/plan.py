@@ -34,8 +34,7 @@ def plan(
     from spdcli.records import plain
     from spdcli.runs.subject import choose_device
 
-    with console.live() as live:
-        live.update("a step is counted without numbers, then a few are made", 0, 1)
+    with console.progress("a step is counted without numbers, then a few are made"):
         on = choose_device(loaded.recipe.device)
         refuse_beyond_reason(loaded.recipe, on)
         costs = estimate(loaded, on)

@@ -1,4 +1,4 @@
-"""`spd report`: where a run's facts are, beside baselines and controls, and what leaks."""
+"""`spd report`: a run as one page; where its facts are, beside baselines and controls, and what leaks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from spdcli.commands.edit_options import FactsOption, read_facts
 from spdcli.commands.evidence_tables import evidence_tables
+from spdcli.commands.opening import opened
 from spdcli.commands.options import (
     Device,
     Json,
@@ -22,11 +23,15 @@ from spdcli.commands.options import (
     Window,
     make_console,
 )
+from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.console import Console
+    from spdcli.edits.facts_file import Facts
     from spdcli.location.report import RunReport
+    from spdcli.runs.loading import LoadedRun
 
 REPORT, DATA, TEXT = "report", "report.json", "report.md"
 Samples = Annotated[int, typer.Option("--samples", min=1, max=10**6, help="Draws of the noise of causal tracing.")]
@@ -38,6 +43,14 @@ MatrixOption = Annotated[
         "-m",
         help="The decomposed matrix that is edited.",
         show_default="the last one before the output of the first decomposed MLP",
+    ),
+]
+NoFacts = Annotated[bool, typer.Option("--no-facts", help="Leave out the part about facts, which takes the most time.")]
+AsMarkdown = Annotated[bool, typer.Option("--markdown", help="Write the part about facts as report.md, too.")]
+FigureNumbers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--figure", metavar="N", help="Draw this figure of the paper alone; may be repeated.", show_default=False
     ),
 ]
 Folder = Annotated[Path | None, typer.Option("--out", "-o", help="Where it goes.", show_default="RUN/report")]
@@ -53,6 +66,9 @@ def report(
     samples: Samples = 3,
     window: Window = 10,
     random: Random = 3,
+    no_facts: NoFacts = False,
+    markdown: AsMarkdown = False,
+    figure: FigureNumbers = None,
     out: Folder = None,
     device: Device = None,
     seed: Seed = None,
@@ -60,64 +76,71 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Where is it? One table a fact: what cuts it, and what else that cuts.
+    """One page about a run: what was taken apart, how good it is, its slices, and where its facts are.
 
-    Causal tracing, zeroed MLP layers and the run's slices, beside edits that need
-    no decomposition, random and singular directions, and, kept apart, an edit that
+    RUN/report/report.html needs no network and nothing beside it. Of a language
+    model it has a table a fact: what cuts it, and what else that cuts. Causal
+    tracing, zeroed MLP layers and the run's slices, beside edits that need no
+    decomposition, random and singular directions, and, kept apart, an edit that
     was optimised for the effect. Then the fact in other words and in reverse.
 
-    Writes report.md, report.json and figures (3, 4, 7 to 9) into RUN/report.
+    report.json and the figures (3, 4, 7 to 9) lie beside it.
     """
     console = make_console(json, quiet, verbose)
-    file = read_facts(facts, without=False)
-    assert file is not None
+    file = read_facts(facts, no_facts)
     from spdcli.disk import write_json, write_text
     from spdcli.location.report import ReportSettings, report_facts
-    from spdcli.location.report_markdown import markdown
+    from spdcli.location.report_markdown import markdown as in_markdown
     from spdcli.location.tracing import TraceSettings
+    from spdcli.page.assemble import write_page
+    from spdcli.paper.table1 import PAPER_ACTIVE
     from spdcli.records import plain
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     seed, layers, recipe = loaded.seed_or(seed), len(loaded.subject.target.blocks), loaded.recipe
     settings = ReportSettings(TraceSettings(noise, sigma, samples, window, seed), random, matrix, seed)
-    with console.progress() as tell:
-        facts_of_run = report_facts(
-            loaded.subject,
-            loaded.decomposition,
-            recipe.data,
-            recipe.slices.ridge,
-            file,
-            subject or [],
-            settings,
-            tell,
-        )
+    folder, about = out or run / REPORT, None
+    if figure:
+        draw_alone(console, loaded, figure, folder, file)
+        return
+    prompts = None if recipe.data is None else recipe.data.prompts
+    if file is not None and (prompts is not None or facts is not None):
+        with console.progress("which facts the model knows") as tell:
+            about = report_facts(
+                loaded.subject,
+                loaded.decomposition,
+                recipe.data,
+                recipe.slices.ridge,
+                file,
+                subject or [],
+                settings,
+                tell,
+            )
+    elif markdown:
+        raise UsageError("--markdown is about facts, and there are none here", "leave it out")
+    with console.progress("the page") as tell:
+        page, figures = write_page(loaded, folder, about, PAPER_ACTIVE, seed, tell)
     said = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": seed, "layers": layers}
-    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **plain(facts_of_run)}
-    folder = out or run / REPORT
-    figures = draw(facts_of_run, folder)
-    data["figures"] = figures
+    told = {"prompts": []} if about is None else plain(about)
+    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **told, "figures": figures}
     write_json(folder / DATA, data)
-    text = markdown(str(run), facts_of_run, settings, layers, figures)
-    write_text(folder / TEXT, text)
-    console.show(data, *render(facts_of_run))
-    console.result(folder / TEXT)
+    if markdown and about is not None:
+        write_text(folder / TEXT, in_markdown(str(run), about, settings, layers, figures))
+    console.show(data, *([] if about is None else render(about)))
+    console.result(page)
 
 
-def draw(report: RunReport, folder: Path) -> list[Path]:
-    """Figures 3, 4, 7 or 8, and 9 of a report."""
-    from spdcli.figures.facts import save_names, save_slices, save_trace, save_zeroed
+def draw_alone(console: Console, run: LoadedRun, numbers: list[int], folder: Path, facts: Facts | None) -> None:
+    """Draw figures of the paper by their numbers, and say where they are."""
+    from spdcli.page.paper_figures import draw_figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = save_zeroed(report.mlp_zeroed, folder)
-    if any(fact.slices for fact in report.prompts):
-        figures += save_slices(report, folder)
-    for row, fact in enumerate(report.prompts):
-        figures += save_trace(fact.trace, folder, f"trace-{row + 1}")
-        if fact.slices:
-            figures += save_names(fact, row, folder, f"names-{row + 1}")
-    return figures
+    figures = []
+    for number in numbers:
+        with console.progress(f"Figure {number}") as tell:
+            figures += draw_figure(run, number, folder, facts, tell)
+    console.show({"schema": "spd.report/1", "run": str(run.directory), "prompts": [], "figures": figures})
+    for path in figures:
+        console.result(path)
 
 
 def render(report: RunReport) -> list[RenderableType]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spdcli.commands.opening import opened
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.errors import UsageError
 from spdcli.measures.svd_methods import METHODS
@@ -71,10 +72,8 @@ def svd(
         raise UsageError(f"--tolerance {tolerance}: not a number of nats", "give a number such as 1e-3")
     from spdcli.figures.run_files import SVD_FIGURE, write_rank_curves
     from spdcli.measures.svd import svd_curves
-    from spdcli.runs.loading import load
 
-    loaded = load(run, device)
-    console.debug(str(loaded))
+    loaded = opened(console, run, device)
     methods = [name for name in METHODS if not method or name in method]
     with console.progress() as report:
         curves = svd_curves(

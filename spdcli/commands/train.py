@@ -42,7 +42,7 @@ def train(
     loaded = load_recipe(recipe, set_ or [], seed=seed, device=device)
     from spdcli.api import train_toy
 
-    with console.progress() as progress:
+    with console.progress(f"preparing {loaded.recipe.name}") as progress:
         trained = train_toy(loaded, out, progress=progress, force=force, resume=resume)
     last = trained.records[-1]
     console.show(

@@ -99,8 +99,10 @@ def _own_output(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _part_output(x: Tensor, matrix: Matrix, answer: Answer | None, whole: Tensor | None) -> Tensor:
-    """The columns `[R, T, O]` of `matrix`: its `answer`, or its own output where it has none. `whole` is its module's own
-    output, where that is not worked out here."""
+    """The columns `[R, T, O]` of `matrix`: its `answer`, or its own output where it has none.
+
+    `whole` is its module's own output, where that is not worked out here.
+    """
     known = None if whole is None else matrix.covered(whole)
     if answer is not None:
         return answer(x, matrix, None if known is None else known.detach())

@@ -106,7 +106,7 @@ class Exploration:
         self.run = run
         self.query = Query(None, top=MOST_SLICES, labels=labels, threshold=threshold)
         self.own: Texts = own_texts(run.subject, run.seed_or(seed))
-        self._active = self._activity(self.own)
+        self.activity = self._activity(self.own)  # of the run's own texts
 
     def prompt(self, number: int) -> TextView:
         """The run's own prompt of a number, from 1; one more than the last is the first again."""
@@ -114,7 +114,7 @@ class Exploration:
         prompts, batch = self.run.subject.prompts, self.own.batch
         at = int(batch.valid[row].sum()) - 1 if prompts is None else int(prompts.answer_at[row])
         answer = None if batch.answers is None else int(batch.answers[row])
-        return self._view(self.own, self._active, row, row + 1, at, answer, "")
+        return self._view(self.own, self.activity, row, row + 1, at, answer, "")
 
     def typed(self, text: str) -> TextView:
         """A text of the user's own, fed whole. UsageError, or SpdError, for one that the target cannot take."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from spdcli.figures.curves import save
+from spdcli.figures.curves import distinct, save
 from spdcli.measures.circuit import Circuit, CircuitExample, ImportanceProfile
 from spdcli.measures.circuit_identity import Identity
 from spdcli.measures.circuit_offsets import Offsets
 from spdcli.targets.sequences import POSITION_CLASSES
-
-LINES = ("-", "--", "-.", ":")
 
 
 def save_circuit(circuit: Circuit, example: CircuitExample, names: Sequence[str], directory: Path) -> None:
@@ -64,20 +64,21 @@ def _arc(axes: Axes, start: int, stop: int, label: str) -> None:
 
 
 def save_importance(importance: ImportanceProfile, directory: Path) -> list[Path]:
-    """Mean summed importance of every matrix: by position class, and by distance from s1. Black is 1 and more."""
+    """Mean summed importance of every matrix: by position class, and by distance from s1. Black is the largest; shades
+    go by the square root, so that 1 is seen beside 10."""
     matrices, distances = list(importance.classes), importance.distances
     figure = Figure(figsize=(9, 0.4 * len(matrices) + 1.6), layout="constrained")
     by_class, by_distance = figure.subplots(1, 2, width_ratios=[1, 2.4])
     values = [[importance.classes[name][kind] for kind in POSITION_CLASSES] for name in matrices]
-    by_class.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    by_place = [importance.by_distance[name] for name in matrices]
+    norm = PowerNorm(0.5, 0.0, max(1e-9, *(max(line) for line in [*values, *by_place])))
+    by_class.imshow(values, cmap="Greys", norm=norm, aspect="auto")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            colour = "white" if value > 0.5 else "black"
+            colour = "white" if norm(value) > 0.5 else "black"
             by_class.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     by_class.set_xticks(range(len(POSITION_CLASSES)), POSITION_CLASSES)
-    shown = by_distance.imshow(
-        [importance.by_distance[name] for name in matrices], cmap="Greys", vmin=0, vmax=1, aspect="auto"
-    )
+    shown = by_distance.imshow(by_place, cmap="Greys", norm=norm, aspect="auto")
     by_distance.set_xticks(range(len(distances)), [f"{d:+d}" if d else "s1" for d in distances], fontsize=8)
     by_distance.set_xlabel("position, counted from s1 (m is +1)")
     for axes in (by_class, by_distance):
@@ -129,19 +130,22 @@ def _draw_offsets(axes: Axes, offsets: Offsets) -> None:
     axes.plot(offsets.offsets, offsets.whole.scores, color="black", linewidth=2, label="W of Q0 and K0")
     of_keys = [entry for entry in offsets.slices if entry.slice.startswith("K0")]
     for number, entry in enumerate(of_keys):
-        style = LINES[(number + 1) % len(LINES)]
         label = entry.slice if number < 6 else None
-        axes.plot(offsets.offsets, entry.scores, color="0.4", linestyle=style, linewidth=1, label=label)
+        style = distinct(number + 1, len(offsets.offsets))
+        axes.plot(offsets.offsets, entry.scores, linewidth=1, label=label, **style)
     axes.axvline(1, color="0.7", linewidth=0.8)
     axes.set(xlabel="query position - key position", ylabel="score of encodings alone", title="keys of K0's slices")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def _draw_identity(values: Axes, decoding: Axes, identity: Identity) -> None:
-    lines = ((identity.singular_values_target, "o", "W"), (identity.singular_values, "x", "active slices"))
-    for singular_values, marker, label in lines:
+    lines: tuple[tuple[Sequence[float], dict[str, Any], str], ...] = (
+        (identity.singular_values_target, {"color": "black", "marker": "o"}, "W"),
+        (identity.singular_values, {"color": "0.5", "marker": "x", "linestyle": "--"}, "active slices"),
+    )
+    for singular_values, style, label in lines:
         numbers = range(1, len(singular_values) + 1)
-        values.plot(numbers, singular_values, color="black", marker=marker, linewidth=0.7, markersize=4, label=label)
+        values.plot(numbers, singular_values, linewidth=0.7, markersize=4, label=label, **style)
     values.set(xlabel="number", ylabel="singular value", title="V1", ylim=(0, None))
     values.legend(frameon=False, fontsize=7)
     numbers = range(1, len(identity.decoding) + 1)

@@ -24,6 +24,16 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     return paths
 
 
+def distinct(number: int, points: int = 2) -> dict[str, Any]:
+    """How curve `number` of a figure is drawn, so that it is told from 31 others in grey: by line, shade and mark.
+
+    A curve of many `points` has about ten marks.
+    """
+    line, shade, mark = number % 4, number // 4 % 2, number // 8 % 4
+    marks = {} if mark == 0 else {"marker": RANK_MARKS[mark], "markersize": 4, "markevery": max(1, points // 10)}
+    return {"linestyle": RANK_LINES[line], "color": ("black", "0.5")[shade], **marks}
+
+
 def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """The toy's loss against the step, and the accuracy of one that predicts tokens (Figure 5, A.2.2): a plateau, then
     the phase change."""
@@ -45,7 +55,7 @@ def save_training_curve(records: Sequence[Mapping[str, Any]], directory: Path) -
 
 
 RANK_LINES = ("-", "--", "-.", ":")
-RANK_MARKS = ("o", "s", "^", "x")
+RANK_MARKS = ("o", "s", "^", "x", "D")
 RANK_FLOOR = 1e-8
 
 
@@ -62,10 +72,7 @@ def save_rank_curves(rank_curves: RankCurves, directory: Path) -> list[Path]:
             [point.rank for point in shown],
             [point.kl for point in shown],
             label=rank_curves.legend[method],
-            color=str(0.2 * number),
-            linestyle=RANK_LINES[number % len(RANK_LINES)],
-            marker=RANK_MARKS[number % len(RANK_MARKS)],
-            markersize=3,
+            **distinct(number) | {"marker": RANK_MARKS[number % len(RANK_MARKS)], "markersize": 3},
         )
     if rank_curves.tolerance > 0:
         axes.axhline(rank_curves.tolerance, color="0.7", linewidth=0.8, label="tolerance")

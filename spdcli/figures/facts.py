@@ -16,6 +16,18 @@ from spdcli.location.tracing import Trace
 PANELS = {"state": "one hidden state", "mlp": "a window of MLPs", "attention": "a window of attention"}
 
 
+def save_report(report: RunReport, directory: Path) -> list[Path]:
+    """The figures of a report on facts: 3, 4, 7 or 8, and 9."""
+    figures = save_zeroed(report.mlp_zeroed, directory)
+    if any(fact.slices for fact in report.prompts):
+        figures += save_slices(report, directory)
+    for row, fact in enumerate(report.prompts):
+        figures += save_trace(fact.trace, directory, f"trace-{row + 1}")
+        if fact.slices:
+            figures += save_names(fact, row, directory, f"names-{row + 1}")
+    return figures
+
+
 def save_trace(trace: Trace, directory: Path, name: str) -> list[Path]:
     """Figures 7 and 8: P(answer) after restoring each place, a panel a kind; `*` marks the corrupted tokens."""
     rows = [f"{token}{'*' if at in trace.subject else ''}" for at, token in enumerate(trace.tokens)]

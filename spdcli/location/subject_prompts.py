@@ -44,7 +44,10 @@ def subject_prompts(prompts: Prompts, subjects: Sequence[str], known: Sequence[s
         places = [subject_positions(prompts, number, subject) for subject in [*subjects, *known]]
         own = next((positions for positions in places if positions), None)
         if own is None:
-            raise UsageError(f"which words of {text!r} are its subject?", "give them, as in --subject 'Kobe Bryant'")
+            raise UsageError(
+                f"which words of {text!r} are its subject?",
+                "give them, as in --subject 'Kobe Bryant'; spd report --no-facts needs none",
+            )
         fed, pieces = torch.tensor(prompts.fed(number)), tuple(prompts.pieces[number])
         about.append(SubjectPrompt(fed, int(answers[number]), own, text, prompts.answer_texts[number], pieces))
     return about

@@ -26,7 +26,7 @@ from spdcli.measures.circuit_identity import Identity, identity
 from spdcli.measures.circuit_needs import needs
 from spdcli.measures.circuit_offsets import Offsets, offset_profiles
 from spdcli.measures.gate_knowledge import Control, gate_controls
-from spdcli.measures.target_and_masked import TargetAndMasked, attention_patterns
+from spdcli.measures.target_and_masked import TargetAndMasked, patterns_of
 from spdcli.runs.subject import Subject
 from spdcli.targets.sequences import POSITION_CLASSES
 
@@ -126,7 +126,7 @@ def circuit_attention(data: CircuitData, masked: bool) -> CircuitAttention:
         pattern = data.block(0).scores(q, k).log_softmax(-1)
         return pattern[rows, 0, at["m"], at["s1"]].exp().mean().item()
 
-    patterns = attention_patterns(data.toy, data.target, data.decomposition, data.clean, data.g)
+    patterns = patterns_of(data.target, data.decomposition, data.clean, data.g)
     second = (patterns.masked if masked else patterns.target)[1]
     return CircuitAttention(
         m_to_s1=to_s1(1.0, 1.0),
@@ -162,7 +162,7 @@ def example(data: CircuitData) -> CircuitExample:
     """The sequence of `data` whose s1 stands nearest to the middle."""
     length = data.clean.batch.tokens.shape[1]
     row = int((data.at["s1"] - length // 2).abs().argmin())
-    patterns = attention_patterns(data.toy, data.target, data.decomposition, data.clean, data.g)
+    patterns = patterns_of(data.target, data.decomposition, data.clean, data.g)
     return CircuitExample(
         tokens=data.clean.batch.tokens[row].tolist(),
         at={kind: int(places[row]) for kind, places in data.at.items()},

@@ -19,7 +19,7 @@ from spdcli.measures.evaluation_totals import Evaluation, Sums
 from spdcli.measures.evidence import CornerSums, search_masks
 from spdcli.measures.evidence_choices import MaskSearch
 from spdcli.measures.mean import Mean
-from spdcli.measures.target_and_masked import TargetAndMasked, attention_patterns
+from spdcli.measures.target_and_masked import TargetAndMasked, patterns_of
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 from spdcli.targets.sequences import POSITION_CLASSES
@@ -80,7 +80,7 @@ class ToySums:
     def _compare_attention(self, clean: Clean, g: Mapping[str, Tensor]) -> None:
         """KL of each layer's attention, target against masked model, mean over heads and queries; and by queries."""
         assert self.subject.toy is not None
-        patterns = attention_patterns(self.subject.toy, self.subject.target, self.decomposition, clean, g)
+        patterns = patterns_of(self.subject.target, self.decomposition, clean, g)
         matter = queries_that_matter(len(patterns.target))
         for layer, (log_p, log_q) in enumerate(zip(patterns.target, patterns.masked, strict=True)):
             divergence = attention_divergence(log_p, log_q).mean(1)  # [B, T]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import torch
+
 from spdcli.engine.fit import FitState, Record, fit, start_fit, warm_up_faithfulness
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import Collapsed, Interrupted, NotFinite, SpdError
-from spdcli.machine import free_bytes, state_bytes, training_bytes
+from spdcli.machine import free_bytes, state_bytes, training_bytes, used_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import Recipe
@@ -136,8 +138,10 @@ def make_steps(
                 warnings = [asdict(alarm) for alarm in guard.see(record)]
                 store.add_metrics(asdict(record) | ({"warnings": warnings} if warnings else {}))
                 log(record)
-                report(Progress(standing(record), record.step, section.steps))
+                report(standing(record, section.steps, state.generators["noise"].device))
                 collapse = guard.collapse
+            else:
+                report(Progress("", state.step, section.steps, step_only=True))
             due = state.step % section.checkpoint_every == 0 and state.step < section.steps
             if due and not signals and collapse is None and guard.may_save:
                 with signals.held():
@@ -151,15 +155,19 @@ def make_steps(
         raise collapse
 
 
-def standing(record: Record) -> str:
-    """How a run stands: total loss, its terms, and mean active slices a position by matrix group."""
+def standing(record: Record, steps: int, device: torch.device) -> Progress:
+    """How a run of so many `steps` stands: the total loss, reconstruction, active slices a position and the memory that
+    is used; the terms of the loss; active slices by kind of matrix."""
     groups: dict[str, float] = {}
     for name, active in record.active.items():
         group = name.rsplit(".", 1)[-1] if "." in name else name
         groups[group] = groups.get(group, 0.0) + active
+    recon = next(({"recon": value} for name, value in record.losses.items() if "recon" in name), {})
+    numbers = {"loss": record.total, **recon, "active": sum(groups.values()), "GiB": used_bytes(device) / 2**30}
     terms = " ".join(f"{name} {value:.1e}" for name, value in record.losses.items())
     counts = " ".join(f"{group} {value:.2f}" for group, value in groups.items())
-    return f"loss {record.total:.2e} ({terms})  L0 {counts}"
+    text = f"loss {record.total:.2e}  active {numbers['active']:.2f} ({counts})  {terms}"
+    return Progress(text, record.step, steps, numbers=numbers, terms=record.losses, groups=groups)
 
 
 def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:

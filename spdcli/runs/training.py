@@ -87,7 +87,10 @@ def train_toy_of(recipe: Recipe, store: Store, report: Report = silent) -> Train
                 store.add_metrics(record)
                 right = f"  accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
                 text = f"training the toy  loss {record['loss']:.4g}{right}"
-                report(Progress(text, int(record["step"]), recipe.train.steps))
+                numbers: dict[str, float] = {name: record[name] for name in ("loss", "accuracy") if name in record}
+                report(Progress(text, state.step, recipe.train.steps, numbers=numbers, terms={"loss": record["loss"]}))
+            else:
+                report(Progress("", state.step, recipe.train.steps, step_only=True))
             if not signals and state.step % TOY_CHECKPOINT_EVERY == 0 and state.step < recipe.train.steps:
                 with signals.held():
                     save_toy_checkpoint(store, toy, state)

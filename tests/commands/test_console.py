@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import re
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from spdcli.console import Console
+from spdcli.console import Console, live
 from spdcli.errors import Interrupted, RecipeError, RecipeProblem, SpdError
+from spdcli.progress import Progress
 from spdcli.records import plain
 
 
@@ -135,19 +139,37 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch
 
 
 def work(console: Console) -> None:
-    with console.live() as live:
-        live.update("loss 0.5 [x]", 10, 100)
-        live.update("loss 0.4 [x]", 20, 100)
-        live.update("second part", 1, 5)
+    with console.progress("beginning") as report:
+        report(Progress("loss 0.5 [x]", 10, 100))
+        report(Progress("loss 0.4 [x]", 20, 100))
+        report(Progress("second part", 1, 5))
 
 
 @pytest.mark.parametrize("options", [{}, {"json": True}, {"verbose": True}])
-def test_no_live_line_off_a_terminal(options: dict[str, bool], capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_is_silent_off_a_terminal(options: dict[str, bool], capsys: pytest.CaptureFixture[str]) -> None:
     work(Console(**options))
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_no_live_line_when_quiet_or_on_a_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quiet", "lines"), [(False, True), (True, False)])
+def test_long_work_is_never_silent_off_a_terminal(
+    quiet: bool, lines: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert live.SILENCE < 30
+    monkeypatch.setattr(live, "SILENCE", 0.02)
+    with Console(quiet=quiet).progress("opening run") as report:
+        time.sleep(0.1)
+        report(Progress("all of it", 3, 9, numbers={"loss": 0.25, "active": 12.0}))
+        time.sleep(0.1)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("opening run, 0:00 so far\n" in err) is lines
+    assert bool(re.search(r"^3/9  loss 0\.25  active 12$", err, re.MULTILINE)) is lines
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_view_when_quiet_or_on_a_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     work(Console(quiet=True))
@@ -156,22 +178,26 @@ def test_no_live_line_when_quiet_or_on_a_dumb_terminal(monkeypatch: pytest.Monke
     assert terminal.getvalue() == ""
 
 
-def test_the_live_line_shows_the_work_and_goes_away(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+def to_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Terminal:
+    """Standard error from here on: pytest takes it back when a fixture sets it."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "60")
-    with Console().live() as live:
-        live.update("first part", 10, 100)
-        live.update("second part [x] " + "term 1.0 " * 20, 1, 5)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    return screen
+
+
+def test_the_view_begins_at_once_moves_and_goes_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = to_terminal(monkeypatch, 60)
+    with Console().progress("opening run") as report:
+        assert "… opening run 0:00" in terminal.getvalue()
+        report(Progress("second part [x] " + "term 1.0 " * 20, 1, 5))
     lines = terminal.getvalue().replace("\r", "\n").split("\n")
     assert any(re.search(r"1/5 second part \[x\] term 1.0.*…", line) for line in lines)
-    assert any("10/100 first part" in line for line in lines)
-    assert terminal.getvalue().count("\n") == 1, "one line, written over and over, and left at the end to be erased"
-    assert terminal.getvalue().endswith("\x1b[2K")  # the line is erased
+    assert terminal.getvalue().endswith("\x1b[2K")  # the last line is erased
     assert capsys.readouterr().out == ""
 
 
@@ -214,3 +240,47 @@ def test_a_program_gets_names_exactly_and_a_terminal_escaped(
 def test_a_mistake_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     Console().error(RecipeError([RecipeProblem("a.toml", 1, "x", "unknown key 'x\nerror: all is lost'")]))
     assert capsys.readouterr().err == "error: a.toml:1: unknown key 'x\\nerror: all is lost'\n"
+
+
+NUMBERS = {"loss": 15.27, "recon": 0.0713, "active": 396.2, "GiB": 1.25}
+TERMS = {"recon": 0.0713, "minimality": 301.0}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_numbers_that_matter_are_on_the_first_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = to_terminal(monkeypatch, columns)
+    clock = itertools.count()
+    monkeypatch.setattr(live, "monotonic", lambda: float(next(clock)))
+    with Console().progress("opening run") as report:
+        for step in range(1, 21):
+            report(Progress("", step, 200, numbers=NUMBERS, terms=TERMS | {"recon": 1 / step}, groups={"up": 3.25}))
+        report(Progress("", 21, 200, step_only=True))
+    screen = terminal.getvalue().rpartition("21/200")[2]
+    first, *below = screen.splitlines()
+    for number in ("loss 15.3", "recon 0.0713", "active 396", "left", "steps/s"):
+        assert number in first
+    assert [line.split()[0] for line in below[:3]] == ["recon", "minimality", "L0"]
+    assert below[0].rstrip().endswith("▁")
+    assert "3.25" in below[2]
+    assert all(len(line.rstrip()) <= columns for line in [first, *below])
+
+
+def test_time_left_is_of_the_steps_of_this_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(live, "monotonic", lambda: now[0])
+    standing = live.Standing("opening")
+    now[0] = 150.0
+    standing.update(Progress("training", 10, 110))  # goes on from step 10
+    assert standing.left == ""
+    now[0] = 170.0
+    standing.update(Progress("training", 20, 110))
+    assert (standing.left, standing.rate) == ("3:00 left", "2.0 s/step")
+    standing.update(Progress("measuring", 0, 4))
+    assert standing.line() == "0/4  measuring"
+
+
+def test_a_sparkline_is_logarithmic_where_it_spans_orders() -> None:
+    assert live.sparkline([1.0, 1e3, 1e6]) == "▁▅█"
+    assert live.sparkline([1.0, 5.0, 9.0]) == "▁▅█"
+    assert live.sparkline([float(n) for n in range(1000)], 8) == "▁▂▃▄▅▅▆█"
+    assert live.sparkline([1.0, math.nan]) == ""

@@ -14,6 +14,7 @@ from small_runs import ROOT, one_line, spd_here
 
 from spdcli.console import Console, Unheard
 from spdcli.errors import UsageError
+from spdcli.progress import Progress
 from spdcli.recipe.reading import parse_override
 from spdcli.targets.prompts import require_unicode
 
@@ -101,8 +102,8 @@ def test_a_terminal_that_hung_up_stops_no_work(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Gone())
     monkeypatch.setenv("TERM", "xterm")
     console, done = Console(), []
-    with console.live() as live:
-        live.update("working", 1, 2)
+    with console.progress() as report:
+        report(Progress("working", 1, 2))
         console.warn("a warning")
         done.append(1)
     assert done == [1]

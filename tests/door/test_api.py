@@ -49,6 +49,25 @@ def test_settings_seed_and_progress(recipe):
     assert str(lines[-1]).startswith("3/3  loss ")
 
 
+def test_steps_between_records_are_told_to_who_hears_them(recipe):
+    class Steps(list):
+        hears_steps = True
+        __call__ = list.append
+
+    heard, records = Steps(), []
+    for progress in (heard, records.append):
+        spdcli.decompose(recipe, progress=progress, **{"decompose.steps": 8, "decompose.log_every": 4})
+    assert [(one.done, one.step_only) for one in heard if one.total] == [
+        (step, step not in (1, 4, 8)) for step in range(1, 9)
+    ]
+    assert [one.done for one in records if one.total] == [1, 4, 8]
+    last = records[-1]
+    assert list(last.numbers)[:3] == ["loss", "recon", "active"]
+    assert last.numbers["active"] == pytest.approx(sum(last.groups.values()))
+    assert list(last.groups) == ["Q0", "K0", "V0", "Q1", "K1", "V1"]
+    assert last.numbers["recon"] in last.terms.values()
+
+
 def test_a_recipe_may_be_its_sections(recipe, toy_run):
     sections = spdcli.api.load_recipe(recipe).recipe.model_dump(exclude_none=True)
     before = repr(sections)

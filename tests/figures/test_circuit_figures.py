@@ -7,8 +7,8 @@ import torch
 from matplotlib.image import imread
 from small_circuits import ALL, small_circuit
 
-from spdcli.figures.circuit import save_circuit
-from spdcli.measures.circuit import example, measure_circuit
+from spdcli.figures.circuit import save_circuit, save_importance
+from spdcli.measures.circuit import ImportanceProfile, example, measure_circuit
 
 
 @torch.no_grad()
@@ -25,3 +25,13 @@ def test_the_figures_are_readable_in_grey(tmp_path, names):
     for name in figures:
         pixels = imread(tmp_path / "figures" / f"{name}.png")[..., :3]
         assert abs(pixels - pixels.mean(-1, keepdims=True)).max() < 0.01, name
+
+
+def test_an_importance_of_one_is_seen_beside_nine(tmp_path):
+    classes = {"V1": {"s1": 0.0, "m": 9.0, "s2": 1.0, "random": 0.0}}
+    files = save_importance(
+        ImportanceProfile(classes=classes, by_distance={"V1": [0.0, 9.0]}, distances=[0, 1]), tmp_path
+    )
+    pixels = imread(files[0])[..., 0]
+    assert ((pixels > 0.6) & (pixels < 0.85)).mean() > 0.02  # the cell of 1, which is not as black as that of 9
+    assert (pixels < 0.05).mean() > 0.02

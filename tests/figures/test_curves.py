@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from spdcli.errors import SpdError
-from spdcli.figures.curves import save, save_rank_curves, save_training_curve
+from spdcli.figures.curves import distinct, save, save_rank_curves, save_training_curve
 from spdcli.measures.svd import CurvePoint, RankCurves
 from spdcli.measures.svd_methods import METHODS
 
@@ -82,3 +82,8 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
         save(figure, tmp_path, "plot")
     assert path.read_bytes() == old
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "plot.svg"]
+
+
+def test_no_two_curves_are_drawn_alike():
+    assert len({tuple(sorted(distinct(number, 50).items())) for number in range(32)}) == 32
+    assert {distinct(number)["color"] for number in range(32)} == {"black", "0.5"}

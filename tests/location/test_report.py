@@ -175,10 +175,10 @@ def test_what_leaks_is_measured_on_other_words(spd, run, facts):
 
 
 def test_the_report_is_a_directory(spd, run, facts):
-    code, out, err = spd("report", run, "--facts", facts, *FEW)
+    code, out, err = spd("report", run, "--facts", facts, *FEW, "--markdown")
     assert (code, err) == (0, "")
     folder = run / "report"
-    assert out.splitlines()[-1] == str(folder / "report.md")
+    assert out.splitlines()[-1] == str(folder / "report.html")
     for said in (f"{KOBE}: where is it?", "tracing: hidden state at", "random directions, largest of 2", "What leaks"):
         assert said in out
     text = (folder / "report.md").read_text()
@@ -193,13 +193,26 @@ def test_the_report_is_a_directory(spd, run, facts):
     assert "**Not evidence.**" in text
     assert "The facts file says this fact in no other words." in text
     names = {"mlp-zeroed", "slices", "trace-1", "trace-2", "names-1", "names-2"}
-    assert {path.name for path in folder.glob("*.png")} == {f"{name}.png" for name in names}
-    assert {path.name for path in folder.glob("*.svg")} == {f"{name}.svg" for name in names}
+    of_the_page = {"decomposition", "patterns"}
+    assert {path.name for path in folder.glob("*.png")} == {f"{name}.png" for name in names | of_the_page}
+    assert {path.name for path in folder.glob("*.svg")} == {f"{name}.svg" for name in names | of_the_page}
+    assert {path.rpartition("/")[2].partition(".")[0] for path in data["figures"]} == names | of_the_page
     assert all(f"![{name}]({name}.png)" in text for name in names)
     code, out, err = spd("report", run, "--facts", facts, *FEW, "-q", "--out", run / "again")
-    assert (code, out, err) == (0, f"{run / 'again' / 'report.md'}\n", "")
+    assert (code, out, err) == (0, f"{run / 'again' / 'report.html'}\n", "")
+    assert not (run / "again" / "report.md").exists()
     again = json.loads((run / "again" / "report.json").read_text())
     assert again["prompts"] == data["prompts"]  # the seed says all
+
+
+def test_figures_of_slices_are_drawn_alone(spd, run, facts, tmp_path):
+    code, out, err = spd(
+        "report", run, "--facts", facts, "--figure", 3, "--figure", 4, "--out", tmp_path / "alone", "-q"
+    )
+    assert (code, err) == (0, "")
+    names = [f"{name}.{kind}" for name in ("slices", "names-1", "names-2") for kind in ("png", "svg")]
+    assert out.splitlines() == [str(tmp_path / "alone" / name) for name in names]
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == sorted(names)
 
 
 def rule_of(spd, run, name):
@@ -223,13 +236,15 @@ def test_a_model_that_knows_no_fact(spd, run):
     assert "slices, by rule" not in [row["name"] for row in tiger["rows"]]
 
 
-def test_what_cannot_be_reported(spd, run, tmp_path):
+def test_what_cannot_be_reported(spd, run, facts, tmp_path):
     trained = save_toy(tmp_path / "trained", toy_recipe(folder=tmp_path))
     recipe = tmp_path / "toy.toml"
     recipe.write_text(TOY.replace('"induction"', f'"induction"\npath = "{trained}"'))
     assert spd("decompose", recipe, "--out", tmp_path / "toy")[0] == 0
     for arguments, said in (
-        ([tmp_path / "toy"], "the induction toy knows none"),
+        ([tmp_path / "toy", "--facts", facts], "the induction toy knows none"),
+        ([tmp_path / "toy", "--markdown"], "--markdown is about facts"),
+        ([run, "--no-facts", "--facts", facts], "--facts and --no-facts contradict each other"),
         ([run, "--subject", "Koby"], "no prompt has the subject 'Koby'"),
         ([run, "--matrix", "h.2.mlp.c_fc"], "the run decomposes no matrix 'h.2.mlp.c_fc'"),
     ):

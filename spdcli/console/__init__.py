@@ -2,7 +2,7 @@
 
 | mode | stdout | stderr |
 |---|---|---|
-| human | tables, then the result's line | notes, warnings, errors; a live line on a terminal |
+| human | tables, then the result's line | notes, warnings, errors; a live view, off a terminal a line now and then |
 | `--json` | one JSON object | the same |
 | `-q` | the result's line alone | warnings and errors |
 """
@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -26,7 +27,6 @@ from spdcli.records import plain
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import ConsoleOptions, RenderableType
-    from rich.progress import Progress, TaskID
     from rich.segment import Segment
 
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -95,27 +95,31 @@ class Console:
             self._say(error.hint, label="hint", style="bold cyan")
 
     @contextmanager
-    def live(self) -> Iterator[LiveLine]:
-        """A line that follows long work and then goes away; nothing off a terminal, and nothing with `-q`."""
-        if self.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-            yield LiveLine(None)
+    def progress(self, text: str = "working") -> Iterator[Report]:
+        """What work that takes a `Report` is given: steps move a view that goes away at the end, notes and warnings
+        stay.
+
+        The view begins at once, with `text`. Off a terminal a plain line takes its place, before half a minute has
+        passed without one. With `-q` there is neither.
+        """
+        from spdcli.console.live import Standing, heartbeat, view
+
+        standing = Standing(escaped(text))
+
+        def report(progress: WorkProgress) -> None:
+            if progress.total:
+                standing.update(replace(progress, text=escaped(progress.text)))
+            elif progress.warning:
+                self.warn(progress.text)
+            else:
+                self.note(progress.text)
+
+        report.hears_steps = True  # type: ignore[attr-defined]
+        if self.quiet:
+            yield report
             return
-        with _progress(self._err) as progress:
-            yield LiveLine(progress)
-
-    @contextmanager
-    def progress(self) -> Iterator[Report]:
-        """What work that takes a `Report` is given: steps move the live line, notes and warnings stay."""
-        with self.live() as line:
-
-            def report(progress: WorkProgress) -> None:
-                if progress.total:
-                    line.update(progress.text, progress.done, progress.total)
-                elif progress.warning:
-                    self.warn(progress.text)
-                else:
-                    self.note(progress.text)
-
+        moving = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        with view(standing, self._err) if moving else heartbeat(standing, self._say):
             yield report
 
     @cached_property
@@ -195,52 +199,3 @@ class Unheard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-class LiveLine:
-    """What `Console.live` gives: `update` it as often as the work steps on."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-        self._done = 0
-
-    def update(self, text: str, done: int, total: int) -> None:
-        """`text` beside `done` of `total` steps, their rate and the time left; a `done` that falls starts anew."""
-        if self._progress is None:
-            return
-        if self._task is None:
-            self._task = self._progress.add_task(text, completed=done, total=total)
-        elif done < self._done:
-            self._progress.reset(self._task, total=total)
-        self._done = done
-        text = escaped(text)
-        self._progress.update(self._task, description=text, completed=done, total=total)
-
-
-def _progress(console: RichConsole) -> Progress:
-    """Steps, text, rate and time left on one line: a text that is too long is cut, the rest never."""
-    from rich.progress import Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-    from rich.text import Text
-
-    class Description(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            return Text(task.description, no_wrap=True, overflow="ellipsis")
-
-    class Rate(ProgressColumn):
-        """Steps a second, or seconds a step when that is the larger number."""
-
-        def render(self, task: Any) -> Text:
-            if not task.speed:
-                return Text("")
-            return Text(f"{task.speed:.1f} steps/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s/step")
-
-    return Progress(
-        TextColumn("{task.completed}/{task.total}", markup=False),
-        Description(),
-        Rate(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-        console=console,
-        transient=True,
-    )
