@@ -23,6 +23,7 @@ CROWDED = 0.9  # share of active slices in the last block
 FEW_BLOCKS = 3  # with fewer, the last block holds most of what there is
 BORN_OFF = 0.05  # share of slices that are on in the first step, below which gates begin too low
 WINDOW = 100  # records that are remembered
+USUAL = 3  # of them, from which on it is known what is usual
 SPIKE = 1000  # times the usual norm of the gates' gradient: Adam's second moment remembers it for as many steps
 
 
@@ -191,7 +192,7 @@ def still_gates(seen: Seen) -> Reading | None:
 def gradient_spike(seen: Seen) -> Reading | None:
     """The gradient of the gates is far above its usual norm, and nothing clips it."""
     norms = [record.gradients["gates"] for record in seen.past]
-    if seen.run.clipped or len(norms) < FEW_BLOCKS or not median(norms):
+    if seen.run.clipped or len(norms) < USUAL or not median(norms):
         return None
     norm, usual = seen.now.gradients["gates"], median(norms)
     if norm <= SPIKE * usual:

@@ -145,6 +145,14 @@ def test_a_toy_s_training_is_saved_and_resumed_bit_for_bit(spd, toy_recipe_file,
     assert (out / "figures" / "training.svg").exists()
 
 
+def test_a_toy_is_saved_whatever_comes_meanwhile(spd, toy_recipe_file, tmp_path, monkeypatch):
+    out = tmp_path / "toy"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4, signal.SIGINT, signal.SIGINT, name="save_checkpoint")
+        assert spd("train", toy_recipe_file, "--out", out)[0] == 0
+    assert (out / TOY_WEIGHTS).exists()
+
+
 def test_a_finished_toy_is_trained_further(spd, toy_recipe_file, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "toy"
     further = ["--set", "train.steps=6"]

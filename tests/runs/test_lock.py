@@ -96,6 +96,22 @@ def test_a_thread_may_lock_again_what_it_has_and_no_other_may(tmp_path):
         assert left is None
 
 
+def test_a_lock_that_its_owner_removed_in_between_is_made_anew(tmp_path, monkeypatch):
+    """Else two would have locked files of the same name, one of them gone."""
+    flock, times = fcntl.flock, []
+
+    def late(file, how):
+        if not times:
+            (tmp_path / LOCK).unlink()
+        times.append(how)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert len(times) == 2
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"user": "me"}', "[1]", "\x00"])
 def test_what_stands_in_the_file_does_not_have_to_be_understood(tmp_path, content):
     (tmp_path / LOCK).write_text(content)
