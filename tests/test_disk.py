@@ -110,6 +110,21 @@ def test_a_flush_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
+def test_a_directory_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    write_directory(tmp_path / "model", two_files)
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "model" and Path(target) == tmp_path / "model":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(SpdError, match=r"model: cannot be written: No space left on device"):
+        write_directory(tmp_path / "model", two_files)
+    assert (tmp_path / "model" / "inner" / "a.txt").read_text() == "a"
+
+
 # --- modes -------------------------------------------------------------------------------------------------
 
 
