@@ -29,8 +29,8 @@ def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[st
     """The matrices' inputs at real positions, `[n, I]`: all prompts, some of a corpus, or a draw of a toy's data."""
     if subject.draw is None:
         assert subject.prompts is not None
-        of_text = subject.held_out_prompts is not None and subject.stream is not None
-        batch = subject.stream() if of_text and subject.stream else subject.prompts.batch
+        text = subject.stream if subject.held_out_prompts is not None else None
+        batch = subject.prompts.batch if text is None else text()
     else:
         batch = subject.draw(START_SEQUENCES, torch.Generator().manual_seed(recipe.seed)).to(subject.target.device)
     clean = clean_pass(subject.target, batch, names)

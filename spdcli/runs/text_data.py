@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 LENGTH = 128  # tokens of a sequence of other text, of a run on prompts
 SHOWN = 4  # held-out sequences that stand for the prompts of a recipe without any
-BROAD = 256  # sequences that stand for the whole corpus where what is usual in it is measured
+BROAD = 256  # sequences that stand for the corpus beside prompts, where what is usual in it is measured
+BROAD_TOKENS = 16384  # the same of a corpus by itself, whose sequences are longer
 
 
 def with_data(recipe: Recipe, subject: Subject, model: LanguageModel, trained: bool, report: Report) -> Subject:
@@ -38,7 +39,8 @@ def with_data(recipe: Recipe, subject: Subject, model: LanguageModel, trained: b
 
     def first(held_out: bool) -> Batch:
         part = corpus().held_out if held_out else corpus().training
-        count = min(len(part), data.sequences or BROAD)
+        wanted = max(1, BROAD_TOKENS // data.length) if data.prompts is None else data.sequences or BROAD
+        count = min(len(part), wanted)
         return Batch.everywhere(part.read(torch.arange(count))).to(device)
 
     if data.stream is not None:

@@ -11,6 +11,7 @@ from small_runs import MODEL, model_recipe
 import spdcli
 from spdcli.errors import RecipeError, SpdError, UsageError
 from spdcli.recipe.reading import load_recipe
+from spdcli.runs import text_data
 from spdcli.runs.subject import language_subject
 from spdcli.targets.text_windows import in_order
 
@@ -50,6 +51,7 @@ def test_held_out_text_is_never_drawn(tiny_llama_dir, text, tmp_path):
     assert len(corpus.held_out) == round(0.2 * (len(corpus.held_out) + len(corpus.training)))
     assert len(drawn) == len(corpus.training)  # all of them, and
     assert not drawn & held_out
+    assert len(subject.stream().tokens) == min(text_data.BROAD_TOKENS // 6, len(corpus.training))
     shown = subject.prompts
     assert {tuple(row) for row in shown.batch.tokens.tolist()} <= held_out
     assert len(subject.held_out_prompts(7).texts) == 7
