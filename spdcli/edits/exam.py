@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcli.edits.answer_changes import AnswerChange, AnswerChanges, measure_edits
-from spdcli.edits.answer_text import warn_of_blanks
+from spdcli.edits.answer_text import warn_of_blanks, with_answer
 from spdcli.edits.collateral import Collateral
 from spdcli.edits.counterfact import Record
 from spdcli.edits.editing_scores import EditingScores, RecordQuestions, fact_scores, record_questions, record_scores
@@ -58,11 +59,12 @@ class Exam:
         scores = {}
         edited = [True] * len(effects) if self.chosen else edited
         if self.facts is not None and edited is not None:
-            prompts = {effect.prompt for effect, own in zip(effects, edited, strict=True) if own}
+            rows = [row for row, own in enumerate(edited) if own]
+            prompts = {effects[row].prompt for row in rows}
             again: AnswerChanges = []
             if self.paraphrases is not None:
                 measured = measure_edits(subject.target, self.paraphrases.questions, {"": edit})[""]
-                again = self.paraphrases.about(measured, prompts)
+                again = self.paraphrases.about(measured, rows)
             others = {effect.prompt: effect for effect in [*of_facts, *effects] if effect.prompt not in prompts}
             cut = [effect for effect in effects if effect.prompt in prompts]
             scores["facts"] = fact_scores(cut, again, list(others.values()))
@@ -91,12 +93,13 @@ def open_exam(
     questions = given_questions(subject, prompts, answers) if prompts else own_questions(subject, sequences, seed)
     warn_of_blanks(questions.texts, answers, report)
     own = subject.prompts.texts if subject.prompts is not None else []
-    beside = None if facts is None else facts_beside(subject, facts, [*own, *prompts], report)
+    whole = [with_answer(text, answer) for text, answer in itertools.zip_longest(questions.texts, answers)]
+    beside = None if facts is None else facts_beside(subject, facts, [*own, *prompts, *whole], report)
     return Exam(
         questions,
         beside,
         seed,
-        None if facts is None else paraphrases_of(subject, facts, questions.texts),
+        None if facts is None else paraphrases_of(subject, facts, list(zip(questions.texts, whole, strict=True))),
         record_questions(subject, records) if records else None,
         chosen=bool(prompts),
     )
@@ -117,7 +120,7 @@ def script_exam(
         questions,
         None if facts is None else facts_beside(subject, facts, (), report),
         seed,
-        None if facts is None else paraphrases_of(subject, facts, own),
+        None if facts is None else paraphrases_of(subject, facts, [[text] for text in own]),
         record_questions(subject, records) if records else None,
     )
 

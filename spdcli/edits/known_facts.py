@@ -47,14 +47,14 @@ class OtherFacts:
 
 @dataclass(frozen=True, eq=False)
 class Paraphrases:
-    """Prompts that say in other words what other prompts say: `of[i]` is the one that question i paraphrases."""
+    """Prompts that say in other words what other prompts say: `of[i]` is the row of the one that question i is of."""
 
     questions: Questions
-    of: list[str]
+    of: list[int]
 
-    def about(self, effects: AnswerChanges, prompts: Collection[str]) -> list[AnswerChange]:
-        """Those of the effects on all of them that are on paraphrases of `prompts`."""
-        return [effect for effect, of in zip(effects, self.of, strict=True) if of in prompts]
+    def about(self, effects: AnswerChanges, rows: Collection[int]) -> list[AnswerChange]:
+        """Those of the effects on all of them that are on paraphrases of the prompts of `rows`."""
+        return [effect for effect, of in zip(effects, self.of, strict=True) if of in rows]
 
 
 def fact_questions(
@@ -86,16 +86,24 @@ def facts_beside(subject: Subject, facts: Facts, own: Sequence[str], report: Rep
     return OtherFacts(fact_questions(tokenizer, fitting, begin, subject.target.device), facts.known)
 
 
-def paraphrases_of(subject: Subject, facts: Facts, prompts: Sequence[str]) -> Paraphrases | None:
-    """The paraphrases that a facts file has of `prompts` and that the model can take; None where there are none."""
+def paraphrases_of(subject: Subject, facts: Facts, prompts: Sequence[Collection[str]]) -> Paraphrases | None:
+    """The paraphrases that a facts file has of `prompts`, each in every way that it is written, with its answer or
+    without, and that the model can take; None where there are none."""
     assert subject.prompts is not None
     own = subject.prompts
-    related = [one for prompt in prompts for one in facts.related_to(prompt) if one.kind == "paraphrase"]
-    fitting = [one for one in related if _fits(own, one)]
+    related = [
+        (row, one)
+        for row, ways in enumerate(prompts)
+        for way in dict.fromkeys(ways)
+        for one in facts.related_to(way)
+        if one.kind == "paraphrase"
+    ]
+    fitting = [(row, one) for row, one in related if _fits(own, one)]
     if not fitting:
         return None
-    questions = fact_questions(own.tokenizer, fitting, own.begin_token, subject.target.device)
-    return Paraphrases(questions, [one.of for one in fitting])
+    entries = [one for _, one in fitting]
+    questions = fact_questions(own.tokenizer, entries, own.begin_token, subject.target.device)
+    return Paraphrases(questions, [row for row, _ in fitting])
 
 
 def _fits(prompts: Prompts, fact: Fact | Related) -> bool:

@@ -203,6 +203,18 @@ def test_facts_and_their_paraphrases_are_scored(case):
     assert False in kept, "the edit is large enough to be seen"
 
 
+def test_a_fact_is_found_by_its_prompt_and_answer(case):
+    subject, *_ = case
+    whole, other = "the sport of golf", "Tiger Woods plays golf"
+    facts = Facts(
+        fact=[Fact(category="x", prompt=text) for text in (whole, other)],
+        related=[Related(of=whole, kind="paraphrase", prompt="the golf")],
+    )
+    exam = open_exam(subject, ["plays the", "the sport of"], facts, answers=["sport", "golf"])
+    assert exam.facts.questions.texts == [other]
+    assert (exam.paraphrases.questions.texts, exam.paraphrases.of) == (["the golf"], [1])
+
+
 # --- CounterFact -------------------------------------------------------------------------------------------
 
 
