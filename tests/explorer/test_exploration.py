@@ -59,7 +59,8 @@ def test_slices_off_by_suppression_are_the_edited_model(language_run):
     assert said.kl > 1e-6
     (effect,) = [one for one in language_run.suppression(off, facts=None).effects if one.prompt == view.text]
     (answer,) = [one for one in said.tokens if one.answer]
-    assert (answer.before, answer.after, said.kl) == pytest.approx((effect.before, effect.after, effect.kl), rel=1e-5)
+    wanted = (effect.before, effect.after, effect.kl)  # of batches of other sizes, in float32
+    assert (answer.before, answer.after, said.kl) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("way", "others"), [("ablate", "on"), ("importance", "importance")])
@@ -73,7 +74,8 @@ def test_slices_off_by_ablation_are_what_ablate_says(kind, way, others, request)
     (effect,) = run.ablate(off, others=others, prompts=[asked], facts=None).effects
     said = exploration.next_tokens(view, off, way)
     (answer,) = [one for one in said.tokens if one.answer]
-    assert (answer.before, answer.after, said.kl) == pytest.approx((effect.before, effect.after, effect.kl), rel=1e-5)
+    wanted = (effect.before, effect.after, effect.kl)  # of batches of other sizes, in float32
+    assert (answer.before, answer.after, said.kl) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     assert answer.before != answer.after
 
 
