@@ -275,7 +275,7 @@ def _lowered(sentence: str) -> str:
 
 def parse_override(text: str, flag: str = "--set") -> Override:
     """`a.b=value`, as `flag` was given it; raises UsageError when there is no key or no `=`."""
-    option = f"{flag} {shortened(text)}"
+    option = f"{flag} {shortened(' '.join(text.splitlines()))}"  # a message is one line
     dotted, equals, literal = text.partition("=")
     path = split_key(dotted.strip())
     try:
