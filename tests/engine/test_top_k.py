@@ -107,7 +107,7 @@ def test_training_makes_the_objective_smaller_and_repeats_itself(planted):
     for _ in range(2):
         slices = started(planted)
         before = objective(slices)
-        fit_top_k(planted.target, slices, lambda source: planted.draw(8, source), SETTINGS, schedule, 0)
+        fit_top_k(planted.target, slices, lambda source, step: planted.draw(8, source), SETTINGS, schedule, 0)
         results.append(objective(slices))
     assert results[0] < 0.5 * before
     assert results[0] == results[1]

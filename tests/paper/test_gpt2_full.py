@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import shutil
 import time
@@ -107,7 +108,8 @@ def answer(monkeypatch, capsys):
 
     def ask(*arguments: object) -> dict[str, Any]:
         code, printed, err = spd_here(monkeypatch, capsys)(*arguments, "--json")
-        assert (code, err) == (0, "")
+        assert code == 0
+        assert err == "" or err.startswith("warning: the file has no notes on ")
         return json.loads(printed)
 
     return ask
@@ -213,7 +215,8 @@ def check_saved(gpt2: Path, run: Path, edited: Path, cut: list[str], effects: li
 
 def test_without_the_span_basis_it_says_what_is_needed(gpt2, tmp_path, monkeypatch, capsys):
     """The paper's gates read whole inputs: some 3 billion parameters."""
-    monkeypatch.setattr("spdcli.runs.learning.free_bytes", lambda device: 20 * GIB)
+    for room in ("room", "estimate"):
+        monkeypatch.setattr(f"spdcli.costs.{room}.free_bytes", lambda device: 20 * GIB)
     slices = sum(768 * (d_in + d_out) for d_in, d_out in MATRICES.values())
     gates = sum(768 * (d_in * 64 + 64 + 64 + 1) for d_in, _ in MATRICES.values())
     began = time.monotonic()
@@ -222,7 +225,7 @@ def test_without_the_span_basis_it_says_what_is_needed(gpt2, tmp_path, monkeypat
     )
     assert time.monotonic() - began < 20
     assert (code, printed) == (1, "")
-    needed = f"{slices / 1e6:.0f} million slice and {gates / 1e6:.0f} million gate parameters need "
-    one_line(
-        err, f"{needed}{16 * (slices + gates) / GIB:.0f} GiB", "20 GiB are free", "hint: --set importance.basis=span"
-    )
+    one_line(err, "gpt2 does not fit", "20.00 GiB are free", "hint: --set importance.basis=span")
+    needed = float(re.search(r"it needs ([0-9.]+) GiB", err)[1])
+    trained = 16 * (slices + gates) / GIB  # values, gradients and Adam's two moments
+    assert trained < needed < 1.2 * trained
