@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from spdcli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from spdcli.console import Console
     from spdcli.edits.fact_check import FactCheck
     from spdcli.edits.facts_file import Facts, Known
 
@@ -124,16 +125,17 @@ def check(
         checks = check_facts(target, tokenizer, file, begin, name, known)
     if write is not None:
         write_notes(write, facts or BUILTIN, file, checks, name, known)
-    wrong = sum(one.agrees is False for one in checks)
-    compared = sum(one.agrees is not None for one in checks)
-    counts = {
-        "known": sum(one.known for one in checks),
-        "asked": len(checks),
-        "compared": compared,
-        "disagree": wrong,
-    }
     data = {"schema": "spd.facts.check/1", "model": name, "file": facts or BUILTIN, "thresholds": known.model_dump()}
-    title = f"{name}: {counts['known']} of {counts['asked']} known"
+    if tell(console, data, file, checks, write) and write is None:
+        raise typer.Exit(1)
+
+
+def tell(console: Console, data: dict[str, Any], file: Facts, checks: Sequence[FactCheck], write: Path | None) -> int:
+    """Shows what a model knows, with `data` about it in JSON, and gives how many notes are wrong."""
+    name, wrong = data["model"], sum(one.agrees is False for one in checks)
+    known, compared = sum(one.known for one in checks), sum(one.agrees is not None for one in checks)
+    counts = {"known": known, "asked": len(checks), "compared": compared, "disagree": wrong}
+    title = f"{name}: {known} of {len(checks)} known"
     console.show({**data, **counts, "facts": checks, "written": write}, checks_table(title, checks))
     kinds = {"facts": checks[: len(file.fact)], "related prompts": checks[len(file.fact) :]}
     shares = [f"{sum(one.known for one in own)} of {len(own)} {kind}" for kind, own in kinds.items() if own]
@@ -141,8 +143,7 @@ def check(
         console.warn(f"the file has no notes on {name!r}, so none was compared{name_hint(file)}")
     verdict = f"{wrong} of {compared} notes wrong" if compared else "no note compared"
     console.result(write or f"{' and '.join(shares)} known, {verdict}")
-    if wrong and write is None:
-        raise typer.Exit(1)
+    return wrong
 
 
 def name_hint(facts: Facts) -> str:
