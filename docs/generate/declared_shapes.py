@@ -34,13 +34,16 @@ def outputs() -> dict[str, Keys]:
 
 
 def _learning() -> dict[str, Keys]:
+    from spdcli.runs.watchdog import Alarm
+
     step: Keys = {"step": int, "losses": Losses, "total": float, "active": Losses, "gradients": Losses}
+    signs: Keys = {"always_on?": Losses, "warnings?": [Alarm]}
     rates: Keys = {"rate": float, "p": float | None, "gamma?": float | None, "seconds": float}
     return {
         "spd train": _said(
             "train", RUN, {"loss": float, "accuracy": float | None, "error?": float | None, "steps": int}
         ),
-        "spd decompose": _said("decompose", RUN, step, rates),
+        "spd decompose": _said("decompose", RUN, step, signs, rates),
         "spd import": _said("import", RUN, {"checkpoint": Path, "matrices": [str], "slices": int}),
         "spd export": _said("export", RUN, {"settings": {"<setting>": str}, "saved": Path}),
     }
