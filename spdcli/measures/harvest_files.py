@@ -21,7 +21,7 @@ from spdcli.errors import SpdError, UsageError
 from spdcli.files import Contents, Form, load_tensors, save_tensors
 from spdcli.measures.harvest import AFTER, BEFORE, CONTEXTS, NO_TOKEN, PARTNERS, PREFERRED, Harvest, Preferred
 from spdcli.records import plain
-from spdcli.runs.directory import HARVEST
+from spdcli.runs.directory import HARVEST, RunDirectory
 
 TENSORS, TABLE = "harvest.safetensors", "slices.parquet"
 TokenText = Callable[[int], str]
@@ -174,6 +174,7 @@ def load_harvest(run: Path) -> Harvest:
     """The harvest of the run directory `run`; SpdError where there is none, or none that `save_harvest` wrote."""
     path, again = run / HARVEST / TENSORS, f"spd harvest {run} gathers what its slices do over text"
     if not path.exists():
+        RunDirectory.open(run)  # a missing run is told as such
         raise SpdError(f"{run}: no harvest yet", again)
     tensors, about = load_tensors(path, _contents, again)
 

@@ -137,9 +137,10 @@ def checked_recipe(
     source = Source(name, dict(lines), tuple(applied))
     try:
         recipe = Recipe.model_validate(raw)
-        problems += _idle_problems(recipe, raw, source, written_by_a_run)
+        idle, dropped = _idle_problems(recipe, raw, source, written_by_a_run)
+        problems += idle
         if not problems:
-            loaded = LoadedRecipe(Recipe.model_validate(raw), source)
+            loaded = LoadedRecipe(Recipe.model_validate(raw) if dropped else recipe, source)
             if isinstance(recipe.target, ToyTarget):  # whose matrices are known before it is trained
                 select_matrices(loaded, recipe.target.matrix_names)
             return loaded
@@ -149,18 +150,22 @@ def checked_recipe(
     raise RecipeError(problems, f"`spd recipe show {_example(raw)}` prints a recipe that works")
 
 
-def _idle_problems(recipe: Recipe, raw: dict[str, Any], source: Source, written_by_a_run: bool) -> list[RecipeProblem]:
-    """Settings that change nothing; those that the user is not to blame for are taken out of `raw` instead."""
-    problems = []
+def _idle_problems(
+    recipe: Recipe, raw: dict[str, Any], source: Source, written_by_a_run: bool
+) -> tuple[list[RecipeProblem], bool]:
+    """Settings that change nothing; those that the user is not to blame for are taken out of `raw` instead, and whether
+    there were any."""
+    problems, dropped = [], False
+    overridden = [override.path for override in source.overrides]
     for idle in idle_settings(recipe.model_dump(), USUAL):
         setting, decider = (tuple(key.split(".")) for key in idle.keys)
-        overridden = [override.path for override in source.overrides]
         undone = setting not in overridden and any(path[0] == decider[0] for path in overridden)
         if written_by_a_run or undone:
             raw[setting[0]].pop(setting[1], None)
+            dropped = True
         else:
             problems.append(source.problem([setting, decider], idle.message))
-    return problems
+    return problems, dropped
 
 
 def dump_recipe(recipe: Recipe, **header: object) -> str:

@@ -133,6 +133,10 @@ def test_a_harvest_is_kept_whole(gathered, tmp_path):
         with pytest.raises(UsageError) as error:
             slice_number(again, address)
         assert said in str(error.value.hint)
+    with pytest.raises(SpdError, match="no run here"):
+        load_harvest(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "recipe.toml").write_text("")
     with pytest.raises(SpdError, match="no harvest yet"):
         load_harvest(tmp_path / "elsewhere")
 
