@@ -131,7 +131,7 @@ COMMANDS = (
         "locate",
         locate,
         LOOK,
-        "spd locate run --prompt 1 --token basketball\nspd locate run --matrices 'layers.0.mlp.*' --others-limit 0.02"
+        "spd locate run --prompt 1 --token basketball\nspd locate run --matrix 'layers.0.mlp.*' --others-limit 0.02"
         "\nspd locate run --no-facts --json | jq '.pairs[0]'",
     ),
     (

@@ -39,6 +39,7 @@ from spdcli.measures.inspection import Inspection, Query, inspect_texts
 from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.slice_graph import SliceGraph, graph_text, slice_graph
 from spdcli.measures.svd import RankCurves, svd_curves
+from spdcli.measures.texts import prompt_texts
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.page.assemble import write_page
 from spdcli.progress import Progress, Report, silent
@@ -169,7 +170,7 @@ class Run(LoadedRun):
         self,
         token: str | None = None,
         *,
-        prompts: Sequence[str] = (),
+        prompts: Sequence[int | str] = (),
         matrices: Sequence[str] = ("*",),
         top: int = 20,
         labels: int = 5,
@@ -179,8 +180,9 @@ class Run(LoadedRun):
     ) -> Inspection:
         """The slices that are active at a token (None: everywhere), as `spd inspect`: what they read and promote.
 
-        On the run's own prompts, or on `prompts`, fed whole. Of `matrices` (names or patterns) the `top` slices at each
-        place, each with so many `labels`, at the first `places` (None: at all). UsageError for a token that is nowhere.
+        On all of the run's own prompts, or on `prompts`: some of them by number, or texts, fed whole. Of `matrices`
+        (names or patterns) the `top` slices at each place, each with so many `labels`, at the first `places` (None: at
+        all). UsageError for a token that is nowhere.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts= is a text", "give a list of texts")
@@ -228,7 +230,7 @@ class Run(LoadedRun):
         of most effect on the `logits` likeliest next tokens. `viewer_graph` makes of it what graph viewers read.
         """
         _at_least(1, top=top, logits=logits)
-        texts, row = graph_text(self.subject, str(prompt), self.begin_token, self.recipe.seed)
+        texts, row = graph_text(self.subject, prompt, self.begin_token, self.recipe.seed)
         own = (self.subject, self.decomposition, texts, row)
         return slice_graph(*own, top=top, logits=logits, threshold=threshold, report=progress)
 
@@ -265,7 +267,7 @@ class Run(LoadedRun):
         slices: Sequence[str],
         *,
         together: str = USUAL_TOGETHER,
-        prompts: Sequence[str] = (),
+        prompts: Sequence[int | str] = (),
         answers: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
         counterfact: str | Path | None = None,
@@ -273,9 +275,10 @@ class Run(LoadedRun):
     ) -> SuppressionReport:
         """What `suppress` does to the run's prompts (or `prompts`) and to other facts, as `spd suppress` reports it.
 
-        `answers` are those of `prompts`, of one or several tokens each; without them a prompt's last token is its
-        answer. `facts` are those that come with spd, those of a file, or None. `scores` are the efficacy, paraphrase
-        and specificity of papers on editing, on the facts, and on the records of `counterfact`, a file in that format.
+        A prompt is one of the run's by its number, from 1, or a text. `answers` are those of `prompts`, of one or
+        several tokens each; without them a prompt's last token is its answer. `facts` are those that come with spd,
+        those of a file, or None. `scores` are the efficacy, paraphrase and specificity of papers on editing, on the
+        facts, and on the records of `counterfact`, a file in that format.
         """
         addresses = find_slices(self.decomposition, slices)
         records = [] if counterfact is None else load_records(Path(counterfact))
@@ -290,7 +293,7 @@ class Run(LoadedRun):
         mlps: Sequence[str] = (),
         others: str = USUAL_OTHERS,
         samples: int = 16,
-        prompts: Sequence[str] = (),
+        prompts: Sequence[int | str] = (),
         answers: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
         progress: Report = silent,
@@ -326,25 +329,26 @@ class Run(LoadedRun):
         `token` is the answer to look at, the prompt's last one if not given. One entry a prompt.
         """
         beside, seed = self._facts(facts), self.recipe.seed
-        which = None if prompt is None else str(prompt)
+        which = [] if prompt is None else [prompt]
         return locate(self.subject, self.decomposition, which, token, beside, search, seed, progress)
 
     def trace(
         self,
         subjects: Sequence[str] = (),
         *,
-        prompts: Sequence[str] = (),
+        prompts: Sequence[int | str] = (),
         settings: TraceSettings | None = None,
         progress: Report = silent,
     ) -> list[Trace]:
-        """Causal tracing (Figures 7 and 8), as `spd trace`, of the run's prompts or of `prompts`.
+        """Causal tracing (Figures 7 and 8), as `spd trace`, of the run's prompts or of `prompts` (numbers or texts).
 
         `subjects` are the words to corrupt; those that the shipped facts name need not be told.
         """
         require_tokens(self.subject)
         if self.subject.prompts is None:
             raise UsageError("causal tracing needs a language model", "spd eval explains the toy")
-        texts = prompts or self.subject.prompts.texts
+        own = self.subject.prompts.texts
+        texts = prompt_texts(own, prompts) or own
         settings = settings or TraceSettings(seed=self.recipe.seed)
         return trace(self.subject.target, self.tokenizer, texts, subjects, settings, self.begin_token, progress)
 
@@ -403,7 +407,7 @@ class Run(LoadedRun):
 
     def _exam(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[int | str],
         facts: FactsSource,
         report: Report,
         answers: Sequence[str] = (),

@@ -69,13 +69,13 @@ def _looking() -> dict[str, Keys]:
     nothing: Keys = {"token": None, "occurrences": [Occurrence], "heat": [Heat]}
     settings = {"settings": TRACED | {"random": int, "seed": int, "layers": int}}
     return {
-        "spd eval, toy": _said("eval", RUN, target, keys_of(ToyEvaluation)),
-        "spd eval, language model": _said("eval", RUN, target, keys_of(LanguageEvaluation)),
+        "spd eval, toy": _said("eval/2", RUN, target, keys_of(ToyEvaluation)),
+        "spd eval, language model": _said("eval/2", RUN, target, keys_of(LanguageEvaluation)),
         "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate)),
-        "spd eval, sparse features": _said("eval", RUN, target, keys_of(FeatureEvaluation)),
-        "spd inspect": _said("inspect", RUN, keys_of(Inspection)),
+        "spd eval, sparse features": _said("eval/2", RUN, target, keys_of(FeatureEvaluation)),
+        "spd inspect": _said("inspect/2", RUN, keys_of(Inspection)),
         "spd explore": _said("explore", RUN, keys_of(TextMap)),
-        "spd inspect --slice": _said("inspect", RUN, nothing, {"slices": [one_slice]}),
+        "spd inspect --slice": _said("inspect/2", RUN, nothing, {"slices": [one_slice]}),
         "spd harvest": _said("harvest", RUN, {"tokens": int, "slices": [SliceInText]}),
         "spd search": _said("search", RUN, {"text": str, "matches": [Match]}),
         "spd graph": _said(
@@ -162,7 +162,8 @@ def _files() -> dict[str, Keys]:
 
 
 def _said(schema: str, *parts: Keys) -> Keys:
-    keys: Keys = {"schema": f'"spd.{schema}/1"'}
+    """The keys of an object by the name of its schema, whose number is 1 where the name has none."""
+    keys: Keys = {"schema": f'"spd.{schema if "/" in schema else f"{schema}/1"}"'}
     for part in parts:
         keys |= part
     return keys

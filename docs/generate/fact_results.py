@@ -18,7 +18,7 @@ TOKENS_SHOWN = 3
 
 
 def evaluation(data: Data) -> str:
-    """`spd.eval/1` of a language model: what the model of active slices alone still predicts."""
+    """`spd.eval/2` of a language model: what the model of active slices alone still predicts."""
     answers = [
         [entry["prompt"], code(entry["answer"]), number(entry["target"]), number(entry["masked"])]
         for entry in data["answers"]
@@ -51,7 +51,7 @@ def grounding(data: Data) -> str:
 
 
 def inspection(data: Data) -> str:
-    """`spd.inspect/1`: the slices that are active at a token."""
+    """`spd.inspect/2`: the slices that are active at a token; `/1` counted prompts from 0, as `prompt`."""
     parts = []
     for place in data["occurrences"]:
         rows = [
@@ -66,7 +66,8 @@ def inspection(data: Data) -> str:
             for entry in place["slices"]
         ]
         heads = ["slice", "in this prompt alone", "promotes", "reads", "importance", "activation"]
-        where = f"{code(place['token'])} at position {place['position']} of prompt {place['prompt'] + 1}"
+        prompt = place["number"] if "number" in place else place["prompt"] + 1
+        where = f"{code(place['token'])} at position {place['position']} of prompt {prompt}"
         parts += [f"{where}: {place['active']} active slices.", table(heads, rows, words=4)]
     return joined(parts)
 

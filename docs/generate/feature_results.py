@@ -12,7 +12,7 @@ Data = Mapping[str, Any]
 
 
 def evaluation(data: Data) -> str:
-    """`spd.eval/1` of a toy of sparse features: slices and parts, then the losses."""
+    """`spd.eval/2` of a toy of sparse features: slices and parts, then the losses."""
     rows = []
     for name, live in data["live"].items():
         active, parts = data["active"][name], data["parts"].get(name)

@@ -14,9 +14,9 @@ NOTE = "<!-- Generated from the recorded results and the sources by `make result
 ABOUT = """\
 `--json` prints one object on standard output and nothing else. `schema` names what it is; keys are added and none goes
 away, or the number after the slash changes. A number that is not finite is null. The shapes below are those of
-[recorded results](../results/index.md), and where none is recorded those that the sources declare: `number` stands for
-a number, `[…]` for a list of such things, `<matrix>` and `<key>` for keys that depend on the run, and `key?` for a key
-that is left out where it does not apply.
+[recorded results](../results/index.md), and where none is recorded with today's keys those that the sources declare:
+`number` stands for a number, `[…]` for a list of such things, `<matrix>` and `<key>` for keys that depend on the run,
+and `key?` for a key that is left out where it does not apply.
 
 On the command line `jq` takes it from there; from Python the same numbers come as objects (see [Python](python.md)).
 """
@@ -37,12 +37,16 @@ def page() -> str:
 
 
 def recorded_outputs() -> dict[str, tuple[str, Any]]:
-    """The first recorded command of each kind of output, and what it printed, by the names of `outputs`."""
+    """The first command of each kind of output that was recorded with today's keys, and what it printed, by the kind's
+    name in `outputs`."""
     firsts: dict[str, tuple[str, Any]] = {}
     for result in results().values():
         recorded = recording(result.name)
-        if recorded is not None:
-            firsts.setdefault(output_name(result.command, recorded.result), (result.command, recorded.result))
+        if recorded is None:
+            continue
+        name = output_name(result.command, recorded.result)
+        if outputs()[name]["schema"] == f'"{recorded.result["schema"]}"':
+            firsts.setdefault(name, (result.command, recorded.result))
     return firsts
 
 

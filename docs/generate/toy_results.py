@@ -31,7 +31,7 @@ def decomposing(data: Data) -> str:
 
 
 def evaluation(data: Data) -> str:
-    """`spd.eval/1` of a toy: Table 1, the metrics, the circuit, and what is left when gates know less."""
+    """`spd.eval/2` of a toy: Table 1, the metrics, the circuit, and what is left when gates know less."""
     parts = [active_slices(data), metrics(data), evidence(data)]
     if "circuit" in data:
         parts += [circuit(data["circuit"]), gate_knowledge(data["circuit"]["controls"])]

@@ -82,7 +82,7 @@ def of_evaluation(evaluation: ToyEvaluation | LanguageEvaluation) -> dict[str, M
         "delta_share": max(evaluation.delta_share.values()),
         **{f"delta_share:{name}": share for name, share in evaluation.delta_share.items()},
     }
-    if toy:
+    if isinstance(evaluation, ToyEvaluation):
         numbers["active_random"] = max(classes["random"] for classes in evaluation.active.values())
     measured = {name: Measured(value, on) for name, value in numbers.items()}
     measured["faithfulness"] = Measured(metrics["faithfulness"], "exact")

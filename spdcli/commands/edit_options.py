@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spdcli.commands import completion
+from spdcli.commands.prompt_option import prompt_option, read_prompts
 from spdcli.console import Console
 from spdcli.errors import UsageError
 
@@ -33,12 +33,7 @@ SliceAddress = Annotated[
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option(
-        "--prompt",
-        "-p",
-        help="Ask this instead of the run's prompts; its last token is the answer. '-' reads lines from stdin.",
-        show_default=False,
-    ),
+    prompt_option("Ask this instead of all of the run's prompts, whose last token is the answer"),
 ]
 Answer = Annotated[
     list[str] | None,
@@ -65,12 +60,12 @@ Sequences = Annotated[int, typer.Option("--sequences", min=1, max=10**6, help="F
 class ExamOptions:
     """What a changed model is asked, as the options say it.
 
-    `prompts` are the texts of `--prompt`, `answers` those of `--answer`, and `facts` the facts of `--facts`, or those
-    that come with spd; `named` says whether the option was given, without which the toy is asked no facts. `records`
-    are those of `--counterfact`. `sequences` is of the toy.
+    `prompts` are those of `--prompt`, numbers or texts, `answers` those of `--answer`, and `facts` the facts of
+    `--facts`, or those that come with spd; `named` says whether the option was given, without which the toy is asked no
+    facts. `records` are those of `--counterfact`. `sequences` is of the toy.
     """
 
-    prompts: list[str]
+    prompts: Sequence[int | str]
     facts: Facts | None
     named: bool
     sequences: int = 16
@@ -84,7 +79,7 @@ class ExamOptions:
 
         facts = self.facts_for(subject)
         with console.progress() as report:
-            if gates is not None and self.prompts:
+            if gates is not None and any(isinstance(prompt, str) for prompt in self.prompts):
                 warn_of_span(gates, report)
             return open_exam(
                 subject,
@@ -126,26 +121,6 @@ def exam_options(
         raise UsageError("--answer is blank", "give what follows the prompt")
     records = [] if counterfact is None else load_records(counterfact)
     return ExamOptions(texts, read_facts(facts, without), facts is not None, sequences, beside, records)
-
-
-def read_prompts(options: Sequence[str] | None) -> list[str]:
-    """The prompts of `--prompt`: each of its values is one, but `-` stands for the lines of standard input.
-
-    UsageError where standard input has no line.
-    """
-    prompts: list[str] = []
-    for value in options or ():
-        if value != "-":
-            prompts.append(value)
-            continue
-        try:
-            lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"--prompt -: not text in UTF-8: {error.reason} at byte {error.start}") from None
-        if not lines:
-            raise UsageError("--prompt -: standard input has no prompt", "give one a line")
-        prompts += lines
-    return prompts
 
 
 def read_facts(option: str | None, without: bool) -> Facts | None:

@@ -19,6 +19,7 @@ from spdcli.commands.options import (
     Verbose,
     make_console,
 )
+from spdcli.errors import UsageError
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint: model_STEP.pth, or safetensors.", metavar="CHECKPOINT")]
 Written = Annotated[Path, typer.Option("--out", "-o", help="The file to write: .pth, or .safetensors.")]
@@ -46,6 +47,10 @@ def import_checkpoint(
     console = make_console(json, quiet, verbose)
     loaded = load_recipe(recipe, set_ or [], device=device)
     from spdcli import api
+    from spdcli.runs.directory import RECIPE
+
+    if (out / RECIPE).exists() and not force:
+        raise UsageError(f"{out} holds a run", "--force replaces it, or name another with --out")
 
     with console.progress() as progress:
         run = api.import_checkpoint(checkpoint, loaded, progress=progress)

@@ -12,14 +12,10 @@ import typer
 from spdcli.commands import completion
 from spdcli.commands.opening import opened
 from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.commands.prompt_option import prompt_option, read_prompt
 from spdcli.errors import SpdError, UsageError
 
-Text = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt", "-p", help="Begin with this text, fed whole.", show_default="the first of the run's prompts"
-    ),
-]
+Prompt = Annotated[str, prompt_option("Begin with this; a text is fed whole", True, several=False)]
 Off = Annotated[
     list[str] | None,
     typer.Option(
@@ -37,7 +33,7 @@ Script = Annotated[
 
 def explore(
     run: RunPath,
-    prompt: Text = None,
+    prompt: Prompt = "1",
     slice: Off = None,
     script: Script = Path("edits.toml"),
     threshold: Threshold = 0.0,
@@ -57,6 +53,7 @@ def explore(
     console = make_console(json, quiet, verbose)
     if not json:
         require_screen()
+    which = read_prompt(prompt)
 
     loaded = opened(console, run, device)
     from spdcli.edits.suppression import find_slices
@@ -65,7 +62,7 @@ def explore(
 
     off = [str(address) for address in find_slices(loaded.decomposition, slice or [])]
     exploration = Exploration(loaded, threshold, seed=seed)
-    view = exploration.prompt(1) if prompt is None else exploration.typed(prompt)
+    view = exploration.chosen(which)
     if json:
         console.show({"schema": "spd.explore/1", "run": run, **plain(exploration.text_map(view, off))})
         return

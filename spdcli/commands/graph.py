@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.commands.prompt_option import prompt_option, read_prompt
 from spdcli.errors import UsageError
 
-Prompt = Annotated[
-    str, typer.Option("--prompt", "-p", help="One of the run's prompts, by its number or text, or another text.")
-]
+Prompt = Annotated[str, prompt_option("The prompt; another text than the run's is fed whole", True, several=False)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
 Top = Annotated[int, typer.Option("--top", min=1, help="Slices to show: those of most effect on what follows.")]
 Logits = Annotated[int, typer.Option("--logits", min=1, help="Tokens that may follow, the likeliest first.")]
@@ -45,6 +44,7 @@ def graph(
     console = make_console(json, quiet, verbose)
     if out.exists() and not force:
         raise UsageError(f"{out} is there already", "--force replaces it, or name another with --out")
+    which = read_prompt(prompt)
     from spdcli import __version__
     from spdcli.disk import write_json
     from spdcli.measures.slice_graph import graph_text, slice_graph
@@ -54,7 +54,7 @@ def graph(
     loaded = load(run, device)
     console.debug(str(loaded))
     subject, decomposition = loaded.subject, loaded.decomposition
-    texts, row = graph_text(subject, prompt, loaded.begin_token, loaded.seed_or(seed))
+    texts, row = graph_text(subject, which, loaded.begin_token, loaded.seed_or(seed))
     with console.progress() as report:
         whole = slice_graph(
             subject, decomposition, texts, row, top=top, logits=logits, threshold=threshold, report=report

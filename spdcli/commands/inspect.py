@@ -19,6 +19,7 @@ from spdcli.commands.options import (
     Verbose,
     make_console,
 )
+from spdcli.commands.prompt_option import prompt_option, read_prompts
 from spdcli.records import plain
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ Token = Annotated[
     typer.Option("--token", "-t", help="A token's text or #id; every position if not given.", show_default=False),
 ]
 Prompt = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="Look at this text instead of the run's.", show_default=False)
+    list[str] | None, prompt_option("Look at this instead of all of the run's prompts; a text is fed whole")
 ]
 Slice = Annotated[
     list[str] | None,
@@ -50,6 +51,7 @@ Slice = Annotated[
 Top = Annotated[int, typer.Option("--top", min=1, max=10**6, help="Slices to show at each place.")]
 Places = Annotated[int, typer.Option("--places", min=1, max=10**6, help="Places to show, the first ones.")]
 Labels = Annotated[int, typer.Option("--labels", min=0, max=10**6, help="Tokens to label a slice with.")]
+SCHEMA = "spd.inspect/2"
 UNIQUE_MARK = "* unique: active in this prompt and in no other"
 SHADES = "▁▂▃▄▅▆▇█"
 
@@ -81,12 +83,13 @@ def inspect(
         return
     from spdcli.measures.inspection import Query, inspect_texts
 
+    prompts = read_prompts(prompt)
     loaded = opened(console, run, device)
     query = Query(token, matrix or ["*"], top, labels, threshold, places)
     begin, seed = loaded.begin_token, loaded.seed_or(seed)
     with console.progress("looking at every token") as report:
-        inspection = inspect_texts(loaded.subject, loaded.decomposition, query, prompt or [], begin, seed, report)
-    console.show({"schema": "spd.inspect/1", "run": run} | plain(inspection), *render(inspection))
+        inspection = inspect_texts(loaded.subject, loaded.decomposition, query, prompts, begin, seed, report)
+    console.show({"schema": SCHEMA, "run": run} | plain(inspection), *render(inspection))
     if quiet:
         for address in dict.fromkeys(one.slice for place in inspection.occurrences for one in place.slices):
             console.result(address)
@@ -104,7 +107,7 @@ def show_slices(console: Console, run: Path, addresses: Sequence[str], labels: i
     found = [described(harvest, number, loaded.subject.token_text) for number in numbers]
     named = labels_of(loaded.subject, loaded.decomposition, [one.slice for one in found], labels)
     rows = [plain(one) | plain(own) for one, own in zip(found, named, strict=True)]
-    data = {"schema": "spd.inspect/1", "run": run, "token": None, "occurrences": [], "heat": [], "slices": rows}
+    data = {"schema": SCHEMA, "run": run, "token": None, "occurrences": [], "heat": [], "slices": rows}
     console.show(data, *(slice_table(one, own) for one, own in zip(found, named, strict=True)))
 
 
@@ -146,7 +149,7 @@ def heat_strip(heat: Heat) -> RenderableType:
     from rich.text import Text
 
     most = max(heat.importance) or 1.0
-    strip = Text(f"importance over prompt {heat.prompt + 1}:")
+    strip = Text(f"importance over prompt {heat.number}:")
     for token, value in zip(heat.tokens, heat.importance, strict=True):
         share = value / most
         red = round(40 + 200 * share)
@@ -162,7 +165,7 @@ def occurrence_table(occurrence: Occurrence) -> RenderableType:
     """One row a slice, each on one line; labels that do not fit are cut."""
     from rich.table import Table
 
-    title = f"{occurrence.token!r} at position {occurrence.position} of prompt {occurrence.prompt + 1}"
+    title = f"{occurrence.token!r} at position {occurrence.position} of prompt {occurrence.number}"
     shown = len(occurrence.slices)
     counts = f"{occurrence.active} active slices" + (f", the first {shown} shown" if shown < occurrence.active else "")
     caption = UNIQUE_MARK if any(entry.unique for entry in occurrence.slices) else None

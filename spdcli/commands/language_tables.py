@@ -65,7 +65,7 @@ def active_tables(evaluation: LanguageEvaluation, subject: Subject) -> list[Tabl
     summary = Table(title="Active slices")
     for heading in ("matrix", "ever", "mean a token", "most at a token"):
         summary.add_column(heading, justify="left" if heading == "matrix" else "right")
-    for name, counts in evaluation.active.items():
+    for name, counts in evaluation.active_at.items():
         mean, most = sum(counts.values()) / len(counts), max(counts.values())
         if most:
             summary.add_row(name, str(evaluation.unique[name]), f"{mean:.1f}", f"{most:g}")
@@ -73,18 +73,18 @@ def active_tables(evaluation: LanguageEvaluation, subject: Subject) -> list[Tabl
     assert own is not None
     if len(own.texts) > SHOWN_PROMPTS or evaluation.prompts != own.texts or max(map(len, own.pieces)) > SHOWN_TOKENS:
         return [summary]
-    return [summary, *(_token_table(evaluation, prompt, tokens) for prompt, tokens in enumerate(own.pieces))]
+    return [summary, *(_token_table(evaluation, number, tokens) for number, tokens in enumerate(own.pieces, start=1))]
 
 
-def _token_table(evaluation: LanguageEvaluation, prompt: int, tokens: list[str]) -> Table:
+def _token_table(evaluation: LanguageEvaluation, number: int, tokens: list[str]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Active slices a token, prompt {prompt + 1}")
+    table = Table(title=f"Active slices a token, prompt {number}")
     table.add_column("matrix")
     for token in tokens:
         table.add_column(token.strip() or repr(token), justify="right")
-    for name, counts in evaluation.active.items():
-        row = [counts[f"{prompt}:{position}"] for position in range(len(tokens))]
+    for name, counts in evaluation.active_at.items():
+        row = [counts[f"{number}:{position}"] for position in range(len(tokens))]
         if any(row):
             table.add_row(name, *(str(count) if count else "·" for count in row))
     return table

@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spdcli.commands import completion
 from spdcli.commands.edit_options import FactsOption, NoFacts, read_facts
 from spdcli.commands.opening import opened
-from spdcli.commands.options import Device, Json, Quiet, RunPath, Seed, Threshold, Verbose, make_console
+from spdcli.commands.options import (
+    Device,
+    Json,
+    Matrices,
+    MatrixPattern,
+    Quiet,
+    RunPath,
+    Seed,
+    Threshold,
+    Verbose,
+    make_console,
+)
+from spdcli.commands.prompt_option import prompt_option, read_prompts
 from spdcli.edits.choices import STATISTICS, USUAL_STATISTIC
 
 if TYPE_CHECKING:
@@ -24,28 +35,12 @@ else:
     Statistic = Literal[tuple(STATISTICS)]
 
 Prompt = Annotated[
-    str | None,
-    typer.Option(
-        "--prompt",
-        "-p",
-        help="A prompt of the run by number or text, or another text; its last token is not fed.",
-        show_default="each prompt of the run",
-    ),
+    list[str] | None,
+    prompt_option("Look for the answer of this, its last token, which is not fed", "each prompt of the run"),
 ]
 Token = Annotated[
     str | None,
     typer.Option("--token", "-t", help="The answer to look at, as text or as #id.", show_default="the last token"),
-]
-Matrices = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--matrices",
-        "--matrix",
-        "-m",
-        help="Look in matrices of this pattern; may be repeated.",
-        autocompletion=completion.matrices,
-        show_default="all",
-    ),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, max=10**6, help="Slices to tell.")]
 Paired = Annotated[
@@ -65,6 +60,7 @@ def locate(
     run: RunPath,
     prompt: Prompt = None,
     token: Token = None,
+    matrix: MatrixPattern = None,
     matrices: Matrices = None,
     top: Top = 10,
     paired: Paired = 12,
@@ -87,7 +83,7 @@ def locate(
     Pairs are told that do more together than the sum of their parts.
     """
     console = make_console(json, quiet, verbose)
-    file = read_facts(facts, no_facts)
+    file, prompts = read_facts(facts, no_facts), read_prompts(prompt)
     from spdcli.location.locate import Search
     from spdcli.location.locate import locate as locate_slices
     from spdcli.records import plain
@@ -95,12 +91,13 @@ def locate(
     loaded = opened(console, run, device)
     if loaded.subject.prompts is None and facts is None:
         file = None  # the toy knows none of those that come with spd
-    search = Search(tuple(matrices or ["*"]), top, paired, pairs, collateral, others_limit, threshold)
+    patterns = [*(matrix or []), *(matrices or [])] or ["*"]
+    search = Search(tuple(patterns), top, paired, pairs, collateral, others_limit, threshold)
     with console.progress() as report:
         searches = locate_slices(
             loaded.subject,
             loaded.decomposition,
-            prompt,
+            prompts,
             token,
             file,
             search,

@@ -62,11 +62,12 @@ MatrixPattern = Annotated[
     typer.Option(
         "--matrix",
         "-m",
-        help="Only matrices like this; * and ? are wild.",
+        help="Only matrices like this; * and ? are wild; may be repeated.",
         autocompletion=completion.matrices,
         show_default=False,
     ),
 ]
+Matrices = Annotated[list[str] | None, typer.Option("--matrices", hidden=True)]  # as `--matrix` was called, too
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
 RecipeName = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spdcli.commands.edit_options import Prompt, read_prompts
+from spdcli.commands.edit_options import Prompt
 from spdcli.commands.options import (
     Device,
     Json,
@@ -22,6 +22,7 @@ from spdcli.commands.options import (
     Window,
     make_console,
 )
+from spdcli.commands.prompt_option import read_prompts
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -126,8 +127,9 @@ class Traceable:
     seed: int
 
 
-def open_traceable(model: str, texts: list[str], begin_token: bool | None, device: str | None) -> Traceable:
-    """The run or the model that `model` names, and `texts`, or the run's own prompts where there are none."""
+def open_traceable(model: str, prompts: Sequence[int | str], begin_token: bool | None, device: str | None) -> Traceable:
+    """The run or the model that `model` names, and `prompts`, or the run's own where there are none."""
+    from spdcli.measures.texts import prompt_texts
     from spdcli.recipe.choices import TOYS
     from spdcli.runs.directory import FIGURES, RECIPE, RunDirectory
     from spdcli.runs.fingerprint import require_same_weights
@@ -145,11 +147,15 @@ def open_traceable(model: str, texts: list[str], begin_token: bool | None, devic
         assert subject.prompts is not None
         tokenizer = subject.prompts.tokenizer
         begin = subject.prompts.begin_token if begin_token is None else begin_token
-        return Traceable(
-            subject.target, tokenizer, texts or recipe.data.prompts or [], begin, Path(model) / FIGURES, recipe.seed
-        )
-    if not texts:
+        texts = prompt_texts(subject.prompts.texts, prompts) or subject.prompts.texts
+        return Traceable(subject.target, tokenizer, texts, begin, Path(model) / FIGURES, recipe.seed)
+    if not prompts:
         raise UsageError("nothing to trace", "give --prompt TEXT; its last token is the answer")
+    number = next((prompt for prompt in prompts if isinstance(prompt, int)), None)
+    if number is not None:
+        hint = f"give a run, or a text; --prompt ={number} is the text {number}"
+        raise UsageError(f"--prompt {number}: {model} is a model, which has no prompts of its own", hint)
+    texts = prompt_texts((), prompts)
     language_model = load_model(model, "float32")
     language_model.model.to(choose_device(device or "auto"))
     target = build_target(language_model, split_attention=False)

@@ -13,9 +13,10 @@ from spdcli.edits.counterfact import Record
 from spdcli.edits.editing_scores import EditingScores, RecordQuestions, fact_scores, record_questions, record_scores
 from spdcli.edits.facts_file import Facts
 from spdcli.edits.known_facts import OtherFacts, Paraphrases, facts_beside, paraphrases_of
-from spdcli.edits.prompts_and_answers import Questions, given_questions, own_questions
+from spdcli.edits.prompts_and_answers import Questions, given_questions, own_questions, pick
 from spdcli.edits.suppression import Edit
 from spdcli.engine.target import Target
+from spdcli.measures.texts import own_row, prompt_texts
 from spdcli.progress import Report, silent
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
@@ -75,7 +76,7 @@ class Exam:
 
 def open_exam(
     subject: Subject,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[int | str] = (),
     facts: Facts | None = None,
     *,
     answers: Sequence[str] = (),
@@ -84,17 +85,25 @@ def open_exam(
     seed: int = 0,
     report: Report = silent,
 ) -> Exam:
-    """The run's own prompts (of the toy `sequences` fresh ones), or `prompts` in their place, and the `facts` that are
-    none of either. `answers` are those of `prompts`, one each, where they are not their last tokens.
+    """The run's own prompts (of the toy `sequences` fresh ones), or `prompts` in their place: one of them by number,
+    from 1, or another text; and the `facts` that are none of either. `answers` are those of `prompts`, one each, where
+    they are not their last tokens.
 
-    UsageError where the toy is to be asked for facts or records; `report` hears of facts that are left out, and of
-    prompts that end in a blank.
+    UsageError for a number that no prompt has, and where the toy is to be asked for facts or records; `report` hears
+    of facts that are left out, and of prompts that end in a blank.
     """
-    questions = given_questions(subject, prompts, answers) if prompts else own_questions(subject, sequences, seed)
+    questions = own_questions(subject, sequences, seed)
+    if prompts:
+        rows = [own_row(questions.texts, prompt) for prompt in prompts]
+        own_alone = [row for row in rows if row is not None]
+        if answers or len(own_alone) < len(rows):
+            questions = given_questions(subject, prompt_texts(questions.texts, prompts), answers)
+        else:
+            questions = pick(questions, own_alone)
     warn_of_blanks(questions.texts, answers, report)
     own = subject.prompts.texts if subject.prompts is not None else []
     whole = [with_answer(text, answer) for text, answer in itertools.zip_longest(questions.texts, answers)]
-    beside = None if facts is None else facts_beside(subject, facts, [*own, *prompts, *whole], report)
+    beside = None if facts is None else facts_beside(subject, facts, [*own, *questions.texts, *whole], report)
     return Exam(
         questions,
         beside,

@@ -12,11 +12,12 @@ import torch
 from spdcli.edits.exam import Expectation
 from spdcli.edits.prompts_and_answers import Questions, about_token, given_questions, join, pick
 from spdcli.edits.script import Expect, Script, ScriptEdit, Select
-from spdcli.edits.selection import Activity, Rule, find_prompt, own_activity, select
+from spdcli.edits.selection import Activity, Rule, own_activity, select
 from spdcli.edits.suppression import Address, Edit, find_slices, suppression
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Target
 from spdcli.errors import RecipeError, RecipeProblem, SpdError
+from spdcli.measures.texts import find_prompt
 from spdcli.recipe.reading import Source
 from spdcli.recipe.toml_lines import KeyPath
 from spdcli.runs.subject import Subject

@@ -73,18 +73,6 @@ def own_activity(subject: Subject, decomposition: Decomposition, seed: int) -> t
     )
 
 
-def find_prompt(texts: Sequence[str], prompt: int | str) -> int:
-    """The row of a prompt by its number, from 1, or its text; UsageError for one that is not there."""
-    if isinstance(prompt, int):
-        if 1 <= prompt <= len(texts):
-            return prompt - 1
-        raise UsageError(f"prompt {prompt}: expected one of the run's prompts, 1 to {len(texts)}")
-    if prompt in texts:
-        return list(texts).index(prompt)
-    numbered = ", ".join(f"{number} {text!r}" for number, text in enumerate(texts, start=1))
-    raise UsageError(f"{prompt!r} is none of the run's prompts", f"they are {numbered}")
-
-
 def find_positions(texts: Texts, row: int, token: str) -> list[int]:
     """Where `token` stands in prompt `row`; UsageError where it does not."""
     positions = [position for prompt, position in texts.find(token) if prompt == row]

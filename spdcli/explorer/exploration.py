@@ -20,7 +20,7 @@ from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.measures.importances import warn_of_span
 from spdcli.measures.inspection import ActiveSlices, Query, SliceActivity, with_labels
-from spdcli.measures.texts import Texts, own_texts, user_texts
+from spdcli.measures.texts import Texts, find_prompt, own_texts, user_texts
 from spdcli.progress import Progress
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.subject import require_tokens
@@ -115,6 +115,12 @@ class Exploration:
         at = int(batch.valid[row].sum()) - 1 if prompts is None else int(prompts.answer_at[row])
         answer = None if batch.answers is None else int(batch.answers[row])
         return self._view(self.own, self.activity, row, row + 1, at, answer, "")
+
+    def chosen(self, prompt: int | str) -> TextView:
+        """The run's prompt of a number, from 1, or a text that is fed whole; UsageError where there is none."""
+        if isinstance(prompt, int):
+            return self.prompt(find_prompt(self.own.texts, prompt) + 1)
+        return self.typed(prompt)
 
     def typed(self, text: str) -> TextView:
         """A text of the user's own, fed whole. UsageError, or SpdError, for one that the target cannot take."""

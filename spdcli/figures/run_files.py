@@ -10,6 +10,7 @@ from spdcli.figures.curves import save_rank_curves
 from spdcli.figures.features import save_features
 from spdcli.measures.circuit import circuit_example
 from spdcli.measures.evaluation import AnyEvaluation
+from spdcli.measures.evaluation_totals import EVALUATION_SCHEMA
 from spdcli.measures.feature_evaluation import FeatureEvaluation, feature_importances
 from spdcli.measures.svd import RankCurves
 from spdcli.measures.toy_evaluation import ToyEvaluation
@@ -22,12 +23,12 @@ SVD_FIGURE = f"{FIGURES}/svd.png"
 
 
 def write_evaluation(run: LoadedRun, evaluation: AnyEvaluation) -> dict[str, Any]:
-    """Writes `spd.eval/1` into the run's eval.json; returns the JSON object.
+    """Writes `spd.eval/2` into the run's eval.json; returns the JSON object.
 
     For a toy whose circuit was measured its figures are drawn (Figure 1 and section 6.1), for a feature toy what every
     slice answers to.
     """
-    head = {"schema": "spd.eval/1", "run": str(run.home.path), "target": run.recipe.target.kind}
+    head = {"schema": EVALUATION_SCHEMA, "run": str(run.home.path), "target": run.recipe.target.kind}
     data = head | plain(evaluation)
     if isinstance(evaluation, ToyEvaluation) and evaluation.circuit:
         example = circuit_example(run.subject, run.decomposition, evaluation.threshold, evaluation.seed)

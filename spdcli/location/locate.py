@@ -26,7 +26,6 @@ from spdcli.edits.prompts_and_answers import Questions, about_token, given_quest
 from spdcli.edits.selection import (
     Activity,
     activity_of,
-    find_prompt,
     in_order,
     own_activity,
     with_direction,
@@ -38,7 +37,7 @@ from spdcli.errors import UsageError
 from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer, SideEffects
 from spdcli.measures.importances import warn_of_span
 from spdcli.measures.matrix_patterns import matrices_like
-from spdcli.measures.texts import Texts
+from spdcli.measures.texts import Texts, own_row
 from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
 
@@ -96,31 +95,32 @@ class PromptSearch:
 def locate(
     subject: Subject,
     decomposition: Decomposition,
-    prompt: str | None = None,
+    prompts: Sequence[int | str] = (),
     token: str | None = None,
     facts: Facts | None = None,
     search: Search | None = None,
     seed: int = 0,
     report: Report = silent,
 ) -> list[PromptSearch]:
-    """The slices that carry the answer `token` of `prompt` (None: the prompt's last token), one entry a prompt.
+    """The slices that carry the answer `token` of `prompts` (None: their last tokens), one entry a prompt.
 
-    `prompt` is one of the run's by its number, from 1, or its text, or another text, whose last token is its answer;
-    None is each prompt of the run (of the toy: a few sequences, drawn by `seed`). Of `facts` those that
+    A prompt is one of the run's by its number, from 1, or its text, or another text, whose last token is its answer;
+    without any it is each prompt of the run (of the toy: a few sequences, drawn by `seed`). Of `facts` those that
     the model knows should stay as they are; the toy knows none. UsageError where no slice of `search.matrices` is
     active.
     """
     search = search or Search()
     activity, own = own_activity(subject, decomposition, seed)
-    row = None if prompt is None else prompt_row(prompt, own.texts)
-    foreign = [prompt] if prompt is not None and row is None else []
+    rows = {prompt: own_row(own.texts, prompt) for prompt in prompts or range(1, len(own.texts) + 1)}
+    foreign = [str(prompt) for prompt, row in rows.items() if row is None]
     known = None if facts is None else known_facts(subject, facts, [*own.texts, *foreign], report)
-    rows = range(len(own.texts)) if prompt is None else [row] if row is not None else []
-    places = [(activity, number, pick(own, [number])) for number in rows]
     if foreign:
         warn_of_span(decomposition, report)
-        question = given_questions(subject, foreign)
-        places = [(activity_on(subject, decomposition, question), 0, question)]
+    places = []
+    for prompt, row in rows.items():
+        question = given_questions(subject, [str(prompt)]) if row is None else pick(own, [row])
+        here = activity_on(subject, decomposition, question) if row is None else activity
+        places.append((here, row or 0, question))
     searches = []
     for here, number, question in places:
         if token is not None:
@@ -131,13 +131,6 @@ def locate(
         known_questions = None if known is None else known.questions
         searches.append(search_prompt(subject, decomposition, slices, question, rest, known_questions, search))
     return searches
-
-
-def prompt_row(prompt: str, texts: Sequence[str]) -> int | None:
-    """The row of a prompt among a run's own, by its number or text; None for another text."""
-    if prompt.isascii() and prompt.isdigit() and prompt not in texts:
-        return find_prompt(texts, int(prompt))
-    return list(texts).index(prompt) if prompt in texts else None
 
 
 def activity_on(subject: Subject, decomposition: Decomposition, questions: Questions) -> Activity:

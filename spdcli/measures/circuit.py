@@ -60,7 +60,7 @@ class ImportanceProfile:
 
 @dataclass(frozen=True)
 class Circuit:
-    """The mechanism as numbers, on so many fresh `sequences`: `circuit` in `spd.eval/1`.
+    """The mechanism as numbers, on so many fresh `sequences`: `circuit` in `spd.eval/2`.
 
     `offsets` is None unless Q0 and K0 are decomposed, `identity` unless V1 is. `needs` by matrix and position class are
     KLs in nats, `controls` is by name of the control.

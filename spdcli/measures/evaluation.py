@@ -40,7 +40,7 @@ def evaluate(
     seed: int = 0,
     adversary: MaskSearch = USUAL,
 ) -> AnyEvaluation:
-    """Everything `spd eval` reports (`spd.eval/1`) but for the run's name.
+    """Everything `spd eval` reports (`spd.eval/2`) but for the run's name.
 
     A toy is measured on `sequences` fresh sequences (FRESH if None), a language model on so many of its prompts or of
     its held-out text (if None on as many as have a few hundred tokens), a planted target on a few sequences as if they

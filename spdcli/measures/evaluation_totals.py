@@ -23,6 +23,7 @@ from spdcli.measures.mean import Mean
 from spdcli.measures.slice_recovery import Recovery
 from spdcli.records import ABSENT, Absent
 
+EVALUATION_SCHEMA = "spd.eval/2"  # of /1, `active_at` was called active, and counted prompts from 0
 LOSSES = losses_where(lambda loss: loss.of_outputs and loss.reported)
 HIDDEN = losses_where(lambda loss: loss.hidden_of is not None and loss.reported)
 ALL_OFF = "all_off"  # in place of a loss's name: every slice off
@@ -31,11 +32,11 @@ PLAN_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """`spd.eval/1`, as far as it is the same for every target: Table 1, and the active slices of section 6.2.
+    """`spd.eval/2`, as far as it is the same for every target: Table 1, and the active slices of section 6.2.
 
     Measured on `sequences` sequences of the stream `seed`. A slice is active where its importance is above `threshold`:
     `unique` counts by matrix the slices that are active anywhere (Table 1b), `total_active` is their sum (section 6.2:
-    96 of GPT-2 on two prompts), of `total_slices`. `active` counts active slices, by matrix and place. `metrics` are
+    96 of GPT-2 on two prompts), of `total_slices`. `metrics` are
     losses by name (Table 1c): `faithfulness` is the exact one, a squared error a weight, and `relative_faithfulness`
     the exact share of W's squared norm that slices leave out, a mean over matrices; `hidden_recon` is the squared error
     of what matrices give, over that of the target's own, with all of them masked by importances, a mean over matrices
@@ -56,7 +57,6 @@ class Totals:
     metrics: Mapping[str, float]
     standard_error: Mapping[str, float]
     recon_layerwise_by_matrix: Mapping[str, float]
-    active: Mapping[str, Mapping[str, float]]
     l0: float
     delta_share: Mapping[str, float]
     all_off: float | Absent = ABSENT
@@ -69,7 +69,7 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Totals):
-    """`spd.eval/1` of a target that predicts tokens.
+    """`spd.eval/2` of a target that predicts tokens.
 
     `evidence` is what the reconstruction is worth: the same KLs by how masks were chosen. `recovery`, of a planted
     target alone, says how well its slices are found.
@@ -170,7 +170,7 @@ class Sums:
         reconstruction(self.target, self.decomposition, clean, variants, g, self.noise, PLAN_BYTES, consume, look=look)
 
     def totals(self) -> dict[str, Any]:
-        """The fields of `Totals` but for `seed`, `threshold`, `active` and `evidence`."""
+        """The fields of `Totals` but for `seed`, `threshold` and `evidence`."""
         unique = {name: int(somewhere.sum()) for name, somewhere in self.active_anywhere.items()}
         means = {loss: self.reconstruction[loss] for loss in (*LOSSES, *HIDDEN)}
         exact = {

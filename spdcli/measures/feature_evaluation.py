@@ -44,7 +44,7 @@ class PartsFound:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureEvaluation(Totals):
-    """`spd.eval/1` of a toy of sparse features: `active` by matrix is the mean number of active slices on the `data`,
+    """`spd.eval/2` of a toy of sparse features: `active` by matrix is the mean number of active slices on the `data`,
     and on a `single` feature.
 
     The reconstruction losses of `metrics` are squared errors (`output_loss`), a mean over outputs. `live` counts by
@@ -52,6 +52,7 @@ class FeatureEvaluation(Totals):
     read features. `error` is the squared error to what the toy was trained to answer.
     """
 
+    active: Mapping[str, Mapping[str, float]]
     output_loss: str
     live_above: float
     live: Mapping[str, int]

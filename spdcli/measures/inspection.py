@@ -12,7 +12,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.measures.importances import active_in, importances_of, warn_of_span
 from spdcli.measures.labels import TokenLens
 from spdcli.measures.matrix_patterns import matrices_like
-from spdcli.measures.texts import Texts, own_texts, user_texts
+from spdcli.measures.texts import Texts, chosen_texts, own_texts
 from spdcli.progress import Report, silent
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
@@ -36,12 +36,13 @@ class SliceActivity:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """One place of a token: the number and `text` of its `prompt`, its `position` (both from 0), and its own text.
+    """One place of a token: the `number` of its prompt, from 1, and its `text`, the `position` (from 0), and the token.
 
-    `active` counts the slices that are active there; `slices` are the first of them.
+    `number` is that of the run's prompts, or of the texts that were looked at instead. `active` counts the slices that
+    are active there; `slices` are the first of them.
     """
 
-    prompt: int
+    number: int
     text: str
     position: int
     token: str
@@ -51,16 +52,16 @@ class Occurrence:
 
 @dataclass(frozen=True)
 class Heat:
-    """The sum of importances at each of one prompt's `tokens`."""
+    """The sum of importances at each of the `tokens` of the prompt of a `number`, from 1."""
 
-    prompt: int
+    number: int
     tokens: Sequence[str]
     importance: Sequence[float]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`spd.inspect/1` but for the run's name: the first occurrences of `token` (None: of any), of so many `places` that
+    """`spd.inspect/2` but for the run's name: the first occurrences of `token` (None: of any), of so many `places` that
     it has in all, and a heat a prompt that has one of them."""
 
     token: str | None
@@ -86,20 +87,20 @@ def inspect_texts(
     subject: Subject,
     decomposition: Decomposition,
     query: Query,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[int | str] = (),
     begin_token: bool = False,
     seed: int = 0,
     report: Report = silent,
 ) -> Inspection:
-    """Everything `spd inspect` reports: on the run's own prompts, or on `prompts` where there are any.
+    """Everything `spd inspect` reports: on all of the run's own prompts, or on `prompts` (see `chosen_texts`).
 
-    `begin_token` puts a language model's begin-of-sequence token before each of `prompts`; `seed` draws the toy's
-    own sequences. `report` is warned where the gates see only a projection of `prompts`.
+    `begin_token` puts a language model's begin-of-sequence token before each text; `seed` draws the toy's own
+    sequences. `report` is warned where the gates see only a projection of a text.
     """
-    if prompts:
+    if any(isinstance(prompt, str) for prompt in prompts):
         warn_of_span(decomposition, report)
     own = own_texts(subject, seed)
-    shown = user_texts(subject, prompts, begin_token) if prompts else own
+    shown = chosen_texts(subject, own, prompts, begin_token) if prompts else own
     return inspect_slices(subject, decomposition, own, shown, query)
 
 
@@ -121,7 +122,7 @@ def inspect_slices(
     named = iter(with_labels([one for at_place in slices for one in at_place], subject, decomposition, query.labels))
     occurrences = [
         Occurrence(
-            prompt=row,
+            number=shown.number(row),
             text=shown.texts[row],
             position=position,
             token=shown.pieces[row][position],
@@ -136,7 +137,7 @@ def inspect_slices(
         token=query.token,
         places=found,
         occurrences=occurrences,
-        heat=[Heat(r, shown.pieces[r], heat[r, : len(shown.pieces[r])].tolist()) for r in rows],
+        heat=[Heat(shown.number(r), shown.pieces[r], heat[r, : len(shown.pieces[r])].tolist()) for r in rows],
     )
 
 

@@ -46,7 +46,9 @@ class AnswerProbability:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageEvaluation(Evaluation):
-    """`spd.eval/1` of a language model: `active` by matrix and `prompt:position`, both counted from 0.
+    """`spd.eval/2` of a language model: `active_at` counts active slices by matrix and `prompt:position`.
+
+    Prompts are counted from 1, in the order of `prompts`, and positions from 0, as everywhere.
 
     `prompts` are the texts that it was measured on, by `measured_on`: "prompts", all of the run's or some, or "held-out
     text", which nothing was trained on; they have so many `tokens`. `cross_entropy` of the text is in nats a token;
@@ -55,6 +57,7 @@ class LanguageEvaluation(Evaluation):
     active slices are parts of the target.
     """
 
+    active_at: Mapping[str, Mapping[str, int]]
     cross_entropy: TargetAndMasked[float]
     attention_kl: Sequence[float]
     accuracy: TargetAndMasked[float]
@@ -78,7 +81,7 @@ def evaluate_language_model(
     prompts = measured_prompts(subject, sequences, seed)
     sums = Sums.start(subject.target, decomposition, threshold, seed)
     corners, shares, predictions = CornerSums(subject, decomposition), ShareSums(), PredictionSums()
-    active: dict[str, dict[str, int]] = {}
+    active_at: dict[str, dict[str, int]] = {}
     count = 0
     for part in in_parts(subject, prompts):
         ((clean, g),) = with_importances(part, decomposition, 0, seed)
@@ -90,8 +93,8 @@ def evaluate_language_model(
         assert part.prompts is not None
         predictions.add(part.prompts, TargetAndMasked(clean.log_probs, masked))
         shares.add(subject.target, decomposition, clean, g, threshold)
-        for name, places in _active_by_place(clean, g, threshold, count).items():
-            active.setdefault(name, {}).update(places)
+        for name, places in _active_by_place(clean, g, threshold, count + 1).items():
+            active_at.setdefault(name, {}).update(places)
         count += len(clean.batch.tokens)
     attacked = replace(subject, prompts=attacked_prompts(subject, prompts))
     found = search_masks(attacked, decomposition, adversary, count, seed)
@@ -100,7 +103,7 @@ def evaluate_language_model(
         threshold=threshold,
         **sums.totals(),
         evidence=corners.evidence(sums.reconstruction, found),
-        active=active,
+        active_at=active_at,
         measured_on="prompts" if subject.held_out_prompts is None else "held-out text",
         tokens=sums.positions,
         prompts=prompts.texts,

@@ -30,7 +30,7 @@ from spdcli.engine.target import Matrix, Target
 from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
 from spdcli.measures.labels import TokenLens
-from spdcli.measures.texts import Texts, own_texts, user_texts
+from spdcli.measures.texts import Texts, own_row, own_texts, user_texts
 from spdcli.progress import Progress, Report, silent
 from spdcli.runs.subject import Subject, require_tokens
 
@@ -130,17 +130,12 @@ def slice_graph(
     )
 
 
-def graph_text(subject: Subject, prompt: str, begin_token: bool, seed: int) -> tuple[Texts, int]:
+def graph_text(subject: Subject, prompt: int | str, begin_token: bool, seed: int) -> tuple[Texts, int]:
     """The text that `prompt` names, and its row: one of the run's own, by number from 1 or text, or another one."""
     require_tokens(subject)
     own = own_texts(subject, seed)
-    if prompt in own.texts:
-        return own, own.texts.index(prompt)
-    if prompt.isascii() and prompt.isdigit():
-        if 1 <= int(prompt) <= len(own.texts):
-            return own, int(prompt) - 1
-        raise UsageError(f"prompt {prompt}: expected one of the run's prompts, 1 to {len(own.texts)}, or a text")
-    return user_texts(subject, [prompt], begin_token), 0
+    row = own_row(own.texts, prompt)
+    return (user_texts(subject, [str(prompt)], begin_token), 0) if row is None else (own, row)
 
 
 @dataclass(frozen=True, eq=False)

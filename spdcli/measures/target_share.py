@@ -39,7 +39,7 @@ class MatrixShare:
 
 @dataclass(frozen=True)
 class TargetShare:
-    """How far active slices are parts of the target: `grounding` in `spd.eval/1`.
+    """How far active slices are parts of the target: `grounding` in `spd.eval/2`.
 
     `in_weights` and `in_outputs`, in [0, 1], are means over all active slices and over all places with active slices.
     `blocks` counts active slices by block, `last_block` is the share of them in the last decomposed one. Means over

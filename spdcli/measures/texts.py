@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +21,20 @@ TOY_SEQUENCES = 4
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Sequences to look at: `batch`, and for people the text and the tokens of each; `find` finds a token's places."""
+    """Sequences to look at: `batch`, and for people the text and the tokens of each; `find` finds a token's places.
+
+    `numbers` are those that people call them by; from 1, in their order, if None.
+    """
 
     batch: Batch
     texts: list[str]
     pieces: list[list[str]]
     find: Callable[[str], list[tuple[int, int]]]
+    numbers: Sequence[int] | None = None
+
+    def number(self, row: int) -> int:
+        """What people call the sequence of a row."""
+        return row + 1 if self.numbers is None else self.numbers[row]
 
 
 def own_texts(subject: Subject, seed: int) -> Texts:
@@ -59,6 +67,48 @@ def user_texts(subject: Subject, prompts: Sequence[str], begin_token: bool) -> T
         raise UsageError("the toy's prompts must be of one length")
     refuse_too_long(subject, len(rows[0]))
     return _toy_texts(subject, Batch.everywhere(torch.tensor(rows)))
+
+
+def chosen_texts(subject: Subject, own: Texts, prompts: Sequence[int | str], begin_token: bool) -> Texts:
+    """Prompts as `--prompt` names them: those of the run's `own` by number, from 1, or texts of the user's own.
+
+    UsageError for a number that no prompt has, and for numbers beside texts: the former are fed as the run feeds them,
+    maybe without their answers, the latter whole.
+    """
+    numbers = [prompt for prompt in prompts if isinstance(prompt, int)]
+    if not numbers:
+        return user_texts(subject, [str(prompt) for prompt in prompts], begin_token)
+    if len(numbers) < len(prompts):
+        raise UsageError("prompts of the run and other texts are not looked at together", "give one or the other")
+    rows = [find_prompt(own.texts, number) for number in numbers]
+    if subject.prompts is not None:
+        chosen = _language_texts(subject.prompts.select(rows))
+    else:
+        batch = own.batch.select(torch.tensor(rows))
+        chosen = _feature_texts(batch) if subject.feature_toy is not None else _toy_texts(subject, batch)
+    return replace(chosen, numbers=numbers)
+
+
+def find_prompt(texts: Sequence[str], prompt: int | str) -> int:
+    """The row of a prompt by its number, from 1, or its text; UsageError for one that is not there."""
+    if isinstance(prompt, int):
+        if 1 <= prompt <= len(texts):
+            return prompt - 1
+        raise UsageError(f"prompt {prompt}: expected one of the run's prompts, 1 to {len(texts)}")
+    if prompt in texts:
+        return list(texts).index(prompt)
+    numbered = ", ".join(f"{number} {text!r}" for number, text in enumerate(texts, start=1))
+    raise UsageError(f"{prompt!r} is none of the run's prompts", f"they are {numbered}")
+
+
+def own_row(texts: Sequence[str], prompt: int | str) -> int | None:
+    """The row of a prompt among a run's own `texts`; None for another text, UsageError for a number that is none."""
+    return find_prompt(texts, prompt) if isinstance(prompt, int) or prompt in texts else None
+
+
+def prompt_texts(own: Sequence[str], prompts: Sequence[int | str]) -> list[str]:
+    """The texts of prompts: a number, from 1, is one of the run's `own`; UsageError for a number that is none."""
+    return [prompt if isinstance(prompt, str) else own[find_prompt(own, prompt)] for prompt in prompts]
 
 
 def refuse_too_long(subject: Subject, tokens: int) -> None:

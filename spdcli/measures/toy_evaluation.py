@@ -39,13 +39,14 @@ class AttentionSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyEvaluation(Evaluation):
-    """`spd.eval/1` of a toy (Table 1): `active` by matrix and position class is a mean a position (Table 1a).
+    """`spd.eval/2` of a toy (Table 1): `active` by matrix and position class is a mean a position (Table 1a).
 
     `attention_kl` by layer is KL(target ‖ masked) in nats, a mean over sequences, heads and queries (Table 1c), and
     `attention_kl_split` the same by what the circuit needs of the query. `accuracy` is the share of sequences whose
     answer is told right. `circuit` is there for a toy of the paper's kind (section 6.1).
     """
 
+    active: Mapping[str, Mapping[str, float]]
     attention_kl: Sequence[float]
     attention_kl_split: Sequence[AttentionSplit]
     accuracy: TargetAndMasked[float]

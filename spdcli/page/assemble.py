@@ -90,7 +90,7 @@ def run_page(
 
 
 def measured(run: LoadedRun, seed: int) -> Mapping[str, Any]:
-    """`spd.eval/1` as the run's eval.json has it; measured now, with no masks sought, where there is none."""
+    """`spd.eval/2` as the run's eval.json has it; measured now, with no masks sought, where there is none."""
     kept = {} if run.directory is None else read_json(run.home / EVAL)
     if "metrics" in kept:
         return kept

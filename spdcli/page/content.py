@@ -123,7 +123,7 @@ def commands(run: LoadedRun) -> list[str]:
 
 
 def active_slices(evaluation: Mapping[str, Any], paper: Mapping[str, Sequence[float]]) -> list[Table]:
-    """Table 1 of a toy from `spd.eval/1`, the `paper`'s numbers in brackets; nothing of a language model."""
+    """Table 1 of a toy from `spd.eval/2`, the `paper`'s numbers in brackets; nothing of a language model."""
     active, classes = evaluation.get("active", {}), ("s1", "m", "s2", "random")
     if not active or not all(kind in next(iter(active.values())) for kind in classes):
         return []
@@ -138,7 +138,7 @@ def active_slices(evaluation: Mapping[str, Any], paper: Mapping[str, Sequence[fl
 
 
 def metrics(evaluation: Mapping[str, Any]) -> Table:
-    """Every loss of `spd.eval/1`, with its standard error."""
+    """Every loss of `spd.eval/2`, with its standard error."""
     errors = evaluation.get("standard_error", {})
     rows = []
     for name, value in evaluation["metrics"].items():
@@ -148,7 +148,7 @@ def metrics(evaluation: Mapping[str, Any]) -> Table:
 
 
 def evidence(evaluation: Mapping[str, Any]) -> list[Table]:
-    """KL by how masks are chosen, the weakest evidence first, from `spd.eval/1`."""
+    """KL by how masks are chosen, the weakest evidence first, from `spd.eval/2`."""
     said = evaluation.get("evidence") or {}
     rows = []
     for name, words in MASKS.items():

@@ -17,6 +17,7 @@ from spdcli.disk import read_json, write_json
 from spdcli.figures.run_files import SVD, write_evaluation, write_rank_curves
 from spdcli.measures.circuit_data import circuit_data
 from spdcli.measures.evaluation import evaluate
+from spdcli.measures.evaluation_totals import EVALUATION_SCHEMA
 from spdcli.measures.slice_similarity import weight_signature
 from spdcli.measures.svd import svd_curves
 from spdcli.measures.svd_methods import METHODS
@@ -48,7 +49,7 @@ class InductionSeed:
     """One seed: whether it meets every stated bound, those that it breaks, and what no row of the table holds.
 
     `minutes` are those that the decomposition trained; `attention_kl_split`, `attention` and `controls` are of its
-    `spd.eval/1`, as JSON.
+    `spd.eval/2`, as JSON.
     """
 
     seed: int
@@ -160,7 +161,7 @@ def seed_recipes(
 def evaluation_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
     """What `spd eval` says of the run, measured now unless it was measured so before."""
     seed = run.recipe.seed
-    settings = {"schema": "spd.eval/1", "sequences": sequences, "threshold": 0.0, "seed": seed}
+    settings = {"schema": EVALUATION_SCHEMA, "sequences": sequences, "threshold": 0.0, "seed": seed}
     before = read_json(run.home / EVAL)
     if (
         "circuit" in before

@@ -16,6 +16,7 @@ from spdcli.api import finished
 from spdcli.disk import read_json, write_json
 from spdcli.figures.run_files import write_evaluation
 from spdcli.measures.evaluation import evaluate
+from spdcli.measures.evaluation_totals import EVALUATION_SCHEMA
 from spdcli.measures.feature_evaluation import PartsFound
 from spdcli.measures.parts_baselines import baseline_parts
 from spdcli.paper.known_parts import claims, recipes_of
@@ -36,7 +37,7 @@ class PartsSeed:
     """One seed of one recipe: whether it meets every bound, those that it breaks, and what no row of the table holds.
 
     `minutes` are those that the decomposition trained; `own` counts by matrix the features with a slice of their own;
-    `metrics` are those of its `spd.eval/1`; `baselines` say by method and matrix what other methods find of the parts.
+    `metrics` are those of its `spd.eval/2`; `baselines` say by method and matrix what other methods find of the parts.
     """
 
     recipe: str
@@ -125,7 +126,7 @@ def _finished(loaded: LoadedRecipe, folder: Path, force: bool, report: Report) -
 def evaluation_of(run: LoadedRun, inputs: int) -> dict[str, Any]:
     """What `spd eval` says of the run, measured now unless it was measured so before."""
     seed = run.recipe.seed
-    settings = {"schema": "spd.eval/1", "sequences": inputs, "threshold": 0.0, "seed": seed}
+    settings = {"schema": EVALUATION_SCHEMA, "sequences": inputs, "threshold": 0.0, "seed": seed}
     before = read_json(run.home / EVAL)
     if "parts" in before and all(before.get(key) == value for key, value in settings.items()):
         return before

@@ -132,7 +132,7 @@ def _grade(loss: str) -> str:
 
 
 def _at(*path: str | int) -> Callable[[Evidence], float]:
-    """Reads the number at a path of keys and positions in `spd.eval/1`."""
+    """Reads the number at a path of keys and positions in `spd.eval/2`."""
 
     def read(evaluation: Evidence) -> float:
         value: Any = evaluation

@@ -36,7 +36,7 @@ class ToyVariant:
     `accuracy` is the toy's on fresh sequences; `m_to_s1` and `s2_to_m` its attention in the circuit's two steps, and
     `m_to_s1_unplaced_query` the first without position encodings in m's query. `singular_values` are the largest ones
     of W by matrix. `unique` slices by matrix; `active` ones at the position class that the paper found the matrix's
-    slices at, and `needs` is the KL (nats) of the target without the matrix there; `metrics` as in `spd.eval/1`;
+    slices at, and `needs` is the KL (nats) of the target without the matrix there; `metrics` as in `spd.eval/2`;
     `minutes` that the decomposition trained.
     """
 

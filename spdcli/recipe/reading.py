@@ -147,7 +147,7 @@ def checked_recipe(
     except ValidationError as error:
         problems += [source.problem(mistake.keys, mistake.message) for mistake in mistakes(error, raw)]
     problems.sort(key=lambda problem: problem.line or 0)
-    raise RecipeError(problems, f"`spd recipe show {_example(raw)}` prints a recipe that works")
+    raise RecipeError(problems, _working_recipe(name, raw, problems, applied))
 
 
 def _idle_problems(
@@ -318,6 +318,17 @@ def _apply(override: Override, raw: dict[str, Any]) -> RecipeProblem | None:
         table = inner
     table[str(override.path[-1])] = override.value
     return None
+
+
+def _working_recipe(
+    name: str, raw: dict[str, Any], problems: Sequence[RecipeProblem], overrides: Sequence[Override]
+) -> str:
+    """The hint for mistakes in a recipe: where they are all on the command line, the file `name` itself is right."""
+    options = [override.option for override in overrides]
+    if all(problem.source in options for problem in problems) and Path(name).is_file():
+        given = next((own for own, path in shipped().items() if str(path) == name), name)
+        return f"`spd recipe show {given}` prints its settings"
+    return f"`spd recipe show {_example(raw)}` prints a recipe that works"
 
 
 def _example(raw: dict[str, Any]) -> str:

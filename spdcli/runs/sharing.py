@@ -83,7 +83,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
 
 
 def model_card(run: LoadedRun, evaluation: Mapping[str, Any]) -> ModelCard:
-    """What was taken apart, by what recipe, and how well, as `evaluation` (`spd.eval/1`, or nothing) says."""
+    """What was taken apart, by what recipe, and how well, as `evaluation` (`spd.eval/2`, or nothing) says."""
     data = ModelCardData(library_name=LIBRARY, base_model=base_model(run.recipe), tags=TAGS)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join([*_about(run), *_measured(evaluation), USE]) + "\n"

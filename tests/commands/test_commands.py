@@ -616,7 +616,22 @@ def test_a_missing_run_is_one_line(spd, recipe, tmp_path, command):
     (tmp_path / "toy" / TOY_WEIGHTS).rename(tmp_path / "elsewhere")
     code, printed, err = spd(command[0], tmp_path / "toy", *command[1:])
     assert (code, printed) == (2, "")
-    one_line(err, "decomposition.safetensors: no such file")
+    one_line(
+        err, f"{tmp_path / 'toy'} is not finished: there is no decomposition.safetensors", "--force begins it anew"
+    )
+
+
+def test_an_unfinished_run_says_how_to_go_on(spd, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / DECOMPOSITION).unlink()
+    code, _, err = spd("eval", run)
+    assert code == 2
+    one_line(err, f"{run} is not finished: there is no {DECOMPOSITION}")
+    told = err.splitlines()[1].removeprefix("hint: ")
+    assert told.endswith(f"--out {run} --resume goes on with it")
+    assert spd(*told.removesuffix(" goes on with it").split()[1:])[0] == 0
+    assert (run / DECOMPOSITION).read_bytes() == (straight / DECOMPOSITION).read_bytes()
 
 
 # --- eval ------------------------------------------------------------------------------------------
@@ -624,7 +639,7 @@ def test_a_missing_run_is_one_line(spd, recipe, tmp_path, command):
 METRICS = set(losses_where(lambda loss: loss.reported))
 
 
-CONTRACT = ("active", "unique", "total_active", "metrics", "standard_error", "attention_kl", "accuracy")
+CONTRACT = ("unique", "total_active", "metrics", "standard_error", "attention_kl", "accuracy")
 
 
 def check_contract(data):
@@ -651,7 +666,7 @@ def test_eval_of_a_toy_keeps_the_contract(spd, straight):
     data = json.loads(printed)
     assert json.loads((straight / "eval.json").read_text()) == data
     assert (data["schema"], data["run"], data["target"], data["sequences"]) == (
-        "spd.eval/1", str(straight), "induction", 20,
+        "spd.eval/2", str(straight), "induction", 20,
     )  # fmt: skip
     names = ["Q0", "K0", "V0", "Q1", "K1", "V1"]
     assert list(data["active"]) == list(data["unique"]) == names
@@ -700,10 +715,10 @@ def test_eval_of_a_language_model_keeps_the_contract(spd, model_recipe_file, tmp
     code, printed, _ = spd("eval", out, "--json")
     assert code == 0
     data = json.loads(printed)
-    assert (data["schema"], data["target"], data["sequences"]) == ("spd.eval/1", "huggingface", prompts)
-    assert list(data["active"]) == ["h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_fc", "h.1.mlp.c_proj"]
-    places = [f"{prompt}:{t}" for prompt in range(prompts) for t in range((5, 7)[prompt])]
-    assert all(list(counts) == places for counts in data["active"].values())
+    assert (data["schema"], data["target"], data["sequences"]) == ("spd.eval/2", "huggingface", prompts)
+    assert list(data["active_at"]) == ["h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_fc", "h.1.mlp.c_proj"]
+    places = [f"{prompt + 1}:{t}" for prompt in range(prompts) for t in range((5, 7)[prompt])]
+    assert all(list(counts) == places for counts in data["active_at"].values())
     assert set(data["metrics"]) == set(data["standard_error"]) == METRICS
     assert (data["standard_error"]["recon"] is None) == (prompts == 1)
     assert set(data["cross_entropy"]) == set(data["accuracy"]) == {"target", "masked"}
@@ -722,9 +737,9 @@ def test_inspect_keeps_the_contract(spd, model_run):
     code, printed, err = spd("inspect", model_run, "--token", "Bryant", "--json", "--top", 3, "--labels", 2)
     assert (code, err) == (0, "")
     data = json.loads(printed)
-    assert (data["schema"], data["token"]) == ("spd.inspect/1", "Bryant")
+    assert (data["schema"], data["token"]) == ("spd.inspect/2", "Bryant")
     (occurrence,) = data["occurrences"]
-    assert (occurrence["prompt"], occurrence["position"], occurrence["token"]) == (0, 2, " Bryant")
+    assert (occurrence["number"], occurrence["position"], occurrence["token"]) == (1, 2, " Bryant")
     assert len(occurrence["slices"]) == 3
     for entry in occurrence["slices"]:
         assert {"slice", "importance", "activation", "unique", "promotes", "reads"} <= entry.keys()
@@ -750,7 +765,7 @@ def test_inspect_of_another_text(spd, model_run):
     code, printed, err = spd("inspect", model_run, "-p", "Woods plays golf", "-p", "the sport", "--json", "-t", "plays")
     assert (code, err) == (0, "")
     data = json.loads(printed)
-    assert [(o["prompt"], o["text"]) for o in data["occurrences"]] == [(0, "Woods plays golf")]
+    assert [(o["number"], o["text"]) for o in data["occurrences"]] == [(1, "Woods plays golf")]
 
 
 def test_inspect_warns_where_span_gates_look_outside_their_span(spd, model_recipe_file, tmp_path):

@@ -104,7 +104,7 @@ def test_plan_counts_and_times_a_step(run: Path, spd: Spd) -> None:
 def test_eval_tells_of_parts(run: Path, spd: Spd) -> None:
     data = answer(spd, "eval", run, "--sequences", 40)
     kind = kind_of(run)
-    assert (data["schema"], data["target"], data["output_loss"]) == ("spd.eval/1", kind, "mse")
+    assert (data["schema"], data["target"], data["output_loss"]) == ("spd.eval/2", kind, "mse")
     assert list(data["live"]) == list(data["active"]) == list(data["unique"]) == MATRICES[kind]
     assert list(data["parts"]) == READ[kind]
     assert (run / "figures/features.png").exists()
@@ -144,7 +144,9 @@ def test_inspect_shows_a_feature(run: Path, spd: Spd) -> None:
             assert one["activation"] == pytest.approx(0.75 * slices(name)[0][2, int(c)].item(), abs=1e-5)
     own = answer(spd, "inspect", run, "--prompt", "0 3:-0.5")
     assert own["occurrences"][0]["token"] == "0:0.75 3:-0.5"
-    one_line(spd("inspect", run, "--prompt", "9")[2], "no feature '9'", "the features are 0 to 3")
+    assert answer(spd, "inspect", run, "--prompt", "3")["occurrences"][0]["text"] == "2:0.75"  # the third one
+    one_line(spd("inspect", run, "--prompt", "9")[2], "prompt 9: expected one of the run's prompts, 1 to 4")
+    one_line(spd("inspect", run, "--prompt", "=9")[2], "no feature '9'", "the features are 0 to 3")
 
 
 def test_ablate_takes_a_slice_from_every_feature(run: Path, spd: Spd) -> None:

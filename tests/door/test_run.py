@@ -123,7 +123,7 @@ def test_a_run_in_memory_can_be_saved(toy_run, tmp_path, monkeypatch, capsys):
         (lambda run: run.suppression(["nowhere:0"]), "nowhere"),
         (lambda run: run.ablate(), "nothing to ablate"),
         (lambda run: run.ablate([f"{FC}:0"], others="off"), "expected one of on, importance, sampled"),
-        (lambda run: run.locate("9"), "1 to 2"),
+        (lambda run: run.locate(9), "1 to 2"),
         (lambda run: run.trace(["Nobody"]), "no prompt has the subject"),
         (lambda run: run.inspect("nowhere"), "no prompt has the token"),
         (lambda run: run.inspect(prompts=KOBE), "is a text"),

@@ -367,6 +367,10 @@ def test_prompts_from_the_command_line_and_stdin(spd, run, monkeypatch):
             "the sport of basketball",
         ]
         assert [effect["token"] for effect in data["effects"]] == [" golf", " golf", " basketball"]
+        of_run = answer(spd, command, run, *TWO, "--no-facts")["effects"]
+        (second,) = answer(spd, command, run, *TWO, "--no-facts", "--prompt", "2")["effects"]
+        assert second["prompt"] == of_run[1]["prompt"]
+        assert second["after"] == pytest.approx(of_run[1]["after"], rel=1e-5)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     code, _, err = spd("ablate", run, *TWO, "--prompt", "-")
     assert code == 2
@@ -396,6 +400,12 @@ def test_ablate_a_toy(spd, toy_run):
     for effect in data["effects"]:
         words = effect["prompt"].split()
         assert effect["token"] == words[words.index("s") + 1]
+    of_three = ("--slice", "K0:0", "--sequences", "3", "--others", "importance")
+    (third,) = answer(spd, "ablate", toy_run, *of_three, "--prompt", "3")["effects"]
+    assert (third["prompt"], third["after"]) == (
+        data["effects"][2]["prompt"],
+        pytest.approx(data["effects"][2]["after"]),
+    )
     data = answer(spd, "ablate", toy_run, "--matrix", "K0", "--prompt", "3 s 4 1 s")
     assert data["effects"][0]["token"] == "4"
 

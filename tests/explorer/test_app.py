@@ -196,3 +196,5 @@ def test_the_command_says_what_it_needs_and_gives_json(toy_run, tmp_path, monkey
         [address],
     )
     assert list(said["importance"]) == toy_run.matrices
+    second = json.loads(spd("explore", tmp_path / "run", "--prompt", "2", "--json")[1])
+    assert (second["prompt"], second["text"]) == (2, toy_run.explore().own.texts[1])

@@ -195,12 +195,12 @@ def test_one_call_searches_each_prompt_or_one(planted):
     every = locate(subject, decomposition, facts=facts_file(1e-9))
     assert plain(every[0]) == search_all(planted)
     assert [one.prompt for one in every] == own_prompts(planted)
-    for prompt in ("2", own_prompts(planted)[1]):
-        assert locate(subject, decomposition, prompt, facts=facts_file(1e-9)) == every[1:]
-    (foreign,) = locate(subject, decomposition, "Tiger Woods plays golf", "basketball")
+    for prompt in (2, own_prompts(planted)[1]):
+        assert locate(subject, decomposition, [prompt], facts=facts_file(1e-9)) == every[1:]
+    (foreign,) = locate(subject, decomposition, ["Tiger Woods plays golf"], "basketball")
     assert (foreign.prompt, foreign.token, foreign.known_facts) == ("Tiger Woods plays golf", " basketball", 0)
     assert {len(entry.others) for entry in foreign.slices} == {2}
-    itself = locate(subject, decomposition, FACTS[0], facts=facts_file(1e-9))
+    itself = locate(subject, decomposition, [FACTS[0]], facts=facts_file(1e-9))
     assert itself[0].known_facts == 3, "a prompt is no other fact"
 
 
@@ -211,16 +211,16 @@ def own_prompts(planted):
 def test_gates_that_see_a_span_are_warned_of(planted):
     subject, decomposition, *_ = planted
     told = []
-    locate(subject, decomposition, "Tiger Woods plays golf", report=told.append)
+    locate(subject, decomposition, ["Tiger Woods plays golf"], report=told.append)
     assert told == []
     bases = decomposition.importances.bases
     try:
         decomposition.importances.bases = torch.nn.ParameterDict(
             {name.replace(".", "/"): torch.nn.Parameter(torch.eye(width)) for name, width in ((FC, 32), (PROJ, 128))}
         )
-        locate(subject, decomposition, "1", report=told.append)
+        locate(subject, decomposition, [1], report=told.append)
         assert told == []
-        locate(subject, decomposition, "Tiger Woods plays golf", report=told.append)
+        locate(subject, decomposition, ["Tiger Woods plays golf"], report=told.append)
     finally:
         decomposition.importances.bases = bases
     (progress,) = told
@@ -294,7 +294,10 @@ def test_prompts_by_number_text_or_of_ones_own(spd, run):
     own = located(spd, run, "--prompt", "Tiger Woods plays golf", "--token", "basketball", "--no-facts")
     assert (own["prompt"], own["token"]) == ("Tiger Woods plays golf", " basketball")
     assert len(own["slices"][0]["others"]) == 2, "both of the run's prompts"
-    only = located(spd, run, "--prompt", "1", "--matrices", "*c_fc", "--no-facts")
+    several = located(spd, run, "--prompt", "2", "--prompt", "Tiger Woods plays golf", "--no-facts", "--paired", "0")
+    assert [one["prompt"] for one in several["located"]] == [text["prompt"], own["prompt"]]
+    only = located(spd, run, "--prompt", "1", "--matrix", "*c_fc", "--no-facts")
+    assert located(spd, run, "--prompt", "1", "--matrices", "*c_fc", "--no-facts") == only, "as it was called"
     assert {entry["slice"].split(":")[0] for entry in only["slices"]} == {"h.1.mlp.c_fc"}
 
 
@@ -314,7 +317,7 @@ def test_what_it_says(spd, run, facts):
     [
         (["--prompt", "3"], "prompt 3: expected one of the run's prompts, 1 to 2"),
         (["--token", "golfer"], "'golfer' is no single token"),
-        (["--matrices", "h.9.*"], "no decomposed matrix matches 'h.9.*'"),
+        (["--matrix", "h.9.*"], "no decomposed matrix matches 'h.9.*'"),
         (["--threshold", "1"], "no slice of these matrices is active"),
         (["--facts", "nowhere.toml"], "nowhere.toml: cannot be read"),
     ],

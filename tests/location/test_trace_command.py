@@ -95,6 +95,8 @@ def test_what_is_missing_is_asked_for(spd, run, tmp_path, tiny_gpt2_dir):
         ([run, "--prompt", "the sport of golf"], "which words of 'the sport of golf' are its subject?"),
         ([run, "--subject", "Koby"], "no prompt has the subject 'Koby'"),
         ([tiny_gpt2_dir, "--subject", "Kobe"], "--prompt TEXT"),
+        ([tiny_gpt2_dir, "--prompt", "2"], "is a model, which has no prompts of its own"),
+        ([run, "--prompt", "3"], "prompt 3: expected one of the run's prompts, 1 to 2"),
     ):
         code, out, err = spd("trace", *arguments, *FEW)
         assert (code, out) == (2, "")

@@ -34,7 +34,7 @@ def names(occurrence):
 def test_a_token_has_exactly_the_planted_slices(planted):
     _, decomposition, inputs = planted
     (occurrence,) = look(planted).occurrences
-    assert (occurrence.prompt, occurrence.position, occurrence.token) == (*BRYANT, " Bryant")
+    assert (occurrence.number, occurrence.position, occurrence.token) == (1, BRYANT[1], " Bryant")
     assert occurrence.text == "Kobe Bryant plays professional basketball"
 
     def written(index):
@@ -79,10 +79,10 @@ def test_labels_follow_the_sign_of_the_activation(planted):
 
 def test_every_position_without_a_token(planted):
     inspection = look(planted, token=None)
-    places = [(o.prompt, o.position) for o in inspection.occurrences]
+    places = [(o.number - 1, o.position) for o in inspection.occurrences]
     assert places == [(0, t) for t in range(5)] + [(1, t) for t in range(7)]
     for occurrence in inspection.occurrences:
-        place = (occurrence.prompt, occurrence.position)
+        place = (occurrence.number - 1, occurrence.position)
         expected = {f"{m}:{c}" for (m, c), wanted in PLANTED.items() if wanted == EVERYWHERE or place in wanted}
         assert set(names(occurrence)) == expected
 
@@ -94,7 +94,7 @@ def test_every_position_without_a_token(planted):
 def test_heat_is_the_sum_of_importances(planted, pattern, expected):
     """Of the chosen matrices, for the prompts that have the token, without their padding."""
     (heat,) = look(planted, matrices=(pattern,)).heat
-    assert (heat.prompt, heat.tokens) == (0, ["K", "obe", " Bryant", " plays", " professional"])
+    assert (heat.number, heat.tokens) == (1, ["K", "obe", " Bryant", " plays", " professional"])
     assert heat.importance == pytest.approx(expected, abs=1e-4)
 
 
@@ -123,13 +123,13 @@ def test_the_threshold_decides_uniqueness_too(planted):
 def test_ways_to_name_a_token(planted, query):
     token = int(planted[0].prompts.batch.tokens[BRYANT])
     inspection = look(planted, query.replace("ID", str(token)))
-    assert [(o.prompt, o.position) for o in inspection.occurrences] == [BRYANT]
+    assert [(o.number - 1, o.position) for o in inspection.occurrences] == [BRYANT]
 
 
 def test_a_token_of_both_prompts_is_found_in_both(planted):
     inspection = look(planted, "plays")
-    assert [(o.prompt, o.position) for o in inspection.occurrences] == [(0, 3), (1, 3)]
-    assert [heat.prompt for heat in inspection.heat] == [0, 1]
+    assert [(o.number, o.position) for o in inspection.occurrences] == [(1, 3), (2, 3)]
+    assert [heat.number for heat in inspection.heat] == [1, 2]
 
 
 def test_an_absent_token_lists_those_there_are(planted):
@@ -155,7 +155,7 @@ def test_another_text_is_fed_whole(planted):
     own_text = "Kobe Bryant plays professional"
     shown = user_texts(subject, [own_text], begin_token=False)
     (occurrence,) = look(planted, shown=shown).occurrences
-    assert (occurrence.prompt, occurrence.position, occurrence.text) == (0, 2, own_text)
+    assert (occurrence.number, occurrence.position, occurrence.text) == (1, 2, own_text)
     before = look(planted).occurrences[0].slices
     for entry, other in zip(occurrence.slices, before, strict=True):
         assert entry.slice == other.slice
@@ -199,6 +199,21 @@ def test_one_call_reports_what_the_command_shows(planted):
     assert plain(again)["occurrences"][0]["slices"][0]["slice"] == again.occurrences[0].slices[0].slice
 
 
+def test_the_runs_own_prompts_are_chosen_by_number_and_keep_it(planted):
+    """Fed as the run feeds them, and compared with all of the run's prompts."""
+    subject, decomposition, _ = planted
+    query = Query("plays")
+    both = inspect_texts(subject, decomposition, query)
+    (second,) = inspect_texts(subject, decomposition, query, [2]).occurrences
+    assert second.number == 2
+    assert [one.slice for one in second.slices] == [one.slice for one in both.occurrences[1].slices]
+    assert [one.unique for one in second.slices] == [one.unique for one in both.occurrences[1].slices]
+    with pytest.raises(UsageError, match="prompt 3: expected one of the run's prompts, 1 to 2"):
+        inspect_texts(subject, decomposition, query, [3])
+    with pytest.raises(UsageError, match="are not looked at together"):
+        inspect_texts(subject, decomposition, query, [1, "Woods plays"])
+
+
 # --- the toy ---------------------------------------------------------------------------------------
 
 
@@ -212,7 +227,7 @@ def toy(request, tmp_path):
 def test_the_toys_s_token_is_found_twice_a_sequence(toy):
     inspection = look(toy, "s")
     assert [o.token for o in inspection.occurrences] == ["s"] * 8
-    assert [o.prompt for o in inspection.occurrences] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [o.number for o in inspection.occurrences] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [o.position for o in inspection.occurrences][1::2] == [7] * 4
     for occurrence in inspection.occurrences:
         assert occurrence.text.split()[occurrence.position] == "s"
@@ -223,10 +238,17 @@ def test_the_seed_draws_the_toys_sequences(toy):
     assert one == again != other
 
 
+def test_the_toys_sequences_are_chosen_by_number(toy):
+    subject, decomposition, _ = toy
+    own = own_texts(subject, seed=0)
+    places = inspect_texts(subject, decomposition, Query("s"), [4, 2]).occurrences
+    assert [(o.number, o.text) for o in places] == [(4, own.texts[3])] * 2 + [(2, own.texts[1])] * 2
+
+
 def test_a_sequence_of_the_users_own(toy):
     shown = user_texts(toy[0], ["3 s 1 4 s"], begin_token=False)
     inspection = look(toy, "1", shown)
-    assert [(o.prompt, o.position, o.text) for o in inspection.occurrences] == [(0, 2, "3 s 1 4 s")]
+    assert [(o.number, o.position, o.text) for o in inspection.occurrences] == [(1, 2, "3 s 1 4 s")]
     assert inspection.heat[0].tokens == ["3", "s", "1", "4", "s"]
 
 

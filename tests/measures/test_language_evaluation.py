@@ -92,10 +92,10 @@ def test_a_language_models_numbers_are_those_of_a_slow_evaluation(request, tmp_p
         for name in names:
             for t in range(len(fed)):
                 on = [c for c, value in enumerate(g[name][0, t]) if value > 0.1]
-                active[name][f"{prompt}:{t}"] = len(on)
+                active[name][f"{prompt + 1}:{t}"] = len(on)
                 seen[name] |= set(on)
 
-    assert ours.active == active
+    assert ours.active_at == active
     assert ours.unique == {name: len(slices) for name, slices in seen.items()}
     assert 0 < ours.total_active == sum(ours.unique.values()) < ours.total_slices
     for loss, (first, second) in losses.items():  # a mean over positions: the longer prompt counts for more

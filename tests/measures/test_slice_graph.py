@@ -115,7 +115,7 @@ def mistakes(value, schema, place="$"):
 def model(request, tmp_path):
     """A masked model of few slices, with masks between 0 and 1, in float64."""
     subject, decomposition, names, _ = open_case(request.param, request, tmp_path, "slices.C=3")
-    texts, row = graph_text(subject, "1", False, 0)
+    texts, row = graph_text(subject, 1, False, 0)
     tokens = texts.batch.tokens[row : row + 1, :4]
     torch.manual_seed(1)
     g = {name: torch.rand(1, 4, 3, dtype=torch.float64) * (torch.rand(1, 4, 3) < 0.6) for name in names}
@@ -208,7 +208,7 @@ def test_the_slices_of_most_effect_come_first(model):
 @pytest.mark.parametrize("case", ["gpt2", "toy"])
 def test_the_viewers_json(case, request, tmp_path):
     subject, decomposition, names, _ = open_case(case, request, tmp_path)
-    texts, row = graph_text(subject, "1", False, 0)
+    texts, row = graph_text(subject, 1, False, 0)
     graph = slice_graph(subject, decomposition, texts, row, top=7, logits=2)
     counts = {name: decomposition.of(name).U.shape[1] for name in names}
     blocks = {name: subject.target.matrices[name].block for name in names}

@@ -78,7 +78,7 @@ def test_its_slices_are_those_of_inspect(written):
     by_slice = {}
     for place in run.inspect(top=10_000, labels=6).occurrences:
         for one in place.slices:
-            by_slice.setdefault(one.slice, []).append((one.importance, place.prompt, one.reads, one.promotes))
+            by_slice.setdefault(one.slice, []).append((one.importance, place.number, one.reads, one.promotes))
     assert page.active == len(page.slices) == len(by_slice)
     assert [one.importance for one in page.slices] == sorted((one.importance for one in page.slices), reverse=True)
     for entry in page.slices:

@@ -157,7 +157,7 @@ def test_the_chain(gpt2, run, facts, answer, tmp_path):
     known = answer("facts", "check", gpt2, "--facts", facts)
     assert [fact["known"] for fact in known["facts"]] == [True] * len(FACTS)
 
-    located = answer("locate", run, "--prompt", 1, "--matrices", LATE, "--top", 2, "--paired", 2, "--facts", facts)
+    located = answer("locate", run, "--prompt", 1, "--matrix", LATE, "--top", 2, "--paired", 2, "--facts", facts)
     assert (located["prompt"], located["token"], located["known_facts"]) == (PROMPTS[0], " basketball", len(FACTS))
     assert located["before"] > KNOWN
     assert located["candidates"] > 100

@@ -174,6 +174,9 @@ def test_from_the_command_line_and_back(monkeypatch, capsys, tmp_path, tiny_gpt2
     code, out, err = spd("import", tmp_path / "model_5.pth", recipe, "--out", tmp_path / "run", "--json")
     assert code == 0, err
     assert json.loads(out)["matrices"] == NAMES
+    code, _, err = spd("import", tmp_path / "model_5.pth", recipe, "--out", tmp_path / "run")
+    assert code == 2
+    one_line(err, "holds a run", "--force replaces it, or name another with --out")
     code, out, err = spd("export", tmp_path / "run", "--out", tmp_path / "again.safetensors", "--json")
     assert code == 0, err
     assert json.loads(out)["settings"] == {
