@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,20 @@ class Progress:
 
 
 Report = Callable[[Progress], object]
+Item = TypeVar("Item")
 
 
 def silent(progress: Progress) -> None:
     """The `Report` of who wants to hear nothing."""
+
+
+def counted(items: Sequence[Item], text: str, report: Report) -> Iterator[Item]:
+    """`items`, one after the other, of which `report` hears how many are done: before the first, and after each."""
+    for done, item in enumerate(items):
+        report(Progress(text, done, len(items)))
+        yield item
+    if items:
+        report(Progress(text, len(items), len(items)))
 
 
 def without_steps(report: Report) -> Report:

@@ -131,6 +131,7 @@ class Run(LoadedRun):
         seed: int | None = None,
         adversary: str = USUAL_ADVERSARY,
         starts: int = STARTS,
+        progress: Report = silent,
     ) -> ToyEvaluation | FeatureEvaluation | LanguageEvaluation:
         """What the decomposition is worth, as `spd eval`: active and unique slices, reconstruction, attention, circuit.
 
@@ -142,7 +143,8 @@ class Run(LoadedRun):
         _at_least(2, sequences=2 if sequences is None else sequences)
         _at_least(1, starts=starts)
         sought = MaskSearch(_one_of(ADVERSARIES, adversary), starts)
-        return evaluate(self.subject, self.decomposition, sequences, threshold, self.seed_or(seed), sought)
+        seed = self.seed_or(seed)
+        return evaluate(self.subject, self.decomposition, sequences, threshold, seed, sought, progress)
 
     def certify(
         self,
@@ -283,7 +285,8 @@ class Run(LoadedRun):
         addresses = find_slices(self.decomposition, slices)
         records = [] if counterfact is None else load_records(Path(counterfact))
         exam = self._exam(prompts, facts, progress, answers, records)
-        return report_suppression(self.subject, self.decomposition, addresses, _one_of(TOGETHER, together), exam)
+        form = _one_of(TOGETHER, together)
+        return report_suppression(self.subject, self.decomposition, addresses, form, exam, progress)
 
     def ablate(
         self,
@@ -312,7 +315,7 @@ class Run(LoadedRun):
         if self.subject.feature_toy is not None:
             return ablate_features(self.subject, self.decomposition, addresses, zeroed, masking)
         exam = self._exam(prompts, facts, progress, answers)
-        return ablate(self.subject, self.decomposition, exam, addresses, zeroed, masking)
+        return ablate(self.subject, self.decomposition, exam, addresses, zeroed, masking, progress)
 
     def locate(
         self,

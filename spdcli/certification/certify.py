@@ -17,7 +17,7 @@ from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.evidence_choices import CORNERS, MaskSearch
 from spdcli.measures.language_evaluation import LanguageEvaluation
 from spdcli.measures.toy_evaluation import ToyEvaluation
-from spdcli.progress import Progress, Report, silent
+from spdcli.progress import Progress, Report, counted, silent
 from spdcli.recipe.reading import Source
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.subject import require_tokens
@@ -55,11 +55,17 @@ def certify(
     require_tokens(subject)
     report(Progress("measuring, and seeking masks that break it"))
     evaluation = evaluate_without_circuit(
-        subject, decomposition, settings.sequences, settings.threshold, settings.seed, settings.adversary
+        subject,
+        decomposition,
+        settings.sequences,
+        settings.threshold,
+        settings.seed,
+        settings.adversary,
+        report=report,
     )
     assert isinstance(evaluation, ToyEvaluation | LanguageEvaluation)
     measured = {**of_evaluation(evaluation), **held_out(subject, decomposition, report)}
-    measured |= of_others(run, against, settings)
+    measured |= of_others(run, against, settings, report)
     rows = judged(measured, bounds)
     if script is not None:
         report(Progress("measuring the edits"))
@@ -102,10 +108,12 @@ def of_searches(evaluation: ToyEvaluation | LanguageEvaluation) -> dict[str, Mea
     return found | {f"pgd_curve:{point.steps}": Measured(point.kl, point.allowed) for point in curve}
 
 
-def of_others(run: LoadedRun, against: Sequence[LoadedRun], settings: Certifying) -> dict[str, Measured]:
+def of_others(
+    run: LoadedRun, against: Sequence[LoadedRun], settings: Certifying, report: Report
+) -> dict[str, Measured]:
     """How well the run's slices are found again in each of the other runs, and in the one that has them least."""
     found: dict[str, Measured] = {}
-    for other in against:
+    for other in counted(against, "other runs", report):
         match = matched(run, other, MATCHING_SEQUENCES, settings.threshold, settings.seed)
         name = "memory" if other.directory is None else str(other.directory)
         for letter, value in (("U", match.U), ("V", match.V)):
@@ -123,7 +131,7 @@ def of_script(
     plan = plan_script(run.subject, run.decomposition, *script, seed)
     exam = script_exam(run.subject, plan.questions, facts, seed=seed, report=report)
     edits = plan.edits(run.subject.target, run.decomposition)
-    outcome = report_script(run.subject, run.decomposition, plan, edits, exam)
+    outcome = report_script(run.subject, run.decomposition, plan, edits, exam, report)
     rows = [
         CertificateRow(
             name=f"edit:{one.edit}: {one.name}",

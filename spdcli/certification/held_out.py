@@ -12,7 +12,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import log_probabilities
 from spdcli.errors import SpdError
 from spdcli.measures.mean import Mean
-from spdcli.progress import Progress, Report
+from spdcli.progress import Progress, Report, counted
 from spdcli.runs.subject import Subject
 
 SEQUENCES = 32  # at most
@@ -35,7 +35,8 @@ def held_out(subject: Subject, decomposition: Decomposition, report: Report) -> 
         return {}
     batch = batch.select(torch.arange(min(SEQUENCES, len(batch.tokens)), device=batch.tokens.device))
     means = {name: Mean() for name in DELTAS}
-    for rows in torch.arange(len(batch.tokens), device=batch.tokens.device).split(AT_ONCE):
+    parts = torch.arange(len(batch.tokens), device=batch.tokens.device).split(AT_ONCE)
+    for rows in counted(parts, "parts of held-out text", report):
         clean = clean_pass(subject.target, batch.select(rows), decomposition.names)
         g, _ = decomposition.importance(clean.inputs, clean.padding)
         for name, delta in DELTAS.items():

@@ -105,8 +105,8 @@ def ablate(
     if slices and masking.others == "on" and not loaded.decomposition.delta:
         console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
     exam = options.open(console, loaded.subject, seed, loaded.decomposition if slices else None)
-    with console.progress("measuring what is lost"):
-        report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking)
+    with console.progress("measuring what is lost") as progress:
+        report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking, progress)
     drawings = draw_layers(report.alone, run) if figure else []
     title = f"Without {in_title([*report.slices, *report.zeroed])}" + (f" (others {masking.others})" if slices else "")
     whole = [] if each_mlp else [effects_table(title, prompts_only(report.effects))]

@@ -55,8 +55,8 @@ def suppress_slices(console: Console, options: RunOptions, addresses: list[str],
     loaded = opened(console, options.run, options.device)
     slices = find_slices(loaded.decomposition, addresses)
     exam = options.exam.open(console, loaded.subject, loaded.seed_or(options.seed), loaded.decomposition)
-    with console.progress(MEASURING):
-        report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam)
+    with console.progress(MEASURING) as progress:
+        report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam, progress)
     edit = suppression(loaded.subject.target, loaded.decomposition, slices, together)
     return Outcome(report, loaded.subject, base_of(loaded.recipe, options.run), edit)
 
@@ -78,8 +78,8 @@ def suppress_script(console: Console, options: RunOptions, sections: tuple[Scrip
     with console.progress() as progress:
         exam = script_exam(subject, plan.questions, facts, options.exam.records, seed, progress)
     edits = plan.edits(subject.target, loaded.decomposition)
-    with console.progress(MEASURING):
-        report = report_script(subject, loaded.decomposition, plan, edits, exam)
+    with console.progress(MEASURING) as progress:
+        report = report_script(subject, loaded.decomposition, plan, edits, exam, progress)
     return Outcome(report, subject, base, next(iter(edits.values())))
 
 
@@ -106,8 +106,8 @@ def use_patch(
         require_same_weights(directory.path, subject.target)
     edit, weights = patch_target(subject.target, patch, path, apply is None)
     exam = options.exam.open(console, subject, seed_or(recipe, options.seed))
-    with console.progress(MEASURING):
-        report = report_patch(subject, patch, edit, exam, apply is None)
+    with console.progress(MEASURING) as progress:
+        report = report_patch(subject, patch, edit, exam, apply is None, progress)
     return Outcome(report, subject, base_of(recipe, options.run), edit, weights)
 
 

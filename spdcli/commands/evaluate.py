@@ -100,8 +100,9 @@ def evaluate(
 
     loaded = opened(console, run, device)
     sought = MaskSearch(adversary, starts)
-    with console.progress("measuring, and seeking masks that break it"):
-        evaluation = measure(loaded.subject, loaded.decomposition, sequences, threshold, loaded.seed_or(seed), sought)
+    own, seed = (loaded.subject, loaded.decomposition), loaded.seed_or(seed)
+    with console.progress("measuring, and seeking masks that break it") as report:
+        evaluation = measure(*own, sequences, threshold, seed, sought, report)
     console.show(write_evaluation(loaded, evaluation), *render(evaluation, loaded.subject))
     if evaluation.worse_than_none:
         recon, nothing = evaluation.metrics["recon"], evaluation.all_off

@@ -121,8 +121,8 @@ def check(
         language_model = open_model(model, device, begin_token)
     name = name or model_name(language_model.name)
     target, tokenizer, begin = language_model.target, language_model.tokenizer, language_model.begin_token
-    with console.progress(f"asking {len(file.fact)} facts"):
-        checks = check_facts(target, tokenizer, file, begin, name, known)
+    with console.progress(f"asking {len(file.fact)} facts") as report:
+        checks = check_facts(target, tokenizer, file, begin, name, known, report)
     if write is not None:
         write_notes(write, facts or BUILTIN, file, checks, name, known)
     data = {"schema": "spd.facts.check/1", "model": name, "file": facts or BUILTIN, "thresholds": known.model_dump()}

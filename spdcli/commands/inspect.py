@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -135,13 +136,23 @@ def slice_table(one: SliceInText, labels: SliceLabels) -> RenderableType:
 
 
 def render(inspection: Inspection) -> list[RenderableType]:
-    """How many places are shown, where not all are; a heat strip a prompt, and a table an occurrence."""
+    """How many places are shown, where not all are; a heat strip a prompt, and a table a place with active slices."""
     shown = len(inspection.occurrences)
     parts: list[RenderableType] = []
     if inspection.places and shown < inspection.places:
         parts.append(f"The first {shown} of {inspection.places} places; --places N shows more, --token one token.")
     parts += [heat_strip(heat) for heat in inspection.heat]
-    return parts + [occurrence_table(occurrence) for occurrence in inspection.occurrences]
+    for _, together in groupby(inspection.occurrences, lambda one: one.number if not one.slices else one):
+        places = list(together)
+        parts.append(occurrence_table(places[0]) if places[0].slices else nothing_at(places))
+    return parts
+
+
+def nothing_at(places: Sequence[Occurrence]) -> str:
+    """A line for neighbouring places of one prompt where no slice is active."""
+    first, last = places[0], places[-1]
+    where = f"position {first.position}" if first is last else f"positions {first.position} to {last.position}"
+    return f"No slice is active at {where} of prompt {first.number}: {' '.join(repr(one.token) for one in places)}"
 
 
 def heat_strip(heat: Heat) -> RenderableType:
@@ -185,6 +196,4 @@ def occurrence_table(occurrence: Occurrence) -> RenderableType:
             " ".join(repr(token) for token in entry.promotes),
             " ".join(repr(token) for token in entry.reads),
         )
-    if not occurrence.slices:
-        table.add_row("no slice is active here")
     return table

@@ -157,13 +157,18 @@ def escaped(text: str) -> str:
 
 
 class _Escaped:
-    """A rich renderable whose text is escaped when it is laid out, in the cells of a table too."""
+    """A rich renderable that fits, and whose text is escaped when it is laid out, in the cells of a table too."""
 
     def __init__(self, renderable: RenderableType) -> None:
         self._renderable = renderable
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Segment]:
-        for segment in console.render(self._renderable, options):
+        from rich.table import Table
+
+        from spdcli.console.fitting import Fitted
+
+        whole = Fitted(self._renderable) if isinstance(self._renderable, Table) else self._renderable
+        for segment in console.render(whole, options):
             yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
 

@@ -36,6 +36,7 @@ from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Piece, Variant
 from spdcli.measures.importances import importances_of
+from spdcli.progress import Report, counted, silent
 from spdcli.runs.subject import Subject
 
 Masks = Mapping[str, MaskedRows]
@@ -130,6 +131,7 @@ def ablate(
     slices: Sequence[Address] = (),
     zeroed: Sequence[Zeroed] = (),
     masking: Masking = USUAL_MASKING,
+    report: Report = silent,
 ) -> AblationReport:
     """The effects of taking `slices` and `zeroed` away together, and `alone` of each one, if there are several.
 
@@ -140,13 +142,13 @@ def ablate(
     cuts: dict[str, Cut] = {"": (slices, zeroed)}
     if len(slices) + len(zeroed) > 1:
         cuts |= {str(address): ([address], ()) for address in slices} | {one.label: ((), [one]) for one in zeroed}
-    alone = measure_cuts(subject, decomposition, exam.questions, cuts, masking)
+    alone = measure_cuts(subject, decomposition, exam.questions, cuts, masking, report)
     effects = alone.pop("")
     if slices:
         effects = with_active(subject, decomposition, exam.questions, slices, effects)
     facts = None
     if exam.facts is not None:
-        on_facts = ablate_many(subject, decomposition, exam.facts.questions, cuts[""], masking)
+        on_facts = ablate_many(subject, decomposition, exam.facts.questions, cuts[""], masking, report)
         effects, facts = effects + exam.facts.marked(on_facts), exam.facts.summary(on_facts, exam.seed)
     return AblationReport(
         slices=[str(address) for address in slices],
@@ -160,14 +162,20 @@ def ablate(
 
 @torch.no_grad()
 def ablate_many(
-    subject: Subject, decomposition: Decomposition, questions: Questions, cut: Cut, masking: Masking = USUAL_MASKING
+    subject: Subject,
+    decomposition: Decomposition,
+    questions: Questions,
+    cut: Cut,
+    masking: Masking = USUAL_MASKING,
+    report: Report = silent,
 ) -> list[AnswerChange]:
     """The effects of one cut on many questions, in groups that bound the memory of their masks."""
     slices = sum(decomposition.of(name).U.shape[1] for name in decomposition.names)
     draws = masking.samples if masking.others == "sampled" else 1
     held = decomposition.of(decomposition.names[0]).U.element_size() * slices * draws
     effects: dict[int, AnswerChange] = {}
-    for rows, batch in question_groups(questions.batch, min(GROUP_TOKENS, PLAN_BYTES // held)):
+    groups = list(question_groups(questions.batch, min(GROUP_TOKENS, PLAN_BYTES // held)))
+    for rows, batch in counted(groups, f"groups of {questions.group}s", report):
         numbers = rows.tolist()
         part = replace(pick(questions, numbers), batch=batch)
         group = measure_cuts(subject, decomposition, part, {"": cut}, masking)[""]
@@ -182,6 +190,7 @@ def measure_cuts(
     questions: Questions,
     cuts: Mapping[str, Cut],
     masking: Masking = USUAL_MASKING,
+    report: Report = silent,
 ) -> dict[str, list[AnswerChange]]:
     """The effects of every cut by name, each on the same model and the same draws (see `ablate`)."""
     target, others = subject.target, masking.others
@@ -203,4 +212,5 @@ def measure_cuts(
         rows, original = compare_answers(questions, before, after), compare_answers(questions, log_p, after)
         return [replace(row, target=own.before, kl_target=own.kl) for row, own in zip(rows, original, strict=True)]
 
-    return {name: effects(*cut) for name, cut in cuts.items()}
+    named = counted(list(cuts.items()), "taking away", report)
+    return {name: effects(*cut) for name, cut in named}

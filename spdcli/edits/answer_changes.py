@@ -6,7 +6,7 @@ tokens of all of them, N vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, chunks
 from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
+from spdcli.progress import Progress, Report, silent
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 
@@ -146,19 +147,32 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     return (before.exp() * (before - after)).nan_to_num(0.0).sum(1).clamp(min=0)
 
 
-def measure_edits(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, list[AnswerChange]]:
+def measure_edits(
+    target: Target, questions: Questions, edits: Mapping[str, Edit], report: Report = silent
+) -> dict[str, list[AnswerChange]]:
     """What every edit, by name, does to every answer, all in one plan on the unchanged model."""
-    return {name: changes_of(questions, columns) for name, columns in measure_columns(target, questions, edits).items()}
+    measured = measure_columns(target, questions, edits, report)
+    return {name: changes_of(questions, columns) for name, columns in measured.items()}
 
 
-def measure_columns(target: Target, questions: Questions, edits: Mapping[str, Edit]) -> dict[str, AnswerColumns]:
+def measure_columns(
+    target: Target, questions: Questions, edits: Mapping[str, Edit], report: Report = silent
+) -> dict[str, AnswerColumns]:
     """The same as columns `[B]`. Questions of different lengths are asked in groups, so that memory does not grow with
-    their number."""
+    their number; `report` hears how many answers, one an edit and question, are there."""
     order: list[Tensor] = []
     groups: list[dict[str, AnswerColumns]] = []
+    done, total = 0, len(edits) * len(questions.texts)
+
+    def count(answers: int) -> None:
+        nonlocal done
+        done += answers
+        report(Progress(f"answers of {questions.group}s", done, total))
+
+    count(0)
     for rows, batch in question_groups(questions.batch):
         order.append(rows)
-        groups.append(measure_group(target, clean_pass(target, batch, ()), edits))
+        groups.append(measure_group(target, clean_pass(target, batch, ()), edits, count))
     back = torch.cat(order).argsort()
     return {
         name: AnswerColumns(*(column[back] for column in joined([group[name] for group in groups]))) for name in edits
@@ -166,8 +180,11 @@ def measure_columns(target: Target, questions: Questions, edits: Mapping[str, Ed
 
 
 @torch.no_grad()
-def measure_group(target: Target, clean: Clean, edits: Mapping[str, Edit]) -> dict[str, AnswerColumns]:
-    """What every edit, by name, does to the answers of one clean pass, all in one plan."""
+def measure_group(
+    target: Target, clean: Clean, edits: Mapping[str, Edit], count: Callable[[int], None] = lambda answers: None
+) -> dict[str, AnswerColumns]:
+    """What every edit, by name, does to the answers of one clean pass, all in one plan; `count` is told of answers that
+    are there."""
     slices, variants = edit_variants(target, edits)
     answers, firsts = answer_tokens(clean.batch), clean.at.firsts
     parts: dict[str, list[tuple[int, AnswerColumns]]] = {name: [] for name in edits}
@@ -175,6 +192,7 @@ def measure_group(target: Target, clean: Clean, edits: Mapping[str, Edit]) -> di
         spots = slice(firsts[own.start], firsts[own.stop])
         lengths = [firsts[row + 1] - firsts[row] for row in range(own.start, own.stop)]
         parts[name].append((own.start, answer_columns(answers[spots], clean.log_probs[spots], after, lengths)))
+        count(len(lengths))
     in_order = {name: sorted(own, key=lambda part: part[0]) for name, own in parts.items()}
     return {name: joined([columns for _, columns in own]) for name, own in in_order.items()}
 
@@ -192,11 +210,14 @@ class PresentAnswers(NamedTuple):
 
 
 @torch.no_grad()
-def present_answers(target: Target, questions: Questions) -> PresentAnswers:
+def present_answers(target: Target, questions: Questions, report: Report = silent) -> PresentAnswers:
     """What the target, as it is, gives every answer."""
     p = torch.zeros(len(questions.texts), dtype=torch.float64, device=target.device)
     rank = torch.zeros(len(questions.texts), dtype=torch.long, device=target.device)
+    done = 0
     for rows, batch in question_groups(questions.batch):
+        report(Progress(f"{questions.group}s that it knows", done, len(questions.texts)))
+        done += len(rows)
         log_p = clean_pass(target, batch, ()).log_probs
         now = answer_columns(answer_tokens(batch), log_p, log_p, batch.looked.sum(1).tolist())
         p[rows], rank[rows] = now.before, now.rank_before

@@ -12,6 +12,7 @@ from spdcli.edits.patches import Patch, Weights, applied, negative, reverted
 from spdcli.edits.suppression import Address, Edit, MatrixCut, describe, suppression
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Target
+from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
 
 
@@ -31,16 +32,22 @@ class PatchReport(ChangeReport):
 
 
 def report_suppression(
-    subject: Subject, decomposition: Decomposition, slices: Sequence[Address], together: str, exam: Exam
+    subject: Subject,
+    decomposition: Decomposition,
+    slices: Sequence[Address],
+    together: str,
+    exam: Exam,
+    report: Report = silent,
 ) -> SuppressionReport:
     """What the suppression of `slices` does to an exam, all at once and each alone."""
     target = subject.target
     edits = {"": suppression(target, decomposition, slices, together)}
     if len(slices) > 1:
         edits |= {str(one): suppression(target, decomposition, [one]) for one in slices}
-    alone = measure_edits(target, exam.questions, edits)
+    alone = measure_edits(target, exam.questions, edits, report)
     effects = with_active(subject, decomposition, exam.questions, slices, alone.pop(""))
-    on_facts, facts = exam.on_facts(target, edits[""])
+    on_facts, facts = exam.on_facts(target, edits[""], report)
+    own = [bool(effect.active) for effect in effects]
     return SuppressionReport(
         slices=[str(address) for address in slices],
         together=together,
@@ -48,7 +55,7 @@ def report_suppression(
         effects=effects + on_facts,
         alone=alone,
         facts=facts,
-        scores=exam.scores(subject, edits[""], effects, on_facts, [bool(effect.active) for effect in effects]),
+        scores=exam.scores(subject, edits[""], effects, on_facts, own, report),
     )
 
 
@@ -64,15 +71,17 @@ def patch_target(target: Target, patch: Patch, path: Path, revert: bool = False)
     return patch.edit, applied(target, patch, path)
 
 
-def report_patch(subject: Subject, patch: Patch, edit: Edit, exam: Exam, revert: bool = False) -> PatchReport:
+def report_patch(
+    subject: Subject, patch: Patch, edit: Edit, exam: Exam, revert: bool = False, report: Report = silent
+) -> PatchReport:
     """What `edit`, that of a patch or its opposite, does to an exam."""
-    effects = measure_edits(subject.target, exam.questions, {"": edit})[""]
-    on_facts, facts = exam.on_facts(subject.target, edit)
+    effects = measure_edits(subject.target, exam.questions, {"": edit}, report)[""]
+    on_facts, facts = exam.on_facts(subject.target, edit, report)
     return PatchReport(
         slices=patch.about["slices"],
         action="revert" if revert else "apply",
         effects=effects + on_facts,
         alone={},
         facts=facts,
-        scores=exam.scores(subject, edit, effects, on_facts),
+        scores=exam.scores(subject, edit, effects, on_facts, report=report),
     )

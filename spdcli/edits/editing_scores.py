@@ -26,6 +26,7 @@ from spdcli.edits.counterfact import Record
 from spdcli.edits.prompts_and_answers import Questions, text_questions
 from spdcli.edits.suppression import Edit
 from spdcli.errors import UsageError
+from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
 
 
@@ -105,7 +106,9 @@ def record_questions(subject: Subject, records: Sequence[Record]) -> RecordQuest
     return RecordQuestions(questions, [part for part, *_ in asked])
 
 
-def record_scores(subject: Subject, asked: RecordQuestions, edits: Mapping[str, Edit]) -> dict[str, EditingScores]:
+def record_scores(
+    subject: Subject, asked: RecordQuestions, edits: Mapping[str, Edit], report: Report = silent
+) -> dict[str, EditingScores]:
     """The scores of every edit, by name, on the same records, all in one plan on the unchanged model."""
     count = len(asked.part)
 
@@ -119,5 +122,5 @@ def record_scores(subject: Subject, asked: RecordQuestions, edits: Mapping[str, 
 
         return scores_of(share("efficacy", new), share("paraphrase", new), share("specificity", true))
 
-    measured = measure_columns(subject.target, asked.questions, edits)
+    measured = measure_columns(subject.target, asked.questions, edits, report)
     return {name: parts([columns.before, columns.after]) for name, columns in measured.items()}

@@ -37,11 +37,13 @@ class Exam:
     records: RecordQuestions | None = None
     chosen: bool = False
 
-    def on_facts(self, target: Target, edit: Edit) -> tuple[list[AnswerChange], Collateral | None]:
+    def on_facts(
+        self, target: Target, edit: Edit, report: Report = silent
+    ) -> tuple[list[AnswerChange], Collateral | None]:
         """What an edit does to every fact, and their collateral; nothing and None where there are no facts."""
         if self.facts is None:
             return [], None
-        effects = measure_edits(target, self.facts.questions, {"": edit})[""]
+        effects = measure_edits(target, self.facts.questions, {"": edit}, report)[""]
         return self.facts.marked(effects), self.facts.summary(effects, self.seed)
 
     def scores(
@@ -51,6 +53,7 @@ class Exam:
         effects: AnswerChanges,
         of_facts: AnswerChanges,
         edited: Sequence[bool] | None = None,
+        report: Report = silent,
     ) -> dict[str, EditingScores]:
         """Efficacy, paraphrase and specificity of an edit with these effects on the questions and on the facts.
 
@@ -64,13 +67,13 @@ class Exam:
             prompts = {effects[row].prompt for row in rows}
             again: AnswerChanges = []
             if self.paraphrases is not None:
-                measured = measure_edits(subject.target, self.paraphrases.questions, {"": edit})[""]
+                measured = measure_edits(subject.target, self.paraphrases.questions, {"": edit}, report)[""]
                 again = self.paraphrases.about(measured, rows)
             others = {effect.prompt: effect for effect in [*of_facts, *effects] if effect.prompt not in prompts}
             cut = [effect for effect in effects if effect.prompt in prompts]
             scores["facts"] = fact_scores(cut, again, list(others.values()))
         if self.records is not None:
-            scores["counterfact"] = record_scores(subject, self.records, {"": edit})[""]
+            scores["counterfact"] = record_scores(subject, self.records, {"": edit}, report)[""]
         return scores
 
 

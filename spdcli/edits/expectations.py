@@ -18,6 +18,7 @@ from spdcli.edits.script import Expect
 from spdcli.edits.script_plan import ScriptPlan
 from spdcli.edits.suppression import Edit, MatrixCut, describe
 from spdcli.engine.subcomponents import Decomposition
+from spdcli.progress import Report, silent
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 
@@ -66,14 +67,15 @@ def report_script(
     plan: ScriptPlan,
     edits: Mapping[str, Edit],
     exam: Exam,
+    report: Report = silent,
 ) -> ScriptReport:
     """What a script's `edits`, by name, do to an exam, that of `script_exam`.
 
     The run's own prompts are among its facts, if these have them, for expectations of all facts.
     """
     facts = exam.facts
-    on_questions = measure_edits(subject.target, exam.questions, edits)
-    on_facts = measure_edits(subject.target, facts.questions, edits) if facts is not None else {}
+    on_questions = measure_edits(subject.target, exam.questions, edits, report)
+    on_facts = measure_edits(subject.target, facts.questions, edits, report) if facts is not None else {}
     results = []
     for edit, slices, rows, edited in zip(plan.script.edit, plan.slices, plan.rows, plan.edited, strict=True):
         effects = on_questions[edit.name]
@@ -92,7 +94,7 @@ def report_script(
                 effects=effects + of_facts,
                 facts=summaries.get("others"),
                 expectations=verdicts,
-                scores=exam.scores(subject, edits[edit.name], effects[: len(edited)], of_facts, edited),
+                scores=exam.scores(subject, edits[edit.name], effects[: len(edited)], of_facts, edited, report),
             )
         )
     return _whole(results, [one for result in results for one in result.expectations or ()])

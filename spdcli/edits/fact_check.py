@@ -10,6 +10,7 @@ from spdcli.edits.answer_changes import present_answers
 from spdcli.edits.facts_file import Fact, Facts, Known, Related
 from spdcli.edits.known_facts import fact_questions
 from spdcli.engine.target import Target
+from spdcli.progress import Report, silent
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class FactCheck:
 
 
 def check_facts(
-    target: Target, tokenizer: Any, facts: Facts, begin_token: bool, name: str, known: Known
+    target: Target, tokenizer: Any, facts: Facts, begin_token: bool, name: str, known: Known, report: Report = silent
 ) -> list[FactCheck]:
     """What a model called `name` knows of a facts file, one entry a fact and a related prompt, in the file's order."""
     entries: list[Fact | Related] = [*facts.fact, *facts.related]
     questions = fact_questions(tokenizer, entries, begin_token, target.device)
-    now = present_answers(target, questions)
+    now = present_answers(target, questions, report)
     knows = known.holds(now.p, now.rank).tolist()
     checks = []
     for row, entry in enumerate(entries):

@@ -30,9 +30,9 @@ class OtherFacts:
     questions: Questions
     known: Known
 
-    def known_to(self, target: Target) -> OtherFacts | None:
+    def known_to(self, target: Target, report: Report = silent) -> OtherFacts | None:
         """Those that the target, as it is, knows; None where it knows none."""
-        now = present_answers(target, self.questions)
+        now = present_answers(target, self.questions, report)
         rows = self.known.holds(now.p, now.rank).nonzero()[:, 0].tolist()
         return replace(self, questions=pick(self.questions, rows)) if rows else None
 
@@ -115,4 +115,4 @@ def _fits(prompts: Prompts, fact: Fact | Related) -> bool:
 def known_facts(subject: Subject, facts: Facts, own: Sequence[str], report: Report = silent) -> OtherFacts | None:
     """Those of `facts_beside` that the unchanged model knows; None where it knows none."""
     beside = facts_beside(subject, facts, own, report)
-    return None if beside is None else beside.known_to(subject.target)
+    return None if beside is None else beside.known_to(subject.target, report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from spdcli.edits.prompts_and_answers import Questions, join, question_groups
 from spdcli.edits.suppression import Edit
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.target import Target
+from spdcli.progress import Report, counted, silent
 
 FACT_TOKENS = 256  # of one group of facts: an edit that is beyond the limit is given up between groups
 KEPT_TOKENS = 4096  # of facts whose hidden states are kept
@@ -50,7 +51,7 @@ class EditMeasurer:
     """Measures edits of `target` on the one `question` and on what should stay as it is: `others` and known `facts`.
 
     Collateral is a `statistic` of relative changes, the larger of that over the other prompts and that over the facts;
-    it may be at most `limit`, or anything where that is None.
+    it may be at most `limit`, or anything where that is None. `report` hears how far it is.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class EditMeasurer:
         facts: Questions | None,
         statistic: str,
         limit: float | None,
+        report: Report = silent,
     ) -> None:
         self.target, self.facts, self.statistic, self.limit = target, facts, statistic, limit
         self.prompts = question if others is None else join([question, others])
         self.edits: dict[str, Edit] = {}
+        self.report = report
         self.kept: list[Clean] = []
 
     def effects(self, edits: Mapping[str, Edit]) -> dict[str, AnswerEffect]:
@@ -80,7 +83,7 @@ class EditMeasurer:
                 fall=columns.ratio[0].log().item(),
                 others=relative_change(columns.ratio[1:]).tolist(),
             )
-            for name, columns in measure_columns(self.target, self.prompts, edits).items()
+            for name, columns in measure_columns(self.target, self.prompts, edits, self.report).items()
         }
 
     def within(self, changes: Sequence[float] | Tensor) -> bool:
@@ -119,7 +122,7 @@ class EditMeasurer:
         changes: dict[str, Tensor] = {name: torch.zeros(0, dtype=torch.float64) for name in names}
         if self.facts is None:
             return changes
-        for clean in self._fact_groups():
+        for clean in self._fact_passes():
             measured = measure_group(self.target, clean, {name: self.edits[name] for name in changes})
             for name, columns in measured.items():
                 changes[name] = torch.cat([changes[name], relative_change(columns.ratio).cpu()])
@@ -133,14 +136,16 @@ class EditMeasurer:
         assert self.facts is not None
         return torch.cat([seen, seen.new_zeros(len(self.facts.texts) - len(seen))])
 
-    def _fact_groups(self) -> Iterable[Clean]:
+    def _fact_passes(self) -> Iterator[Clean]:
         """The facts' clean passes; kept between calls unless they are many."""
         assert self.facts is not None
-        passes = (clean_pass(self.target, batch, ()) for _, batch in question_groups(self.facts.batch, FACT_TOKENS))
-        if int(self.facts.batch.valid.sum()) > KEPT_TOKENS:
-            return passes
-        self.kept = self.kept or list(passes)
-        return self.kept
+        groups = list(question_groups(self.facts.batch, FACT_TOKENS))
+        keeps = int(self.facts.batch.valid.sum()) <= KEPT_TOKENS
+        for number, (_, batch) in enumerate(counted(groups, "facts beside edits", self.report)):
+            clean = self.kept[number] if number < len(self.kept) else clean_pass(self.target, batch, ())
+            if keeps and number == len(self.kept):
+                self.kept.append(clean)
+            yield clean
 
 
 def summary(changes: Tensor) -> dict[str, float] | None:

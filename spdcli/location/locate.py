@@ -129,7 +129,8 @@ def locate(
         rest = pick(own, others) if others else None
         slices = candidates(decomposition, here, number, search)
         known_questions = None if known is None else known.questions
-        searches.append(search_prompt(subject, decomposition, slices, question, rest, known_questions, search))
+        one = search_prompt(subject, decomposition, slices, question, rest, known_questions, search, report)
+        searches.append(one)
     return searches
 
 
@@ -156,6 +157,7 @@ def search_prompt(
     others: Questions | None,
     facts: Questions | None,
     search: Search,
+    report: Report = silent,
 ) -> PromptSearch:
     """Those of `slices` that lower the answer of the one `question` most.
 
@@ -165,7 +167,7 @@ def search_prompt(
     """
     if not slices:
         raise UsageError(f"no slice of these matrices is active in {question.texts[0]!r}")
-    measurer = EditMeasurer(subject.target, question, others, facts, search.statistic, search.limit)
+    measurer = EditMeasurer(subject.target, question, others, facts, search.statistic, search.limit, report)
     effects = measurer.effects(suppressions(subject.target, decomposition, slices))
     single = {address: effects[str(address)] for address in slices}
     single = dict(sorted(single.items(), key=lambda entry: entry[1].after))

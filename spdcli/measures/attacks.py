@@ -15,6 +15,7 @@ its worst start. All starts go through the plan together. S starts, B sequences,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from spdcli.engine.subcomponents import SliceSet, detached
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Piece, Variant
 from spdcli.measures.answers import share_right
+from spdcli.progress import Progress, Report, silent
 
 ATTACK_BYTES = 2 * 2**30
 CORNERS = (0.0, 1.0)  # starts beside the random ones: masks g with the delta off, and everything on
@@ -85,6 +87,7 @@ def attack(
     budget: Budget,
     seed: int,
     memory: float = ATTACK_BYTES,
+    report: Report = silent,
 ) -> Attack:
     """Search on the batch of a clean pass, whose importances are `g[m]` `[B, T, C]`.
 
@@ -96,8 +99,10 @@ def attack(
     noise = Noise(torch.Generator(target.device).manual_seed(seed))
     variants = _starts(target, frozen, clean, g, budget, noise)
     worst = _Worst(variants, len(clean.log_probs))
+    done = itertools.count()
 
     def run(every: list[Variant], consume: Consume) -> None:
+        report(Progress("steps of a search for masks that break it", next(done), budget.steps + 1))
         reconstruction(target, frozen, clean, every, g, noise, memory, worst.watching(consume))
         worst.keep()
 

@@ -24,6 +24,7 @@ from spdcli.measures.feature_evaluation import FeatureEvaluation, evaluate_featu
 from spdcli.measures.language_evaluation import LanguageEvaluation, evaluate_language_model
 from spdcli.measures.slice_recovery import slice_recovery
 from spdcli.measures.toy_evaluation import ToyEvaluation, evaluate_toy
+from spdcli.progress import Progress, Report, silent
 from spdcli.runs.subject import Subject
 
 AnyEvaluation = ToyEvaluation | FeatureEvaluation | LanguageEvaluation
@@ -39,6 +40,7 @@ def evaluate(
     threshold: float = 0.0,
     seed: int = 0,
     adversary: MaskSearch = USUAL,
+    report: Report = silent,
 ) -> AnyEvaluation:
     """Everything `spd eval` reports (`spd.eval/2`) but for the run's name.
 
@@ -46,9 +48,12 @@ def evaluate(
     its held-out text (if None on as many as have a few hundred tokens), a planted target on a few sequences as if they
     were prompts, and its slices on `sequences` fresh ones. A slice is active where its importance is above `threshold`.
     `seed` draws sequences and the stochastic masks; `adversary` says how hard masks are sought that break it.
+    `report` hears how far it is.
     """
-    evaluation = evaluate_without_circuit(subject, decomposition, sequences, threshold, seed, adversary, sequences)
+    own = (subject, decomposition)
+    evaluation = evaluate_without_circuit(*own, sequences, threshold, seed, adversary, sequences, report)
     if isinstance(evaluation, ToyEvaluation) and has_circuit(subject):
+        report(Progress("the circuit", 0, 1))
         return replace(evaluation, circuit=circuit_of(subject, decomposition, threshold, seed))
     return evaluation
 
@@ -62,18 +67,19 @@ def evaluate_without_circuit(
     seed: int,
     adversary: MaskSearch = USUAL,
     texts: int | None = None,
+    report: Report = silent,
 ) -> AnyEvaluation:
     """Table 1 and the evidence: what is quick, and is measured alike of every target. `sequences` are a toy's, `texts`
     how many prompts or held-out sequences a language model is measured on."""
     require_finite(decomposition)
     fresh = FRESH if sequences is None else sequences
     if subject.toy is not None:
-        return evaluate_toy(subject, decomposition, fresh, threshold, seed, adversary)
+        return evaluate_toy(subject, decomposition, fresh, threshold, seed, adversary, report)
     if subject.feature_toy is not None:
-        return evaluate_features(subject, decomposition, fresh, threshold, seed)
+        return evaluate_features(subject, decomposition, fresh, threshold, seed, report)
     if subject.planted is None:
-        return evaluate_language_model(subject, decomposition, threshold, seed, adversary, texts)
-    evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary)
+        return evaluate_language_model(subject, decomposition, threshold, seed, adversary, texts, report)
+    evaluation = evaluate_language_model(subject, decomposition, threshold, seed, adversary, None, report)
     return replace(evaluation, recovery=slice_recovery(subject, decomposition, fresh, threshold, seed))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
+from spdcli.progress import Progress, Report, silent
 from spdcli.runs.settings import SEQUENCES_AT_ONCE
 from spdcli.runs.subject import Subject
 
@@ -71,10 +72,13 @@ def evaluation_batches(subject: Subject, sequences: int, seed: int) -> Iterator[
 
 
 def with_importances(
-    subject: Subject, decomposition: Decomposition, sequences: int, seed: int
+    subject: Subject, decomposition: Decomposition, sequences: int, seed: int, report: Report = silent
 ) -> Iterator[tuple[Clean, dict[str, Tensor]]]:
     """The data batch by batch as the target runs on it, with the importances g `[B, T, C]` of every matrix."""
+    done = 0
     for batch in evaluation_batches(subject, sequences, seed):
+        report(Progress("sequences", done, sequences))
+        done += len(batch.tokens)
         clean = clean_pass(subject.target, batch, decomposition.names)
         g, _ = decomposition.importance(clean.inputs, clean.padding)
         yield clean, g

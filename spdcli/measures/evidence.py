@@ -27,6 +27,7 @@ from spdcli.measures.attacks import Attack, Budget, attack
 from spdcli.measures.evaluation_data import with_importances
 from spdcli.measures.evidence_choices import CORNERS, CURVE, FEW, REACH, SEQUENCES, SIZE, STEPS, MaskSearch
 from spdcli.measures.mean import Mean
+from spdcli.progress import Report, silent
 from spdcli.records import ABSENT, Absent, spread
 from spdcli.runs.subject import Subject
 
@@ -109,7 +110,12 @@ class CornerSums:
 
 
 def search_masks(
-    subject: Subject, decomposition: Decomposition, adversary: MaskSearch, sequences: int, seed: int
+    subject: Subject,
+    decomposition: Decomposition,
+    adversary: MaskSearch,
+    sequences: int,
+    seed: int,
+    report: Report = silent,
 ) -> dict[str, Attack | Sequence[Attack]]:
     """What `adversary` finds, by the fields of `Evidence`.
 
@@ -121,7 +127,7 @@ def search_masks(
     rows = answer_rows(subject, clean.batch)
 
     def found(budget: Budget) -> Attack:
-        return attack(subject.target, decomposition, clean, g, rows, budget, seed)
+        return attack(subject.target, decomposition, clean, g, rows, budget, seed, report=report)
 
     few = min(FEW, adversary.starts)
     attacks: dict[str, Attack | Sequence[Attack]] = {

@@ -21,6 +21,7 @@ from spdcli.measures.evaluation_data import with_importances
 from spdcli.measures.evaluation_totals import Sums, Totals
 from spdcli.measures.mean import Mean
 from spdcli.measures.target_and_masked import TargetAndMasked
+from spdcli.progress import Report, silent
 from spdcli.runs.subject import Subject
 from spdcli.targets.feature_toys import FeatureToy
 from spdcli.targets.sparse_features import single_features
@@ -61,7 +62,7 @@ class FeatureEvaluation(Totals):
 
 
 def evaluate_features(
-    subject: Subject, decomposition: Decomposition, inputs: int, threshold: float, seed: int
+    subject: Subject, decomposition: Decomposition, inputs: int, threshold: float, seed: int, report: Report = silent
 ) -> FeatureEvaluation:
     """A toy of sparse features on so many fresh `inputs`, and on every feature alone."""
     toy = subject.feature_toy
@@ -69,7 +70,7 @@ def evaluate_features(
     sums = Sums.start(subject.target, decomposition, threshold, seed)
     active: dict[str, int] = defaultdict(int)
     target_error, masked_error = Mean(), Mean()
-    for clean, g in with_importances(subject, decomposition, inputs, seed):
+    for clean, g in with_importances(subject, decomposition, inputs, seed, report):
         sums.add(clean, g)
         for name, values in g.items():
             active[name] += int((values > threshold).sum())

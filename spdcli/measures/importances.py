@@ -12,7 +12,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
 from spdcli.measures.texts import refuse_too_long
-from spdcli.progress import Progress, Report
+from spdcli.progress import Progress, Report, counted, silent
 from spdcli.runs.subject import Subject, require_tokens
 from spdcli.targets.sparse_features import read_features
 
@@ -85,7 +85,9 @@ def text_ids(subject: Subject, text: str, begin_token: bool) -> Tensor:
 
 
 @torch.no_grad()
-def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch) -> tuple[dict, dict]:
+def importances_of(
+    subject: Subject, decomposition: Decomposition, batch: Batch, report: Report = silent
+) -> tuple[dict, dict]:
     """Importances g and inner activations x U of every matrix on `batch`, `[B, T, C]` each, 0 at padding.
 
     Raises UsageError for a text that the importance functions cannot see: too long for the run's attention tables.
@@ -99,7 +101,8 @@ def importances_of(subject: Subject, decomposition: Decomposition, batch: Batch)
         )
     rows, at_once = torch.arange(len(batch.tokens)), max(1, TOKENS_AT_ONCE // batch.tokens.shape[1])
     parts = rows.to(batch.tokens.device).split(at_once)
-    own = [_importances_of(subject, decomposition, batch.select(part)) for part in parts]
+    counts = counted(parts, "parts of the texts", report)
+    own = [_importances_of(subject, decomposition, batch.select(part)) for part in counts]
     g, inner = ({name: torch.cat([each[which][name] for each in own]) for name in own[0][which]} for which in (0, 1))
     return g, inner
 

@@ -101,18 +101,18 @@ def inspect_texts(
         warn_of_span(decomposition, report)
     own = own_texts(subject, seed)
     shown = chosen_texts(subject, own, prompts, begin_token) if prompts else own
-    return inspect_slices(subject, decomposition, own, shown, query)
+    return inspect_slices(subject, decomposition, own, shown, query, report)
 
 
 def inspect_slices(
-    subject: Subject, decomposition: Decomposition, own: Texts, shown: Texts, query: Query
+    subject: Subject, decomposition: Decomposition, own: Texts, shown: Texts, query: Query, report: Report = silent
 ) -> Inspection:
     """The occurrences of a token in `shown` with their active slices, and the heat of the prompts that have it.
 
     A slice is unique to a prompt when it is active in no other one, of those shown and of the run's `own`. Slices are
     ordered by importance, unique ones first, then by the norm of what they write; at most `query.top` are kept.
     """
-    active = ActiveSlices.on(subject, decomposition, own, shown, query)
+    active = ActiveSlices.on(subject, decomposition, own, shown, query, report)
     if query.token is None:
         places = [(row, position) for row, position in shown.batch.valid.nonzero().tolist()]
     else:
@@ -153,9 +153,17 @@ class ActiveSlices:
     threshold: float
 
     @classmethod
-    def on(cls, subject: Subject, decomposition: Decomposition, own: Texts, shown: Texts, query: Query) -> ActiveSlices:
+    def on(
+        cls,
+        subject: Subject,
+        decomposition: Decomposition,
+        own: Texts,
+        shown: Texts,
+        query: Query,
+        report: Report = silent,
+    ) -> ActiveSlices:
         """On the texts `shown`, beside the run's `own`."""
-        g, inner = importances_of(subject, decomposition, shown.batch)
+        g, inner = importances_of(subject, decomposition, shown.batch, report)
         names = matrices_like(list(g), query.matrices)
         unique = _unique(subject, decomposition, own, shown, g, query.threshold)
         return cls(decomposition, {name: g[name] for name in names}, inner, unique, query.threshold)

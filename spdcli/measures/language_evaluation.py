@@ -29,6 +29,7 @@ from spdcli.measures.evidence_choices import MaskSearch
 from spdcli.measures.mean import Mean
 from spdcli.measures.target_and_masked import TargetAndMasked
 from spdcli.measures.target_share import ShareSums, TargetShare
+from spdcli.progress import Report, counted, silent
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 from spdcli.targets.prompts import Prompts
@@ -75,6 +76,7 @@ def evaluate_language_model(
     seed: int,
     adversary: MaskSearch,
     sequences: int | None = None,
+    report: Report = silent,
 ) -> LanguageEvaluation:
     """A language model on so many `sequences` of its prompts or its held-out text (see `measured_prompts`), a part of
     them at a time: memory does not grow with their number."""
@@ -83,7 +85,7 @@ def evaluate_language_model(
     corners, shares, predictions = CornerSums(subject, decomposition), ShareSums(), PredictionSums()
     active_at: dict[str, dict[str, int]] = {}
     count = 0
-    for part in in_parts(subject, prompts):
+    for part in counted(list(in_parts(subject, prompts)), "parts of the texts", report):
         ((clean, g),) = with_importances(part, decomposition, 0, seed)
         sums.add(clean, g)
         corners.subject = part
@@ -97,7 +99,7 @@ def evaluate_language_model(
             active_at.setdefault(name, {}).update(places)
         count += len(clean.batch.tokens)
     attacked = replace(subject, prompts=attacked_prompts(subject, prompts))
-    found = search_masks(attacked, decomposition, adversary, count, seed)
+    found = search_masks(attacked, decomposition, adversary, count, seed, report)
     return LanguageEvaluation(
         seed=seed,
         threshold=threshold,

@@ -20,6 +20,7 @@ from spdcli.measures.evidence import CornerSums, search_masks
 from spdcli.measures.evidence_choices import MaskSearch
 from spdcli.measures.mean import Mean
 from spdcli.measures.target_and_masked import TargetAndMasked, patterns_of
+from spdcli.progress import Report, silent
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 from spdcli.targets.sequences import POSITION_CLASSES
@@ -103,16 +104,22 @@ class ToySums:
 
 
 def evaluate_toy(
-    subject: Subject, decomposition: Decomposition, sequences: int, threshold: float, seed: int, adversary: MaskSearch
+    subject: Subject,
+    decomposition: Decomposition,
+    sequences: int,
+    threshold: float,
+    seed: int,
+    adversary: MaskSearch,
+    report: Report = silent,
 ) -> ToyEvaluation:
     """A toy on `sequences` fresh sequences, without its circuit."""
     sums = Sums.start(subject.target, decomposition, threshold, seed)
     toy_sums = ToySums(subject, decomposition, threshold)
     corners = CornerSums(subject, decomposition)
-    for clean, g in with_importances(subject, decomposition, sequences, seed):
+    for clean, g in with_importances(subject, decomposition, sequences, seed, report):
         for part in (sums, toy_sums, corners):
             part.add(clean, g)
-    found = search_masks(subject, decomposition, adversary, sequences, seed)
+    found = search_masks(subject, decomposition, adversary, sequences, seed, report)
     split = toy_sums.attention_split
     return ToyEvaluation(
         seed=seed,

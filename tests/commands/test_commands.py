@@ -758,7 +758,11 @@ def test_inspect_for_people(spd, model_run):
     assert all(address.startswith("h.1.mlp.c_fc:") for address in slices)
     code, quiet, _ = spd("inspect", model_run, "--token", "plays", "--matrix", "*c_fc", "--threshold", 0.2, "-q")
     assert (code, quiet.split()) == (0, list(dict.fromkeys(slices)))
-    assert "no slice is active here" in spd("inspect", model_run, "-t", "plays", "--threshold", 1)[1]
+    nothing = spd("inspect", model_run, "-t", "plays", "--threshold", 1)[1]
+    assert "No slice is active at position 3 of prompt 1: ' plays'\n" in nothing
+    assert "No slice is active at position 3 of prompt 2: ' plays'\n" in nothing
+    nothing = spd("inspect", model_run, "--threshold", 1)[1]
+    assert "No slice is active at positions 0 to 4 of prompt 1: 'K' 'obe' ' Bryant' ' plays' ' professional'" in nothing
 
 
 def test_inspect_of_another_text(spd, model_run):

@@ -38,7 +38,7 @@ def test_a_prompt_in_which_a_slice_is_active_is_marked(active: Sequence[str] | N
 
 @pytest.mark.parametrize("unique", [True, False])
 def test_a_unique_slice_is_marked(unique: bool) -> None:
-    lines = printed(occurrence_table(Occurrence(0, "Kobe", 0, "Kobe", 1, [replace(SLICE, unique=unique)])))
+    lines = printed(occurrence_table(Occurrence(1, "Kobe", 0, "Kobe", 1, [replace(SLICE, unique=unique)])))
     assert any("│ * │" in line for line in lines) is unique
     assert any(UNIQUE_MARK in line for line in lines) is unique
     assert any(SLICE.slice in line and "0.900" in line for line in lines)

@@ -211,20 +211,23 @@ def own_prompts(planted):
 def test_gates_that_see_a_span_are_warned_of(planted):
     subject, decomposition, *_ = planted
     told = []
+
+    def warned():
+        return [one for one in told if one.warning]
+
     locate(subject, decomposition, ["Tiger Woods plays golf"], report=told.append)
-    assert told == []
+    assert warned() == []
     bases = decomposition.importances.bases
     try:
         decomposition.importances.bases = torch.nn.ParameterDict(
             {name.replace(".", "/"): torch.nn.Parameter(torch.eye(width)) for name, width in ((FC, 32), (PROJ, 128))}
         )
         locate(subject, decomposition, [1], report=told.append)
-        assert told == []
+        assert warned() == []
         locate(subject, decomposition, ["Tiger Woods plays golf"], report=told.append)
     finally:
         decomposition.importances.bases = bases
-    (progress,) = told
-    assert progress.warning
+    (progress,) = warned()
     assert "the span of its own prompts" in progress.text
 
 

@@ -1,0 +1,84 @@
+"""Tables on narrow terminals: as they are where they fit, else rows one below the other, and no number is lost."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import rich.console
+from rich.table import Table
+
+from spdcli.commands.inspect import occurrence_table
+from spdcli.console.fitting import Fitted, needed_width
+from spdcli.measures.inspection import Occurrence, SliceActivity
+
+LABELS = [f"' token-{number}'" for number in range(5)]
+SLICES = [
+    SliceActivity("layers.10.mlp.gate_proj:412", 0.928, True, -5.52, LABELS, LABELS[::-1]),
+    SliceActivity("layers.0.mlp.up_proj:2", 0.104, False, 27.41, LABELS[:1], []),
+]
+PLACE = Occurrence(1, "Kobe Bryant", 2, " Bryant", 2, SLICES)
+
+
+def printed(table: Table, width: int) -> list[str]:
+    """The lines of a table on a terminal of so many columns."""
+    screen = rich.console.Console(file=io.StringIO(), width=width)
+    screen.print(Fitted(table))
+    return [line.rstrip() for line in screen.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def small() -> Table:
+    table = Table(title="Sizes", caption="in metres")
+    table.add_column("what")
+    table.add_column("*")
+    table.add_column("how\nlong", justify="right")
+    table.add_column("kind")
+    table.add_row("a bridge", "*", "1234.5", "of stone and iron")
+    table.add_row("a cart", "", "2.0", "")
+    return table
+
+
+def test_the_width_that_a_table_needs_by_hand() -> None:
+    """A border, then three columns of frame a cell: `a bridge`, `*`, `1234.5`, and LEAST of what can be wrapped."""
+    assert needed_width(small()) == 1 + (3 + 8) + (3 + 1) + (3 + 6) + (3 + 12)
+
+
+def test_records_by_hand() -> None:
+    assert printed(small(), 40)[0].startswith(" "), "a table that fits, its title centred"
+    assert printed(small(), 39) == [
+        "Sizes",
+        "a bridge  *  how long 1234.5",
+        "  kind of stone and iron",
+        "a cart  how long 2.0",
+        "in metres",
+    ]
+    assert printed(small(), 20) == [
+        "Sizes",
+        "a bridge  *",
+        "  how long 1234.5",
+        "  kind of stone and",
+        "  iron",
+        "a cart",
+        "  how long 2.0",
+        "in metres",
+    ]
+
+
+def test_a_table_without_headings_has_none_in_its_records() -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    table.add_row("memory", "1.11 GiB")
+    assert printed(table, 12) == ["memory", "  1.11 GiB"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_inspect_is_read_at_every_width(width: int) -> None:
+    lines = printed(occurrence_table(PLACE), width)
+    text = " ".join(" ".join(lines).split())
+    assert all(len(line) <= width for line in lines)
+    for number in ("0.928", "-5.52", "0.104", "27.41"):
+        assert number in text
+    assert all(one.slice in text for one in SLICES)
+    shown = sum(f"token-{number}" in text for number in range(len(LABELS)))
+    assert shown == len(LABELS) or (width == 120 and shown >= 2), "what is cut keeps a few tokens"
