@@ -58,8 +58,7 @@ def test_records_by_hand() -> None:
         "  how long 1234.5",
         "  kind of stone and",
         "  iron",
-        "a cart",
-        "  how long 2.0",
+        "a cart  how long 2.0",
         "in metres",
     ]
 
