@@ -95,14 +95,13 @@ class TextView:
 
 
 class Exploration:
-    """The texts of a run, and what its slices do in them. UsageError for a toy of sparse features, which has no text.
+    """The texts of a run, of a toy of sparse features every feature alone, and what its slices do in them.
 
     A slice is active where its importance is above `threshold`, and is labelled with so many tokens; `seed` draws the
     toy's own sequences.
     """
 
     def __init__(self, run: LoadedRun, threshold: float = 0.0, labels: int = 6, seed: int | None = None) -> None:
-        require_tokens(run.subject)
         self.run = run
         self.query = Query(None, top=MOST_SLICES, labels=labels, threshold=threshold)
         self.own: Texts = own_texts(run.subject, run.seed_or(seed))
@@ -207,7 +206,9 @@ class Exploration:
         answer: int | None,
         note: str,
     ) -> TextView:
-        """The view of one row of `texts`, whose next token is looked at after `position`."""
+        """The view of one row of `texts`, whose next token is looked at after `position`; UsageError for a toy of
+        sparse features, which has none."""
+        require_tokens(self.run.subject)
         length = len(texts.pieces[row])
         tokens, valid = texts.batch.tokens[row : row + 1, :length], texts.batch.valid[row : row + 1, :length]
         looked = torch.zeros_like(valid)

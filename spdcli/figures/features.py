@@ -24,7 +24,7 @@ def save_features(alone: Mapping[str, Tensor], directory: Path) -> list[Path]:
     axes = figure.subplots(1, len(alone), squeeze=False)[0]
     for place, (name, g) in zip(axes, alone.items(), strict=True):
         shown = g[:, diagonal_order(g)].cpu()
-        picture = place.imshow(shown, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        picture = place.imshow(shown.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         place.set(title=name, xlabel="slice", ylabel="feature that is on" if place is axes[0] else "")
     figure.colorbar(picture, ax=list(axes), label="importance")
     return save(figure, directory, "features")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,12 +123,30 @@ def parts_found(parts: Tensor, read: Tensor, slices: Slices, alone: Tensor) -> P
     size may point anywhere.
     """
     live = alone > LIVE
-    lives = live.any(0)
     own = int(((live.sum(1) == 1) & (live & (live.sum(0) == 1)).any(1)).sum())
-    if not bool(lives.any()):
+    nearest = nearest_slices(parts, read, slices, alone)
+    if nearest is None:
         return PartsFound(None, None, own)
+    return PartsFound(nearest.cosine.mean().item(), nearest.l2_ratio.mean().item(), own)
+
+
+class NearestSlices(NamedTuple):
+    """For every part, `[F]` each: the live slice that is most like it, their cosine similarity, and the norm of what
+    the slice writes over that of the part."""
+
+    slice: Tensor
+    cosine: Tensor
+    l2_ratio: Tensor
+
+
+@torch.no_grad()
+def nearest_slices(parts: Tensor, read: Tensor, slices: Slices, alone: Tensor) -> NearestSlices | None:
+    """The live slices that are most like the parts (see `parts_found`); None where none lives."""
+    lives = (alone > LIVE).any(0)
+    if not bool(lives.any()):
+        return None
     inner, V = (read @ slices.U)[:, lives], slices.V[lives]
     cosine = inner.sign() * torch.cosine_similarity(parts[:, None], V[None], dim=-1)  # [F, live]
     best, which = cosine.max(1)
     size = inner.gather(1, which[:, None])[:, 0].abs() * V.norm(dim=1)[which]
-    return PartsFound(best.mean().item(), (size / parts.norm(dim=1)).mean().item(), own)
+    return NearestSlices(lives.nonzero()[:, 0][which], best, size / parts.norm(dim=1))

@@ -18,13 +18,13 @@ from spdcli.measures.evidence_choices import NO_SEARCH
 from spdcli.measures.target_and_masked import language_patterns, patterns_of
 from spdcli.page.content import Page, Picture, about, active_slices, commands, evidence, metrics, token_maps
 from spdcli.page.fact_sections import all_facts_pictures, fact_sections, kinds_of_rows
+from spdcli.page.features import feature_maps, feature_picture, found_parts, part_tables
 from spdcli.page.render import html
 from spdcli.page.slices import slice_entries
 from spdcli.progress import Progress, Report, silent
 from spdcli.records import plain
 from spdcli.runs.directory import EVAL, METRICS, TOY, RunDirectory
 from spdcli.runs.loading import LoadedRun
-from spdcli.runs.subject import require_tokens
 
 PAGE = "report.html"
 SEQUENCES = 512  # fresh ones of a toy that is measured for the page
@@ -42,12 +42,12 @@ def write_page(
     report: Report = silent,
 ) -> tuple[Path, list[Path]]:
     """Write a run's page and its figures into `folder`; gives the page, and the figures (see `run_page`)."""
-    require_tokens(run.subject)  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     figures = [] if facts is None else save_report(facts, folder)
     page = run_page(run, folder, facts, figures, paper, seed, report)
     write_text(folder / PAGE, html(page))
-    drawn = [one.file.with_suffix(kind) for one in (*page.curves, *page.patterns) for kind in (".png", ".svg")]
+    pictures = (*page.curves, *page.patterns, *page.part_pictures)
+    drawn = [one.file.with_suffix(kind) for one in pictures for kind in (".png", ".svg")]
     return folder / PAGE, [*figures, *drawn]
 
 
@@ -63,7 +63,7 @@ def run_page(
     """The page of a run, whose further figures are drawn into `folder`.
 
     `facts` is what `spd report` says of a language model's facts, with the figures of that; `paper` what the paper says
-    of active slices (`table1.PAPER_ACTIVE`). UsageError for a toy of sparse features, which has no text.
+    of active slices (`table1.PAPER_ACTIVE`). A toy of sparse features has its parts in the place of texts.
     """
     exploration = Exploration(run, seed=seed)
     report(Progress("how good it is", 1, STAGES))
@@ -72,16 +72,29 @@ def run_page(
     slices, active = slice_entries(exploration)
     report(Progress("curves and attention", 3, STAGES))
     name = run.recipe.name if run.directory is None else str(run.directory)
+    shared: dict[str, Any] = {
+        "title": f"{name}: {run.recipe.target.kind} taken apart",
+        "about": about(run),
+        "commands": commands(run),
+        "curves": curves(run, folder),
+        "evidence": evidence(evaluation),
+        "slices": slices,
+        "active": active,
+    }
+    if run.subject.feature_toy is not None:
+        return Page(
+            **shared,
+            measured=[*found_parts(evaluation), metrics(evaluation)],
+            maps=feature_maps(exploration),
+            parts=part_tables(run),
+            part_pictures=[feature_picture(run, folder)],
+            token="feature",
+            text="input",
+        )
     return Page(
-        title=f"{name}: {run.recipe.target.kind} taken apart",
-        about=about(run),
-        commands=commands(run),
-        curves=curves(run, folder),
+        **shared,
         measured=[*active_slices(evaluation, paper or {}), metrics(evaluation)],
-        evidence=evidence(evaluation),
         maps=token_maps(exploration),
-        slices=slices,
-        active=active,
         patterns=attention(exploration, folder),
         facts=[] if facts is None else fact_sections(facts, fact_figures),
         fact_pictures=[] if facts is None else all_facts_pictures(facts, fact_figures),
@@ -115,7 +128,8 @@ def curves(run: LoadedRun, folder: Path) -> list[Picture]:
         trained = RunDirectory(run.home / TOY).metrics()
         (_, file) = save_training_curve(trained, folder)
         words = f"The loss ends at {trained[-1]['loss']:.3g}."
-        pictures.append(Picture(file, "The toy's loss while it was trained (Figure 5).", words))
+        figure = "" if run.subject.toy is None else " (Figure 5)"
+        pictures.append(Picture(file, f"The toy's loss while it was trained{figure}.", words))
     return pictures
 
 

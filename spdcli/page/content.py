@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spdcli.engine.tables import GRADES
+from spdcli.engine.tables import GRADES, LOSSES
 from spdcli.explorer.exploration import Exploration, TextView
 from spdcli.measures.evidence_choices import MASKS
 from spdcli.page.slices import SliceEntry
@@ -64,7 +64,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the page of a run shows, in its order."""
+    """All that the page of a run shows; `token` and `text` are what the target reads, in words."""
 
     title: str
     about: Mapping[str, str]
@@ -79,6 +79,10 @@ class Page:
     facts: Sequence[Fact] = ()
     fact_pictures: Sequence[Picture] = ()
     kinds: Sequence[str] = ()
+    parts: Sequence[Table] = ()
+    part_pictures: Sequence[Picture] = ()
+    token: str = "token"
+    text: str = "prompt"
 
 
 def about(run: LoadedRun) -> dict[str, str]:
@@ -90,10 +94,10 @@ def about(run: LoadedRun) -> dict[str, str]:
         f"{key} {value}" for key, value in target.items() if isinstance(value, int | str) and key != "kind"
     )
     losses = recipe.losses.model_dump()
-    weighted = {name: losses[name] for name in losses if isinstance(losses[name], float) and losses[name] > 0}
+    weighted = {name: losses[name] for name in LOSSES if losses.get(name)}
     facts = {
         "recipe": recipe.name,
-        "target": f"{target['kind']}: {', '.join(shape)}",
+        "target": f"{target['kind']}: {shape}",
         "matrices": f"{len(matrices)}: {', '.join(matrices)}",
         "slices": f"{slices}, at most {max(run.decomposition.of(name).U.shape[1] for name in matrices)} a matrix",
         "trained": f"{recipe.decompose.steps} steps, seed {recipe.seed}, importance: {recipe.importance.kind}",
@@ -119,7 +123,8 @@ def commands(run: LoadedRun) -> list[str]:
     """How to do it again, and how to look further."""
     place = "run" if run.directory is None else str(run.directory)
     again = [] if run.recipe.target.kind == "module" else [f"spd decompose {place}/recipe.toml --out again"]
-    return [*again, f"spd eval {place}", f"spd explore {place}", f"spd report {place}"]
+    further = ("eval", "inspect", "report") if run.subject.feature_toy is not None else ("eval", "explore", "report")
+    return [*again, *(f"spd {verb} {place}" for verb in further)]
 
 
 def active_slices(evaluation: Mapping[str, Any], paper: Mapping[str, Sequence[float]]) -> list[Table]:
@@ -167,11 +172,16 @@ def evidence(evaluation: Mapping[str, Any]) -> list[Table]:
 def token_map(view: TextView, text: str) -> TokenMap:
     """The map of one text; matrices in which nothing is active are left out, and of a text of more than WIDE tokens
     those at which nothing is."""
-    most, wide = view.heat.max().item() or 1.0, len(view.pieces) > WIDE
+    wide = len(view.pieces) > WIDE
     positions = [at for at in range(len(view.pieces)) if not wide or bool(view.heat[:, at].any())]
-    shown = zip(view.matrices, view.heat[:, positions].tolist(), strict=True)
-    rows = [(name, [(value, math.sqrt(value / most)) for value in values]) for name, values in shown if any(values)]
+    rows = shaded(dict(zip(view.matrices, view.heat[:, positions].tolist(), strict=True)))
     return TokenMap(text, [view.pieces[at] for at in positions], positions, rows)
+
+
+def shaded(heat: Mapping[str, Sequence[float]]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The rows of a map: sums of importances by matrix, each with how dark it is; without rows of zeros."""
+    most = max((max(values) for values in heat.values()), default=0.0) or 1.0
+    return [(name, [(v, math.sqrt(v / most)) for v in values]) for name, values in heat.items() if any(values)]
 
 
 def token_maps(exploration: Exploration) -> list[TokenMap]:

@@ -204,7 +204,7 @@ def test_svd_compares_by_squared_error(run: Path, spd: Spd) -> None:
         ("suppress", "RUN", "--slice", "W:0"),
         ("suppress", "RUN", "--slice", "W_in0:0"),
         ("locate", "RUN"),
-        ("report", "RUN"),
+        ("explore", "RUN", "--json"),
         ("trace", "RUN"),
         ("facts", "check", "--model", "RUN"),
     ],

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from page_tree import Tree
 
 from spdcli.engine.tables import GRADES
 from spdcli.figures.attention import mosaic
 from spdcli.page.content import evidence, token_map
 from spdcli.page.slices import slice_entries
-
-VOID = {"meta", "img", "input", "br", "link", "hr"}
-
-
-class Tree(HTMLParser):
-    """Every tag with its attributes; the ids; and what is not closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.wrong: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
-
-    def of(self, name):
-        return [attributes for tag, attributes in self.tags if tag == name]
 
 
 @pytest.fixture(params=["toy_page", "language_page"])
