@@ -6,7 +6,7 @@ Nothing here prints, and nothing needs a run directory: with `out=None` all stay
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run
 from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
+from spdcli.runs.following import FollowedRun
 from spdcli.runs.goodfire import import_run
+from spdcli.runs.joining import Meeting, met
+from spdcli.runs.launching import launch
 from spdcli.runs.learning import Store, learned
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.module_subject import ModuleData, module_subject
@@ -118,6 +121,7 @@ def decompose(
     target: Target | None = None,
     data: ModuleData | str | Path | None = None,
     tokenizer: Any = None,
+    nproc: int = 1,
     **settings: Any,
 ) -> Run:
     """Take a target apart by a recipe (Algorithm 3), as `spd decompose` does, and give the run.
@@ -130,6 +134,9 @@ def decompose(
     a `target` of `module_target` is taken apart in place of the recipe's, on `data`: token ids `[B, T]`, or a function
     that draws them from a generator; its `tokenizer` is for words in place of numbers.
 
+    `nproc` processes of this machine make the run together, started here, into `out`. In a program that torchrun has
+    started, the processes that it is make it together, `out` or not: every one of them gets the run.
+
     RecipeError with every mistake of the recipe; Interrupted after Ctrl-C, with everything saved.
     """
     text, own_data = (data, None) if isinstance(data, str | Path) else (None, data)
@@ -141,21 +148,50 @@ def decompose(
     if target is not None and text is not None:
         raise UsageError("data= is a text, and a target of your own is given tokens", "give token ids [B, T]")
     loaded = recipe_of(recipe, settings, seed, device, own_target=target is not None, text=text)
-    subject = None if target is None else own_subject(loaded.recipe, target, own_data, tokenizer)
     report = _report(progress)
-    if out is None:
-        if resume or force:
-            raise UsageError("resume and force are about a run directory", "give out=")
-        with _told_to_stop(None):
-            store = MemoryRun()
-            require_tensorboard(loaded.recipe.decompose.tensorboard, store)
-            subject = subject or prepared(store, loaded, report)
-            return Run(None, loaded.recipe, subject, learned(store, loaded, subject, report))
-    directory = RunDirectory(Path(out))
-    require_tensorboard(loaded.recipe.decompose.tensorboard, directory)
-    with _told_to_stop(directory), opened_run(directory, loaded.recipe, force, resume, report):
-        subject = subject or prepared(directory, loaded, report)
-        return Run(directory, loaded.recipe, subject, learned(directory, loaded, subject, report))
+    if nproc > 1:
+        if out is None or target is not None:
+            raise UsageError(
+                "nproc= is about a run directory of a target that its recipe names", "torchrun starts a program's own"
+            )
+        request = {"recipe": loaded.recipe.model_dump(mode="json", exclude_none=True), "out": str(out)}
+        launch(nproc, "spdcli.api:decompose_as_told", request | {"force": force, "resume": resume}, report)
+        return load(Path(str(out)), device)
+    subject = None if target is None else own_subject(loaded.recipe, target, own_data, tokenizer)
+    if out is None and (resume or force):
+        raise UsageError("resume and force are about a run directory", "give out=")
+    directory = None if out is None else RunDirectory(Path(out))
+    require_tensorboard(loaded.recipe.decompose.tensorboard, directory or MemoryRun())
+    with _told_to_stop(directory), met(loaded.recipe.device) as meeting:
+        return _decomposed(directory, loaded, subject, report, force, resume, meeting)
+
+
+def decompose_as_told(request: Mapping[str, Any], report: Report) -> None:
+    """What each of the processes does that `decompose` starts."""
+    report.hears_steps = True  # type: ignore[attr-defined]
+    told = {key: request[key] for key in ("out", "force", "resume")}
+    decompose(request["recipe"], progress=report, **told)
+
+
+def _decomposed(
+    directory: RunDirectory | None,
+    loaded: LoadedRecipe,
+    subject: Subject | None,
+    report: Report,
+    force: bool,
+    resume: bool,
+    meeting: Meeting,
+) -> Run:
+    """The run, made by all processes of the `meeting`; the first alone opens its directory, writes and reports."""
+    recipe, processes = loaded.recipe, meeting.processes
+    if processes.rank:
+        store: Store = MemoryRun() if directory is None else FollowedRun(directory)
+        subject = meeting.first_then_others(lambda: subject or prepared_subject(directory or MemoryRun(), loaded))
+        return Run(directory, recipe, subject, learned(store, loaded, subject, silent, processes))
+    store = directory or MemoryRun()
+    with nullcontext() if directory is None else opened_run(directory, recipe, force, resume, report):
+        subject = meeting.first_then_others(lambda: subject or prepared(store, loaded, report))
+        return Run(directory, recipe, subject, learned(store, loaded, subject, report, processes))
 
 
 @contextmanager

@@ -45,6 +45,10 @@ class Collapsed(SpdError):
         self.step = step
 
 
+class LostProcess(SpdError):
+    """Of several processes that make a run together another one is gone, which has a reason of its own."""
+
+
 class Interrupted(SpdError):
     """Ctrl-C, after the work was saved: `message` says how far it came, `hint` how to go on."""
 

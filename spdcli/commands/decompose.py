@@ -29,6 +29,9 @@ Text = Annotated[
         show_default=False,
     ),
 ]
+Nproc = Annotated[
+    int, typer.Option("--nproc", min=1, max=1024, help="Processes of this machine that make the run together.")
+]
 
 
 def decompose(
@@ -40,6 +43,7 @@ def decompose(
     seed: Seed = None,
     force: Force = False,
     resume: Resume = False,
+    nproc: Nproc = 1,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -47,7 +51,8 @@ def decompose(
     """Take a target's weight matrices apart into slices, by a recipe (Algorithm 3).
 
     An induction toy that the recipe does not name by target.path is trained first, into OUT/toy.
-    Ctrl-C stops cleanly; --resume goes on exactly there.
+    Ctrl-C stops cleanly; --resume goes on exactly there. Under torchrun, or
+    with --nproc, several processes make the run together.
     """
     from spdcli.recipe.reading import load_recipe, text_in_place_of_prompts
 
@@ -55,9 +60,16 @@ def decompose(
     on_text = text_in_place_of_prompts(data) if data else []
     loaded = load_recipe(recipe, [*on_text, *(set_ or [])], seed=seed, device=device)
     from spdcli import api
+    from spdcli.runs.joining import SAID_BY_THE_FIRST, follows_another
 
+    if follows_another():
+        try:
+            api.decompose(loaded, out, force=force, resume=resume)
+        except SAID_BY_THE_FIRST as error:
+            raise typer.Exit(error.exit_code) from None
+        return
     with console.progress(f"preparing {loaded.recipe.name}") as progress:
-        run = api.decompose(loaded, out, progress=progress, force=force, resume=resume)
+        run = api.decompose(loaded, out, progress=progress, force=force, resume=resume, nproc=nproc)
     console.debug(str(run))
     last = run.home.last_record
     warnings = [warning for record in run.home.metrics() for warning in record.get("warnings", ())]

@@ -16,9 +16,11 @@ from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
+from spdcli.engine.portion import Portion
+from spdcli.engine.processes import ALONE, Processes
 from spdcli.engine.step import Step, backward_step
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.target import Batches, Target
+from spdcli.engine.target import Batch, Batches, Target
 from spdcli.errors import NotFinite
 
 ON_STREAM = "stream_"  # before a loss's name: its value on broad text
@@ -126,12 +128,17 @@ def fit(
     state: FitState,
     settings: FitSettings,
     stream: Batches | None = None,
+    processes: Processes = ALONE,
+    by_rows: bool = False,
 ) -> Iterator[Record | None]:
     """Train until `settings.steps`; yields after every step, a Record where one is due and None elsewhere.
 
     `batches(generator, step)` gives the next minibatch, tokens `[B, T]`; when it gives the same object again the clean
     pass is not repeated. `stream(generator, step)` gives broad text beside it, for a targeted decomposition. `state`
     and `decomposition` are changed in place, so that the loop may be left after any step and gone on with later.
+
+    Where several `processes` make the run, all call this with the same arguments, and each does its portion of every
+    step: of its sequences, or `by_rows` of the rows of its plan (see `portion.Portion`). They yield the same Records.
 
     Raises NotFinite, naming step and loss, when a loss or a gradient is not finite: at once on a processor, at the next
     record on a GPU, which is not waited for in between. The parameters are then those of the step before.
@@ -140,11 +147,13 @@ def fit(
     watch = _Watch(state.optimiser, target.device)
     begun = time.monotonic() - state.seconds
     clean: Clean | None = None
+    portion: Portion | None = None
     while state.step < settings.steps:
         batch = batches(state.generators["data"], state.step)
-        if clean is None or clean.batch is not batch:
+        if clean is None or portion is None or portion.whole is not batch:
+            portion = Portion(batch, processes, by_rows)
             patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
-            clean = clean_pass(target, batch, decomposition.names, patterns, settings.losses.compares_outputs)
+            clean = clean_pass(target, portion.batch, decomposition.names, patterns, settings.losses.compares_outputs)
         annealed = settings.losses.annealed(state.step, settings.steps)
         state.optimiser.zero_grad(set_to_none=True)
         backward = partial(
@@ -155,15 +164,16 @@ def fit(
             budget=settings.plan_bytes,
             kept=state.adversary,
         )
-        step = backward(target, decomposition, clean, settings.losses)
+        step = backward(target, decomposition, clean, settings.losses, portion=portion)
         if stream is not None and settings.targeted > 0:
             broad = stream(state.generators["data"], state.step)
-            losses = settings.losses.on_stream(settings.targeted)
-            passed = clean_pass(target, broad, decomposition.names, outputs=losses.compares_outputs)
-            beside = backward(target, decomposition, passed, losses)
-            step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in beside.losses.items()}
-        norms = _clipped(state.optimiser, settings)
+            losses, beside = settings.losses.on_stream(settings.targeted), _portion(broad, processes)
+            passed = clean_pass(target, beside.batch, decomposition.names, outputs=losses.compares_outputs)
+            also = backward(target, decomposition, passed, losses, portion=beside)
+            step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
+        _add_up(processes, state.optimiser, step, due)
+        norms = _clipped(state.optimiser, settings)
         watch.see(state.step + 1, step, norms)
         if due or target.device.type != "cuda":
             watch.check(step.losses)
@@ -176,6 +186,21 @@ def fit(
             decomposition.importances.prune(frequent)
         state.seconds = time.monotonic() - begun
         yield _record(state, step, norms, settings, rate, annealed) if due else None
+
+
+def _portion(broad: Batch, processes: Processes) -> Portion:
+    """This process's portion of a step on broad text: by rows where there are fewer sequences than processes."""
+    return Portion(broad, processes, by_rows=len(broad.tokens) < processes.count)
+
+
+def _add_up(processes: Processes, optimiser: torch.optim.Optimizer, step: Step, counts: bool) -> None:
+    """Make the losses of `step`, the gradients, and with `counts` those of active slices, what they are over all
+    processes."""
+    if processes.count == 1:
+        return
+    processes.add_gradients(p for group in optimiser.param_groups for p in group["params"])
+    step.losses = {name: loss.double() for name, loss in step.losses.items()}
+    processes.add_up([*step.losses.values(), *(step.counts.values() if counts else ())])
 
 
 def _clipped(optimiser: torch.optim.Optimizer, settings: FitSettings) -> dict[str, Tensor]:
@@ -195,7 +220,7 @@ def frequent_slices(
     generator: torch.Generator,
     share: float,
 ) -> dict[str, Tensor]:
-    """Which slices are active in at least `share` of PRUNE_BATCHES batches' sequences, `[C]` bool a matrix."""
+    """Which slices are active in at least `portion` of PRUNE_BATCHES batches' sequences, `[C]` bool a matrix."""
     counts: dict[str, Tensor] = {}
     sequences, batch = 0, None
     for number in range(PRUNE_BATCHES):

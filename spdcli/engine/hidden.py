@@ -40,7 +40,8 @@ class HiddenWatch:
     """Listens to a plan pass over the pieces of one chunk, and adds up the errors of those with a hidden loss.
 
     `inputs[m]` `[B, T, I]` and `states[b]` `[B, T, D]`, the hidden state that enters block b, or leaves the last one,
-    are those of the clean pass; `valid` `[B, T]` is False at padding.
+    are those of the clean pass; `valid` `[B, T]` is False at padding. `whole` is that of the whole batch, where these
+    are a part of its sequences.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class HiddenWatch:
         states: Sequence[Tensor],
         valid: Tensor,
         chunk: Sequence[Piece],
+        whole: Tensor | None = None,
     ) -> None:
         self.target, self.inputs, self.states, self.valid = target, inputs, states, valid
+        self.whole = valid if whole is None else whole
         firsts = accumulate((len(piece) for piece in chunk), initial=0)
         self.pieces = [(first, piece) for first, piece in zip(firsts, chunk, strict=False) if piece.variant.hidden]
         self.sums: dict[Piece, Tensor | float] = {piece: 0.0 for _, piece in self.pieces}
@@ -63,7 +66,7 @@ class HiddenWatch:
         """Told what leaves a block, `hidden` `[R, T, D]`; R are the rows that are in the pass by then."""
 
     def places(self, variant: Variant) -> Tensor:
-        """How many places the variant has in all sequences, one number."""
+        """How many places a variant of the whole batch has in all its sequences, one number."""
         raise NotImplementedError
 
     def errors(self) -> Iterator[tuple[Variant, slice, Tensor]]:
@@ -72,7 +75,7 @@ class HiddenWatch:
         for _, piece in self.pieces:
             total = self.sums[piece]
             assert isinstance(total, Tensor)
-            share = len(self.valid) / self.places(piece.variant).to(total.dtype)
+            share = len(self.whole) / self.places(piece.variant.whole or piece.variant).to(total.dtype)
             yield piece.variant, slice(piece.start, piece.stop), total * share
 
     def _add(self, piece: Piece, actual: Tensor, clean: Tensor, scale: Tensor, counted: Tensor) -> None:
@@ -95,15 +98,11 @@ class MatrixWatch(HiddenWatch):
             clean = (clean if matrix.bias is None else clean + matrix.bias).to(x.dtype)
         for first, piece in pieces:
             own = clean[piece.start : piece.stop]
-            counted = self._replaced(piece.variant, matrix.name)[piece.start : piece.stop]
+            counted = _replaced(self.valid, piece.variant, matrix.name)[piece.start : piece.stop]
             self._add(piece, out[first : first + len(piece)], own, own, counted)
 
     def places(self, variant: Variant) -> Tensor:
-        return torch.stack([self._replaced(variant, name).sum() for name in sorted(variant.matrices)]).sum()
-
-    def _replaced(self, variant: Variant, name: str) -> Tensor:
-        """The real positions `[B, T]` at which the variant replaces matrix `name`."""
-        return self.valid if variant.routed is None else self.valid & sent(variant.routed[name], self.valid.device)
+        return torch.stack([_replaced(self.whole, variant, name).sum() for name in sorted(variant.matrices)]).sum()
 
 
 class BlockWatch(HiddenWatch):
@@ -117,10 +116,15 @@ class BlockWatch(HiddenWatch):
                 self._add(piece, hidden[first : first + len(piece)], clean, clean - entry, self.valid[rows])
 
     def places(self, variant: Variant) -> Tensor:
-        return self.valid.sum() * len(self._blocks(variant))
+        return self.whole.sum() * len(self._blocks(variant))
 
     def _blocks(self, variant: Variant) -> set[int]:
         return {self.target.matrices[name].block for name in variant.matrices}
+
+
+def _replaced(valid: Tensor, variant: Variant, name: str) -> Tensor:
+    """Of the `valid` positions `[B, T]` those at which the variant replaces matrix `name`."""
+    return valid if variant.routed is None else valid & sent(variant.routed[name], valid.device)
 
 
 def hidden_watch(
@@ -130,6 +134,7 @@ def hidden_watch(
     states: Sequence[Tensor],
     valid: Tensor,
     chunk: Sequence[Piece],
+    whole: Tensor | None = None,
 ) -> HiddenWatch:
     """What listens to a chunk at `site`, a key of `tables.HIDDEN_SITES`; the other arguments as in `HiddenWatch`."""
-    return HIDDEN_SITES[site].load()(target, inputs, states, valid, chunk)
+    return HIDDEN_SITES[site].load()(target, inputs, states, valid, chunk, whole)

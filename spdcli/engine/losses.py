@@ -7,7 +7,7 @@ scope: `variants.draw_variants` says which matrices its variants replace, `masks
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,14 +122,21 @@ def penalties(importances: Mapping[str, Tensor], penalty: str, annealed: float, 
     return {name: function(g, annealed, epsilon) for name, g in importances.items()}
 
 
-def minimality(costs: Mapping[str, Tensor], valid: Tensor) -> Tensor:
+def minimality(costs: Mapping[str, Tensor], valid: Tensor, positions: Tensor | None = None) -> Tensor:
     """Eq. 1, right: mean over real positions of the sum over matrices and slices of their `costs[m]` `[B, T, C]`, which
-    `penalties` makes; one number. `valid` `[B, T]` is False at padding."""
+    `penalties` makes; one number. `valid` `[B, T]` is False at padding. `positions` is how many real positions there
+    are, if more than these: the mean's part that these make."""
     per_position = [cost.sum(-1) for cost in costs.values()]
-    return (torch.stack(per_position).sum(0) * valid).sum() / valid.sum()
+    return (torch.stack(per_position).sum(0) * valid).sum() / (valid.sum() if positions is None else positions)
 
 
-def frequency(costs: Mapping[str, Tensor], valid: Tensor, tokens: float) -> Tensor:
+def frequency(
+    costs: Mapping[str, Tensor],
+    valid: Tensor,
+    tokens: float,
+    positions: Tensor | None = None,
+    add_up: Callable[[Sequence[Tensor]], None] | None = None,
+) -> Tensor:
     """A cost of slices that are active often: sum over matrices and slices of `f log2(1 + n f)`; one number.
 
     f is the mean over real positions of a slice's cost, so that the sum of f is `minimality`; n is `tokens`. A slice
@@ -137,12 +144,17 @@ def frequency(costs: Mapping[str, Tensor], valid: Tensor, tokens: float) -> Tens
     that do several things at once are worth taking apart, and one that is always on has to be worth it. f is of this
     batch, which overestimates the cost of what it holds by chance: small batches count for more. `costs[m]`
     `[B, T, C]`, which `penalties` makes; `valid` `[B, T]` is False at padding.
+
+    Where other processes have more of the batch, which has so many `positions`, `add_up` makes numbers their sum over
+    all of them; the value is then that of the whole batch, its gradient what these positions make of it.
     """
-    terms = []
-    for cost in costs.values():
-        f = (cost * valid[..., None]).sum((0, 1)) / valid.sum()
-        terms.append((f * torch.log2(1 + tokens * f)).sum())
-    return torch.stack(terms).sum()
+    positions = valid.sum() if positions is None else positions
+    frequencies = [(cost * valid[..., None]).sum((0, 1)) / positions for cost in costs.values()]
+    if add_up is not None:
+        wholes = [f.detach().clone() for f in frequencies]
+        add_up(wholes)
+        frequencies = [whole + (f - f.detach()) for whole, f in zip(wholes, frequencies, strict=True)]
+    return torch.stack([(f * torch.log2(1 + tokens * f)).sum() for f in frequencies]).sum()
 
 
 def annealed_value(step: int, steps: int, start: float, final: float) -> float:

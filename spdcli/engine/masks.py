@@ -28,7 +28,12 @@ class Noise:
 
     def __call__(self, out: Tensor, piece: Piece, name: str, kind: str) -> None:
         """Fill `out` with uniform numbers for matrix `name` of `piece`; `kind` is mask or delta."""
-        out.uniform_(generator=self.generator)
+        if not piece.before + piece.after:
+            out.uniform_(generator=self.generator)
+            return
+        drawn = out.new_empty(piece.before + len(out) + piece.after, *out.shape[1:])
+        drawn.uniform_(generator=self.generator)
+        out.copy_(drawn[piece.before : piece.before + len(out)])
 
 
 # A source fills `out` with numbers in [0, 1] for matrix `name` on the n sequences of `piece`: where `kind` is "mask",

@@ -19,6 +19,7 @@ from spdcli.engine.hidden import hidden_watch, last_block
 from spdcli.engine.loss_settings import ASCENDED, LossSettings
 from spdcli.engine.losses import attention_divergence
 from spdcli.engine.masks import Noise, chunk_masks
+from spdcli.engine.portion import Portion
 from spdcli.engine.subcomponents import Decomposition, SliceSet, detached
 from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target
@@ -60,6 +61,7 @@ def reconstruction(
     half: bool = False,
     look: Callable[[Variant, slice, Tensor], Tensor | None] | None = None,
     hidden_at: str = "matrix",
+    portion: Portion | None = None,
 ) -> None:
     """Run all `variants` on the batch of a clean pass, in chunks of at most `budget` bytes, and hand over their KLs, or
     what else the target's `output_loss` is.
@@ -74,16 +76,24 @@ def reconstruction(
     `attend(variant, error)` gets likewise the attention errors of the variants of ATTENDED losses (see
     `attention_errors`), and `look(variant, sequences, errors)` the errors `[n]` of hidden activations at `hidden_at`, a
     key of `tables.HIDDEN_SITES`, of the variants of hidden losses (see `hidden.HiddenWatch.errors`), which need no KL.
-    With `half` the blocks multiply in bfloat16.
+    With `half` the blocks multiply in bfloat16. Of the variants this process's `portion` is run: the clean pass and g
+    are of its sequences then, `variants` and their random numbers of the whole batch.
     """
-    sequences, positions = clean.batch.valid.shape
+    portion = portion or Portion(clean.batch)
+    order = {variant: number for number, variant in enumerate(variants)}
+    sequences, positions = portion.whole.valid.shape
     states = [*clean.entries, clean.exit]
     last = max((last_block(target, variant) for variant in variants), default=0)
-    for chunk in chunks(variants, sequences, row_costs(target, slices, positions, look is not None, last), budget):
+    for whole in chunks(variants, sequences, row_costs(target, slices, positions, look is not None, last), budget):
+        chunk = portion.pieces(whole, order)
         masks = chunk_masks(chunk, slices, g, noise)
+        chunk = [piece for piece in chunk if len(piece)]
+        if not chunk:
+            continue
         watch = None
         if look is not None:
-            watch = hidden_watch(hidden_at, target, clean.inputs, states, clean.batch.valid, chunk)
+            valid = clean.batch.valid
+            watch = hidden_watch(hidden_at, target, clean.inputs, states, valid, chunk, portion.whole.valid)
         narrow = torch.autocast(target.device.type, torch.bfloat16) if half else nullcontext()
         with recording(target, attend is not None) as patterns, narrow:
             ends = clean.at.ends and attend is None and look is None
@@ -158,6 +168,7 @@ def backward_step(
     noise: Noise,
     budget: float,
     kept: MutableMapping[str, Tensor] | None = None,
+    portion: Portion | None = None,
 ) -> Step:
     """One training step without its update (Algorithm 3, lines 3 to 9): all losses, and their gradients.
 
@@ -166,24 +177,33 @@ def backward_step(
     that masks are; the `budget` in bytes that the activations of one chunk of variants may take; the numbers `kept` of
     a persistent adversary, which are brought up to date (see `adversary.attacked`). Comes out: a `Step`; the gradient
     of the objective, the sum of coefficient times loss, is *added* to `.grad` of all U, V and importance functions.
+    With a `portion` the clean pass is of its sequences, and what comes out, `Step.positions` apart, is this process's
+    part: it sums to the whole over all processes.
 
     How: backward runs chunk by chunk against detached importances `[B, T, C]`, whose summed gradient then goes through
     the importance functions once, together with faithfulness and minimality. The result is that of one backward
     through everything.
     """
+    portion = portion or Portion(clean.batch)
     lower, upper = decomposition.importance(clean.inputs, clean.padding)
     leaves = {name: g.detach().requires_grad_() for name, g in lower.items()}
-    terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget, kept)
-    direct = direct_terms(target, decomposition, upper, clean.batch.valid, settings, annealed, generator)
-    carried = [name for name in leaves if leaves[name].grad is not None]
-    roots = [*(settings.coefficients[name] * term for name, term in direct.items()), *(lower[name] for name in carried)]
+    terms = _plan_terms(target, decomposition, clean, leaves, settings, generator, noise, budget, kept, portion)
+    if portion.by_rows:
+        portion.processes.add_gradients(leaves.values())  # the leaky sigmoid answers to the sign of a sum
+    own, valid = portion.gates(decomposition.names), clean.batch.valid
+    upper = {name: upper[name] for name in own}
+    direct = direct_terms(target, decomposition, upper, valid, settings, annealed, generator, portion)
+    trained = {name: term for name, term in direct.items() if term.requires_grad}
+    carried = [name for name in own if leaves[name].grad is not None]
+    roots = [*(settings.coefficients[n] * term for n, term in trained.items()), *(lower[name] for name in carried)]
     if roots:
-        gradients = [*(torch.ones_like(term) for term in direct.values()), *(leaves[name].grad for name in carried)]
+        gradients = [*(torch.ones_like(term) for term in trained.values()), *(leaves[name].grad for name in carried)]
         torch.autograd.backward(roots, gradients)
-    valid = clean.batch.valid
     real = valid.flatten().float()  # as a product, which is faster than a sum of booleans
-    counts = {name: real @ (g.detach() > 0).flatten(0, 1).float() for name, g in lower.items()}
-    return Step({name: term.detach() for name, term in (terms | direct).items()}, counts, valid.sum())
+    counts = {name: real @ (lower[name].detach() > 0).flatten(0, 1).float() for name in own}
+    counts = {name: counts.get(name, real.new_zeros(g.shape[-1])) for name, g in lower.items()}
+    losses = {name: portion.of_loss(name, term.detach()) for name, term in (terms | direct).items()}
+    return Step(losses, counts, portion.positions)
 
 
 def _plan_terms(
@@ -196,6 +216,7 @@ def _plan_terms(
     noise: Noise,
     budget: float,
     kept: MutableMapping[str, Tensor] | None,
+    portion: Portion,
 ) -> dict[str, Tensor]:
     """The losses of the step's variants, detached, by name; their gradients are added to `.grad` of the slices and of
     the importances `leaves[m]` `[B, T, C]`."""
@@ -203,11 +224,11 @@ def _plan_terms(
     attention = settings.coefficients.get("attention", 0)
     names = [*losses, "attention"] if attention > 0 else losses
     sums = {name: torch.zeros((), dtype=torch.float64, device=target.device) for name in names}
-    sequences, looked = len(clean.batch.tokens), clean.outputs.shape[0]
+    (sequences, positions), looked = portion.whole.valid.shape, len(portion.whole.looked_at.spots)
 
-    def add(name: str, share: Tensor) -> Tensor:
-        sums[name] += share.detach()
-        return share * settings.coefficients[name]
+    def add(name: str, part: Tensor) -> Tensor:
+        sums[name] += part.detach()
+        return part * settings.coefficients[name]
 
     def consume(variant: Variant, part: slice, divergence: Tensor) -> Tensor:
         return add(variant.loss, divergence.sum() * (variant.weight / looked))
@@ -220,7 +241,7 @@ def _plan_terms(
         return add(variant.hidden, errors.sum() * (variant.weight / sequences))
 
     blocks = {name: target.matrices[name].block for name in decomposition.names}
-    shape = (sequences, clean.batch.valid.shape[1])
+    shape = (sequences, positions)
     variants = draw_variants(
         losses,
         blocks,
@@ -234,7 +255,7 @@ def _plan_terms(
     )
     if any(name in ASCENDED for name in losses):
         kept = {} if kept is None else kept
-        variants = _attacked(target, decomposition, clean, variants, leaves, settings, noise, budget, kept)
+        variants = _attacked(target, decomposition, clean, variants, leaves, settings, noise, budget, kept, portion)
     reconstruction(
         target,
         decomposition,
@@ -249,6 +270,7 @@ def _plan_terms(
         settings.half,
         look if any(variant.hidden for variant in variants) else None,
         settings.hidden_at,
+        portion,
     )
     return sums
 
@@ -263,15 +285,28 @@ def _attacked(
     noise: Noise,
     budget: float,
     kept: MutableMapping[str, Tensor],
+    portion: Portion,
 ) -> list[Variant]:
     """The `variants`, those of adversarial losses with the masks that an attack on the slices as they stand finds."""
     slices, g = detached(decomposition), {name: leaf.detach() for name, leaf in leaves.items()}
 
     def run(chosen: list[Variant], consume: Consume) -> None:
         reconstruction(
-            target, slices, clean, chosen, g, noise, budget, consume, settings.reverse_kl, half=settings.half
+            target,
+            slices,
+            clean,
+            chosen,
+            g,
+            noise,
+            budget,
+            consume,
+            settings.reverse_kl,
+            half=settings.half,
+            portion=portion,
         )
+        numbers = [t for variant in chosen for own in (variant.numbers or {}).values() for t in own if t.requires_grad]
+        portion.processes.add_gradients(numbers)
 
     widths = {name: leaf.shape[-1] for name, leaf in g.items()}
-    shape, like = clean.batch.valid.shape, next(iter(g.values()))
+    shape, like = portion.whole.valid.shape, next(iter(g.values()))
     return attacked(variants, settings.attack, widths, (shape[0], shape[1]), noise, like, run, kept)

@@ -177,6 +177,15 @@ class Batch:
         batch.__dict__["looked_at"] = replace(self.looked_at, spots=sent(self.looked_at.spots, device))
         return batch
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Sequences `start .. stop - 1`. As with `to`, nothing is read out of tensors."""
+        batch, at = self.map(lambda tensor: tensor[start:stop]), self.looked_at
+        first, last = at.firsts[start], at.firsts[stop]
+        spots = at.spots[first:last] - start * self.valid.shape[1]
+        firsts = [number - first for number in at.firsts[start : stop + 1]]
+        batch.__dict__["looked_at"] = replace(at, spots=spots, firsts=firsts)
+        return batch
+
     def select(self, rows: Tensor) -> Batch:
         """The sequences whose numbers are `rows` `[n]`."""
         return self.map(lambda tensor: tensor[rows])

@@ -42,6 +42,7 @@ class Variant:
     `delta`: the mask of the delta W - U V, the part of a matrix that no slice holds. It multiplies the delta of every
     matrix at every position; with 1 the variant is the target minus what its masks take from the slices. If None, a
     variant of fixed masks has no delta, and in any other the source decides (importance: none; stochastic: U(0, 1)).
+    `whole`: the variant of the whole batch, where this is one of a part of its sequences.
     """
 
     loss: str
@@ -54,6 +55,7 @@ class Variant:
     delta: float | None = None
     numbers: Mapping[str, Numbers] | None = None
     hidden: str | None = None
+    whole: Variant | None = None
 
     @property
     def compares_outputs(self) -> bool:
@@ -69,11 +71,17 @@ def fixed_variant(name: str, masks: Mapping[str, Tensor], blocks: Mapping[str, i
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Sequences `start .. stop - 1` of one variant, the smallest thing a chunk is made of."""
+    """Sequences `start .. stop - 1` of one variant, the smallest thing a chunk is made of.
+
+    `before` and `after` are how many sequences of the chunk other processes have of it on either side: what is drawn
+    for them is passed over.
+    """
 
     variant: Variant
     start: int
     stop: int
+    before: int = 0
+    after: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start

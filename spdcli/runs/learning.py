@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
-from spdcli.engine.fit import FitState, Record, fit, start_fit, warm_up_faithfulness
+from spdcli.engine.fit import FitSettings, FitState, Record, fit, start_fit, warm_up_faithfulness
+from spdcli.engine.processes import ALONE, Processes
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.errors import Collapsed, Interrupted, NotFinite, SpdError
+from spdcli.engine.variants import draw_variants
+from spdcli.errors import Collapsed, Interrupted, NotFinite, SpdError, UsageError
 from spdcli.machine import free_bytes, state_bytes, training_bytes, used_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
@@ -18,6 +20,7 @@ from spdcli.recipe.training import Decompose
 from spdcli.runs.decomposition import parameter_counts, start_decomposition
 from spdcli.runs.directory import RunDirectory
 from spdcli.runs.fingerprint import keep_fingerprint
+from spdcli.runs.following import FollowedRun
 from spdcli.runs.guard import Guard, start_guard
 from spdcli.runs.memory import MemoryRun
 from spdcli.runs.settings import allow_tensor_cores, fit_settings, optimiser_settings
@@ -26,7 +29,7 @@ from spdcli.runs.subject import Subject
 from spdcli.runs.tensorboard import event_log
 from spdcli.runs.text_data import stream_batches
 
-Store = RunDirectory | MemoryRun
+Store = RunDirectory | FollowedRun | MemoryRun
 
 
 def stopped(store: Store, where: str) -> Interrupted:
@@ -40,12 +43,15 @@ def stopped(store: Store, where: str) -> Interrupted:
     )
 
 
-def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report = silent) -> Decomposition:
+def learned(
+    store: Store, loaded: LoadedRecipe, subject: Subject, report: Report = silent, processes: Processes = ALONE
+) -> Decomposition:
     """Train the decomposition of a run to its end (Algorithm 3), from its checkpoint where it has one.
 
     Every record goes into the store's metrics. Interrupted, with everything saved, when a signal asked to stop;
     NotFinite, with the step before saved, when a loss is not finite. Where that happens in the first step after a
-    checkpoint, training goes on from the checkpoint before it.
+    checkpoint, training goes on from the checkpoint before it. Where several `processes` make the run, all of them call
+    this, and only the first has a `store` that it writes.
     """
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)
@@ -54,24 +60,28 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
     if isinstance(store, RunDirectory):
         keep_fingerprint(store.path, subject.target)
     decomposition, state = begun_decomposition(recipe, subject, names)
-    resumed = isinstance(store, RunDirectory) and store.has_checkpoint
+    resumed = store.has_checkpoint
     if resumed:
         store.load_checkpoint(decomposition, state, report)
         report(Progress(f"going on from step {state.step}"))
     else:
         warm_up(recipe, subject, decomposition, report)
+    processes.follow_first(decomposition.state_dict().values())
     settings = fit_settings(recipe, free_bytes(subject.target.device) - state_bytes(decomposition))
+    settings = replace(settings, plan_bytes=processes.least(settings.plan_bytes))  # by which random numbers are ordered
+    by_rows = divided_by_rows(subject, decomposition, settings, processes)
     stream, begun = stream_batches(recipe, subject), state.step
     guard = start_guard(recipe, subject, decomposition, settings, report)
     guard.replay([record for record in store.metrics() if record["step"] <= begun])
     while True:
-        steps = fit(subject.target, decomposition, subject.batches, state, settings, stream)
+        steps = fit(subject.target, decomposition, subject.batches, state, settings, stream, processes, by_rows)
         try:
-            make_steps(store, steps, decomposition, state, recipe.decompose, report, guard)
+            make_steps(store, steps, decomposition, state, recipe.decompose, report, guard, processes)
             break
         except (Collapsed, NotFinite) as error:
             if guard.may_rewind(error.step):
                 decomposition, state = gone_back(store, recipe, subject, decomposition, state)
+                processes.follow_first(decomposition.state_dict().values())
                 guard.rewind(error, state.step)
             elif isinstance(error, NotFinite) and resumed and error.step == begun + 1 and store.step_back():
                 store.load_checkpoint(decomposition, state)
@@ -84,6 +94,31 @@ def learned(store: Store, loaded: LoadedRecipe, subject: Subject, report: Report
     if state.step < recipe.decompose.steps:
         raise stopped(store, f"step {state.step} of {recipe.decompose.steps}")
     return decomposition.requires_grad_(False).eval()
+
+
+def divided_by_rows(
+    subject: Subject, decomposition: Decomposition, settings: FitSettings, processes: Processes
+) -> bool:
+    """Whether `processes` divide the rows of a step's plan and not its sequences: where all steps are on the same
+    batch, or it has fewer sequences than there are processes. UsageError where there are fewer rows too."""
+    if processes.count == 1:
+        return False
+    draw = torch.Generator()
+    batch = subject.batches(draw, 0)
+    sequences, length = batch.valid.shape
+    if batch is not subject.batches(draw, 1) and sequences >= processes.count:
+        return False
+    losses = settings.losses
+    blocks = {name: subject.target.matrices[name].block for name in decomposition.names}
+    shape, few = (sequences, length), losses.layerwise_matrices
+    variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, draw, few)
+    if processes.count > len(variants) * sequences:
+        raise UsageError(
+            f"{processes.count} processes, and a step has {len(variants) * sequences} rows to divide: {len(variants)} "
+            f"variants of {sequences} sequences",
+            f"--nproc {len(variants) * sequences} at most",
+        )
+    return True
 
 
 def begun_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[Decomposition, FitState]:
@@ -99,7 +134,7 @@ def gone_back(
     """The decomposition and the state of its training as they were last saved, or at the beginning, with half the
     learning rate that led away from there."""
     share = state.rate_share / 2
-    if isinstance(store, RunDirectory) and store.has_checkpoint:
+    if store.has_checkpoint:
         store.load_checkpoint(decomposition, state)
     else:
         decomposition, state = begun_decomposition(recipe, subject, decomposition.names)
@@ -124,10 +159,12 @@ def make_steps(
     section: Decompose,
     report: Report,
     guard: Guard,
+    processes: Processes = ALONE,
 ) -> None:
     """Make `steps` until they end or a signal asks to stop; all is saved then, and every `checkpoint_every` steps.
 
     Collapsed where `guard` says that the run comes to nothing; with everything saved, unless it is to be gone back.
+    All `processes` stop after the same step.
     """
     begun, collapse = state.step, None
     with stop_signals() as signals, event_log(store, section.tensorboard, begun) as log:
@@ -143,10 +180,11 @@ def make_steps(
             else:
                 report(Progress("", state.step, section.steps, step_only=True))
             due = state.step % section.checkpoint_every == 0 and state.step < section.steps
-            if due and not signals and collapse is None and guard.may_save:
+            asked = processes.any(bool(signals))
+            if due and not asked and collapse is None and guard.may_save:
                 with signals.held():
                     store.save(decomposition, state)
-            if signals or collapse is not None:
+            if asked or collapse is not None:
                 break
         if collapse is None or section.on_collapse == "stop":
             with signals.held():
