@@ -184,11 +184,11 @@ def _decomposed(
 ) -> Run:
     """The run, made by all processes of the `meeting`; the first alone opens its directory, writes and reports."""
     recipe, processes = loaded.recipe, meeting.processes
-    if processes.rank:
-        store: Store = MemoryRun() if directory is None else FollowedRun(directory)
-        subject = meeting.first_then_others(lambda: subject or prepared_subject(directory or MemoryRun(), loaded))
-        return Run(directory, recipe, subject, learned(store, loaded, subject, silent, processes))
     store = directory or MemoryRun()
+    if processes.rank:
+        subject = meeting.first_then_others(lambda: subject or prepared_subject(store, loaded))
+        followed = FollowedRun(directory) if directory is not None else MemoryRun()
+        return Run(directory, recipe, subject, learned(followed, loaded, subject, silent, processes))
     with nullcontext() if directory is None else opened_run(directory, recipe, force, resume, report):
         subject = meeting.first_then_others(lambda: subject or prepared(store, loaded, report))
         return Run(directory, recipe, subject, learned(store, loaded, subject, report, processes))

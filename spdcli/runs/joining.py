@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import count
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import distributed
 
 from spdcli.engine.processes import ALONE, Processes
 from spdcli.errors import Collapsed, Interrupted, LostProcess, NotFinite, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 MEETING = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a process has to be told
 SILENCE = timedelta(minutes=30)  # after which the others count as gone; a step, or a save, takes no longer
@@ -45,7 +48,7 @@ class Meeting:
     """The `processes` that have met, and the `store` that they leave each other word in; None for one alone."""
 
     processes: Processes
-    store: distributed.Store | None = None
+    store: Store | None = None
 
     def first_then_others(self, make: Callable[[], Made]) -> Made:
         """What `make` gives; the first process makes it before the others begin, however long that takes: what it
@@ -72,13 +75,15 @@ def met(device: str) -> Iterator[Meeting]:
     if not started_with_others():
         yield Meeting(ALONE)
         return
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # not in its stubs
+
     backend = "gloo"
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         require_gpus(local_number() + 1)
         torch.cuda.set_device(local_number())
         backend = "cpu:gloo,cuda:nccl"
     place, rank, world = _meeting_place()
-    store = distributed.PrefixStore(f"spd/{next(_meetings)}", place)  # a program may make several runs
+    store = PrefixStore(f"spd/{next(_meetings)}", place)  # a program may make several runs
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=SILENCE)
     try:
         yield Meeting(Processes(rank, world), store)
@@ -87,8 +92,10 @@ def met(device: str) -> Iterator[Meeting]:
 
 
 @cache
-def _meeting_place() -> tuple[distributed.Store, int, int]:
-    return next(distributed.rendezvous("env://", timeout=SILENCE))
+def _meeting_place() -> tuple[Store, int, int]:
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=SILENCE))
 
 
 def local_number() -> int:

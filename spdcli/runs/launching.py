@@ -73,7 +73,7 @@ def launch(count: int, work: str, request: Mapping[str, Any], report: Report) ->
 
     Raises the reason of the first that failed, when all have ended: Interrupted where a signal stopped them.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
     children: list[Child] = []

@@ -29,10 +29,11 @@ from spdcli.runs.subject import Subject
 from spdcli.runs.tensorboard import event_log
 from spdcli.runs.text_data import stream_batches
 
-Store = RunDirectory | FollowedRun | MemoryRun
+Store = RunDirectory | MemoryRun
+AnyStore = Store | FollowedRun  # of any of the processes that make a run
 
 
-def stopped(store: Store, where: str) -> Interrupted:
+def stopped(store: AnyStore, where: str) -> Interrupted:
     """What a signal that asked to stop ends in, when all is saved; `where` says how far it came."""
     if isinstance(store, MemoryRun):
         return Interrupted(
@@ -44,7 +45,7 @@ def stopped(store: Store, where: str) -> Interrupted:
 
 
 def learned(
-    store: Store, loaded: LoadedRecipe, subject: Subject, report: Report = silent, processes: Processes = ALONE
+    store: AnyStore, loaded: LoadedRecipe, subject: Subject, report: Report = silent, processes: Processes = ALONE
 ) -> Decomposition:
     """Train the decomposition of a run to its end (Algorithm 3), from its checkpoint where it has one.
 
@@ -129,7 +130,7 @@ def begun_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> t
 
 
 def gone_back(
-    store: Store, recipe: Recipe, subject: Subject, decomposition: Decomposition, state: FitState
+    store: AnyStore, recipe: Recipe, subject: Subject, decomposition: Decomposition, state: FitState
 ) -> tuple[Decomposition, FitState]:
     """The decomposition and the state of its training as they were last saved, or at the beginning, with half the
     learning rate that led away from there."""
@@ -152,7 +153,7 @@ def warm_up(recipe: Recipe, subject: Subject, decomposition: Decomposition, repo
 
 
 def make_steps(
-    store: Store,
+    store: AnyStore,
     steps: Iterator[Record | None],
     decomposition: Decomposition,
     state: FitState,

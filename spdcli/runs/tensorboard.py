@@ -12,12 +12,13 @@ from typing import Any
 from spdcli.engine.fit import Record
 from spdcli.errors import UsageError
 from spdcli.runs.directory import EVENTS, RunDirectory
+from spdcli.runs.following import FollowedRun
 from spdcli.runs.memory import MemoryRun
 
 Log = Callable[[Record], object]
 
 
-def require_tensorboard(wanted: bool, store: RunDirectory | MemoryRun) -> None:
+def require_tensorboard(wanted: bool, store: RunDirectory | FollowedRun | MemoryRun) -> None:
     """UsageError where events are `wanted` and cannot be written."""
     if wanted and isinstance(store, MemoryRun):
         raise UsageError("decompose.tensorboard is about a run directory", "give out=, or leave it off")
@@ -26,13 +27,13 @@ def require_tensorboard(wanted: bool, store: RunDirectory | MemoryRun) -> None:
 
 
 @contextmanager
-def event_log(store: RunDirectory | MemoryRun, wanted: bool, after: int) -> Iterator[Log]:
+def event_log(store: RunDirectory | FollowedRun | MemoryRun, wanted: bool, after: int) -> Iterator[Log]:
     """While open, what writes a record into the run's event files; it does nothing unless events are `wanted`.
 
     Of a run that goes on, what earlier files say of the steps beyond `after` counts no more.
     """
     require_tensorboard(wanted, store)
-    if not wanted or isinstance(store, MemoryRun):
+    if not wanted or not isinstance(store, RunDirectory):
         yield lambda record: None
         return
     from torch.utils.tensorboard import SummaryWriter

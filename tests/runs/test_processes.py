@@ -38,8 +38,8 @@ def test_two_processes_make_the_runs_of_one_and_one_that_dies_ends_all(tiny_llam
     recipe.write_text(MODEL.replace("MODEL", str(tiny_llama_dir)))
     text.write_text("Kobe Bryant plays professional basketball. " * 20)
     runs = {"prompts": PROMPTS, "text": PROMPTS | TEXT | {"data": str(text), "out": str(tmp_path / "two")}}
+    request = {"recipe": str(recipe), "folder": str(tmp_path), "runs": runs}
     with pytest.raises(SpdError, match="process 1 of the run was ended by SIGKILL"):
-        request = {"recipe": str(recipe), "folder": str(tmp_path), "runs": runs}
         launch(2, "work_together:decompose_and_die", request, silent)
     for name, settings in runs.items():
         expected = spdcli.decompose(recipe, **settings | {"out": None}).decomposition.state_dict()
