@@ -30,6 +30,14 @@ WIDE = 100  # columns from which the panels stand side by side
 TYPE, WRITE = "text", "script"  # what the input line is for
 
 
+class NextPanel(Static):
+    """What the model says next, drawn anew when its place gets another size, as when it is first laid out."""
+
+    def on_resize(self) -> None:
+        if isinstance(self.app, Explorer) and self.app.next_tokens is not None:
+            self.app.show_answer(self.app.next_tokens)
+
+
 class Explorer(App[None]):
     """`spd explore`: `exploration` is what is looked at, `start` the first text, `script` where edits are written,
     `off` the addresses of slices that are off at first."""
@@ -72,13 +80,12 @@ class Explorer(App[None]):
                 yield DataTable(id="map", cursor_type="cell", cursor_background_priority="css")
                 yield Static(id="place", markup=False)
                 yield DataTable(id="slices", cursor_type="row", cursor_background_priority="css")
-            yield Static(id="next", markup=False)
+            yield NextPanel(id="next", markup=False)
         yield Static(id="off", markup=False)
         yield Input(id="line")
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        self.slice_table.add_columns("", "slice", "g", "x·u", "*", "reads", "promotes")
         self.show_text(self.view)
         self.map.focus()
 
@@ -171,7 +178,8 @@ class Explorer(App[None]):
         table = self.slice_table
         row = table.cursor_row if keep else 0
         room = max((table.size.width - OTHER_COLUMNS) // 2, LEAST_LABELS)
-        table.clear()
+        table.clear(columns=True)  # that are as wide as what they once held
+        table.add_columns("", "slice", "g", "x·u", "*", "reads", "promotes")
         for one in self.listed:
             table.add_row(
                 OFF if one.slice in self.off else ON,
@@ -240,13 +248,11 @@ class Explorer(App[None]):
     def show_answer(self, said: NextTokens) -> None:
         self.next_tokens = said
         panel = self.query_one("#next", Static)
-        after, size = quoted(self.view.pieces[self.view.position]), panel.size
+        after, size = quoted(self.view.pieces[self.view.position]), panel.content_size
         panel.update(candidates(said, after, WAYS[said.way].about, size.width, size.height - 2))
 
     def on_resize(self) -> None:
         self.call_after_refresh(self.list_slices, keep=True)
-        if self.next_tokens is not None:
-            self.call_after_refresh(self.show_answer, self.next_tokens)
 
     # --- texts and scripts -------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def run_page(
     report(Progress("curves and attention", 3, STAGES))
     name = run.recipe.name if run.directory is None else str(run.directory)
     shared: dict[str, Any] = {
-        "title": f"{name}: {run.recipe.target.kind} taken apart",
+        "title": f"{name}: {target_name(run)} taken apart",
         "about": about(run),
         "commands": commands(run),
         "curves": curves(run, folder),
@@ -100,6 +100,12 @@ def run_page(
         fact_pictures=[] if facts is None else all_facts_pictures(facts, fact_figures),
         kinds=[] if facts is None else kinds_of_rows(facts),
     )
+
+
+def target_name(run: LoadedRun) -> str:
+    """The model's own name, or the kind of toy."""
+    target = run.recipe.target
+    return Path(getattr(target, "model", None) or target.kind).stem
 
 
 def measured(run: LoadedRun, seed: int) -> Mapping[str, Any]:

@@ -44,12 +44,13 @@ class Picture:
 @dataclass(frozen=True)
 class TokenMap:
     """Tokens by matrices: sums of importances, each with how dark it is, from 0 to 1, the largest one. `positions` are
-    those of the tokens, from 0."""
+    those of the tokens, from 0; `text` is the whole text where the title has not room for it."""
 
     title: str
     tokens: Sequence[str]
     positions: Sequence[int]
     rows: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,14 @@ def evidence(evaluation: Mapping[str, Any]) -> list[Table]:
     return [Table(title, ["masks", "evidence", "KL", "right"], rows, MEANING)] if rows else []
 
 
-def token_map(view: TextView, text: str) -> TokenMap:
+def token_map(view: TextView, title: str) -> TokenMap:
     """The map of one text; matrices in which nothing is active are left out, and of a text of more than WIDE tokens
     those at which nothing is."""
     wide = len(view.pieces) > WIDE
     positions = [at for at in range(len(view.pieces)) if not wide or bool(view.heat[:, at].any())]
     rows = shaded(dict(zip(view.matrices, view.heat[:, positions].tolist(), strict=True)))
-    return TokenMap(text, [view.pieces[at] for at in positions], positions, rows)
+    pieces = [view.pieces[at] for at in positions]
+    return TokenMap(title if wide else f"{title}: {view.text}", pieces, positions, rows, view.text if wide else "")
 
 
 def shaded(heat: Mapping[str, Sequence[float]]) -> list[tuple[str, list[tuple[float, float]]]]:
@@ -186,5 +188,5 @@ def shaded(heat: Mapping[str, Sequence[float]]) -> list[tuple[str, list[tuple[fl
 
 def token_maps(exploration: Exploration) -> list[TokenMap]:
     """The maps of the run's first prompts."""
-    texts = exploration.own.texts[:MOST_MAPS]
-    return [token_map(exploration.prompt(number), f"Prompt {number}: {text}") for number, text in enumerate(texts, 1)]
+    numbers = range(1, min(len(exploration.own.texts), MOST_MAPS) + 1)
+    return [token_map(exploration.prompt(number), f"Prompt {number}") for number in numbers]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from spdcli.page.content import Page
+from spdcli.page.content import Page, Table
 
 HERE = Path(__file__).parent
 
@@ -19,7 +19,7 @@ def html(page: Page) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"picture": picture, "visible": visible}
+    environment.filters |= {"picture": picture, "visible": visible, "word_columns": word_columns}
     parts = {name: (HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     return environment.get_template("page.html.jinja").render(page=page, **parts)
 
@@ -29,6 +29,12 @@ def picture(file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     drawing = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     return f"data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()}"
+
+
+def word_columns(table: Table) -> list[bool]:
+    """Of each column whether it has no number: numbers stand on the right, words on the left."""
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.heads)
+    return [all(cell[:1].isalpha() or not cell for cell in column) for column in columns]
 
 
 def visible(token: str) -> str:

@@ -71,6 +71,9 @@ def test_the_map_has_a_cell_a_matrix_and_token(kind, size, request):
             assert region.height > 0
             assert region.right <= size[0]
             assert region.bottom <= size[1]
+        room = app.query_one("#next").content_size.width
+        lines = said(app, "#next").splitlines()[1:-1]
+        assert all(len(line) <= room for line in lines), "bars end where their panel does"
 
     drive(run, size, script)
 

@@ -10,7 +10,8 @@ from page_tree import Tree
 
 from spdcli.engine.tables import GRADES
 from spdcli.figures.attention import mosaic
-from spdcli.page.content import evidence, token_map
+from spdcli.page.content import Table, evidence, token_map
+from spdcli.page.render import word_columns
 from spdcli.page.slices import slice_entries
 
 
@@ -138,6 +139,12 @@ def test_long_texts_show_the_tokens_at_which_something_is_active(toy_page, monke
     shown = token_map(view, "text")
     assert list(shown.positions) == [at for at in range(len(view.pieces)) if view.heat[:, at].any()]
     assert not {2, 3, 4} & set(shown.positions)
+
+
+def test_words_stand_on_the_left_and_numbers_on_the_right():
+    rows = [["recon", "random masks", "1.5", "exact"], ["hidden", "", "", "-0.5"]]
+    assert word_columns(Table("Losses", ["loss", "evidence", "value", "error"], rows)) == [True, True, False, False]
+    assert word_columns(Table("Nothing", ["a", "b"], [])) == [True, True]
 
 
 def test_a_mosaic_has_a_tile_a_head():
