@@ -13,13 +13,14 @@ from typing import Any
 
 from spdcli.engine.tables import Choice
 
-# How several slices of one matrix are suppressed together: functions from G `[r, r]` and p `[r]` to a `[r]`, see there.
+# How much of each slice's direction a matrix loses: functions from G `[r, r]`, p `[r]` and s `[r]` to a `[r]`, see there.
 TOGETHER: dict[str, Choice] = {
     "literal": Choice(
         "every projection of the original weights, as the paper writes the sum", "spdcli.edits.suppression:literally"
     ),
     "orthonormal": Choice("the projection on all their directions at once", "spdcli.edits.suppression:jointly"),
     "sequence": Choice("one after the other, in the order given", "spdcli.edits.suppression:in_sequence"),
+    "whole": Choice("each slice as it stands in the decomposition, W - U V", "spdcli.edits.suppression:as_they_stand"),
 }
 USUAL_TOGETHER = "literal"
 
@@ -66,7 +67,15 @@ STATISTICS: dict[str, Measure] = {
 }
 USUAL_STATISTIC = "mean"
 
-MEASURES: Mapping[str, Measure] = ChainMap(STATISTICS, ANSWER_MEASURES)  # those of an answer come first
+# Of the KLs `[n]` of n tokens of a text.
+TEXT_MEASURES: dict[str, Measure] = {
+    "kl_mean": Measure(about="the mean KL a token of the text, nats", of=lambda kl: kl.mean()),
+    "kl_median": Measure(about="the median", of=lambda kl: kl.median()),
+    "kl_p99": Measure(about="what one token in a hundred exceeds", of=lambda kl: kl.sort().values[(99 * len(kl) - 1) // 100]),
+    "kl_max": Measure(about="the largest", of=lambda kl: kl.max()),
+}
+
+MEASURES: Mapping[str, Measure] = ChainMap(TEXT_MEASURES, STATISTICS, ANSWER_MEASURES)  # those of an answer come first
 
 
 def in_words(table: Mapping[str, Choice]) -> str:

@@ -15,7 +15,13 @@ with p_k = <W, E_k> and G_jk = <E_j, E_k>:
     sequence      one after the other, each projection from what is left: a = tril(G)⁻¹ p. Only the last one is sure to
                   be 0 then.
 
-All are equal for one slice, and for slices whose E_k are orthogonal.
+These three are equal for one slice, and for slices whose E_k are orthogonal. The fourth is about more than a direction:
+
+    whole         each slice as it stands in the decomposition: a_k = s_k = ‖u_k‖ ‖v_k‖, so that W loses u_k v_kᵀ. It is
+                  what the mask 0 does to the slice while all others and the delta stay on. For one slice, too, that is
+                  another edit than its projection: where u_k reads an input as 1 and v_k is what W writes on it, nothing
+                  is left of W there.
+
 An edit is never more than these factors; it is run as `x W − ((x û) a) v̂ᵀ`, without a copy of the model.
 I d_in, O d_out, r slices of a matrix.
 """
@@ -95,19 +101,29 @@ def by_matrix(addresses: Iterable[Address]) -> dict[str, list[int]]:
     return grouped
 
 
-def unit_directions(slices: SliceSet, name: str, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """û `[I, r]` and v̂ `[r, O]` of some slices of a matrix, in float64 on the CPU.
+class Directions(NamedTuple):
+    """û `[I, r]`, v̂ `[r, O]` and the sizes ‖u‖ ‖v‖ `[r]` of r slices, in float64 on the CPU."""
 
-    UsageError for a slice that is all zeros and so has no direction.
-    """
+    read: Tensor
+    write: Tensor
+    sizes: Tensor
+
+
+def unit(read: Tensor, write: Tensor) -> Directions:
+    """The directions of slices with `read` `[I, r]` and `write` `[r, O]` of any length but 0."""
+    read, write = read.double().cpu(), write.double().cpu()
+    reads, writes = read.norm(dim=0), write.norm(dim=1)
+    return Directions(read / reads, write / writes[:, None], reads * writes)
+
+
+def directions_of(slices: SliceSet, name: str, index: Sequence[int]) -> Directions:
+    """The directions of some slices of a matrix; UsageError for a slice that is all zeros and so has none."""
     own = slices.of(name)
-    U = own.U.detach()[:, list(index)].double().cpu()
-    V = own.V.detach()[list(index)].double().cpu()
-    read, write = U.norm(dim=0), V.norm(dim=1)
-    for position, number in enumerate(index):
-        if not (read[position] * write[position] > 0):
+    directions = unit(own.U.detach()[:, list(index)], own.V.detach()[list(index)])
+    for size, number in zip(directions.sizes.tolist(), index, strict=True):
+        if not size > 0:
             raise UsageError(f"the slice {name}:{number} is zero: it has no direction to suppress")
-    return U / read, V / write[:, None]
+    return directions
 
 
 def projections(weight: Tensor, read: Tensor, write: Tensor) -> Tensor:
@@ -120,30 +136,36 @@ def overlaps(read: Tensor, write: Tensor) -> Tensor:
     return ((read.t() @ read) * (write @ write.t())).fill_diagonal_(1.0)
 
 
-def literally(gram: Tensor, p: Tensor) -> Tensor:
+def literally(gram: Tensor, p: Tensor, sizes: Tensor) -> Tensor:
     """Literal: a_k = p_k."""
     return p
 
 
-def jointly(gram: Tensor, p: Tensor) -> Tensor:
+def jointly(gram: Tensor, p: Tensor, sizes: Tensor) -> Tensor:
     """Orthonormal: Σ a_k E_k is the projection of W on the span of the E_k."""
     return torch.linalg.pinv(gram, rtol=SAME, hermitian=True) @ p
 
 
-def in_sequence(gram: Tensor, p: Tensor) -> Tensor:
+def in_sequence(gram: Tensor, p: Tensor, sizes: Tensor) -> Tensor:
     """In sequence: a_k = p_k − Σ_{j<k} a_j G_jk."""
     return torch.linalg.solve_triangular(gram.tril(), p[:, None], upper=False)[:, 0]
 
 
-def coefficients(together: str, gram: Tensor, p: Tensor) -> Tensor:
-    """a `[r]` from G `[r, r]` and p `[r]`, by a row of `TOGETHER`."""
-    a: Tensor = TOGETHER[together].load()(gram, p)
+def as_they_stand(gram: Tensor, p: Tensor, sizes: Tensor) -> Tensor:
+    """Whole: a_k = ‖u_k‖ ‖v_k‖."""
+    return sizes
+
+
+def coefficients(together: str, gram: Tensor, p: Tensor, sizes: Tensor) -> Tensor:
+    """a `[r]` from G `[r, r]`, p `[r]` and the slices' own `sizes` `[r]`, by a row of `TOGETHER`."""
+    a: Tensor = TOGETHER[together].load()(gram, p, sizes)
     return a
 
 
-def suppress_directions(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_TOGETHER) -> Factors:
-    """What W `[I, O]` loses on unit directions `read` `[I, r]` and `write` `[r, O]`, both in float64 on the CPU."""
-    a = coefficients(together, overlaps(read, write), projections(weight, read, write))
+def suppress_directions(weight: Tensor, directions: Directions, together: str = USUAL_TOGETHER) -> Factors:
+    """What W `[I, O]` loses on some directions."""
+    read, write, sizes = directions
+    a = coefficients(together, overlaps(read, write), projections(weight, read, write), sizes)
     return Factors(read, a[:, None] * write)
 
 
@@ -151,8 +173,7 @@ def suppression(target: Target, slices: SliceSet, addresses: Sequence[Address], 
     """The edit that suppresses slices in the target's own weights; `together` is a way of `TOGETHER`."""
     edit = {}
     for name, index in by_matrix(addresses).items():
-        read, write = unit_directions(slices, name, index)
-        edit[name] = suppress_directions(target.matrices[name].weight, read, write, together)
+        edit[name] = suppress_directions(target.matrices[name].weight, directions_of(slices, name, index), together)
     return edit
 
 
@@ -160,7 +181,7 @@ def suppressions(target: Target, slices: SliceSet, addresses: Sequence[Address])
     """The edit of every slice alone, by address: what `suppression` gives for each, a matrix at a time."""
     edits: dict[str, Edit] = {}
     for name, index in by_matrix(addresses).items():
-        read, write = unit_directions(slices, name, index)
+        read, write, _ = directions_of(slices, name, index)
         cut = projections(target.matrices[name].weight, read, write)[:, None] * write
         for column, number in enumerate(index):
             own = slice(column, column + 1)
@@ -200,14 +221,14 @@ def describe(target: Target, slices: SliceSet, addresses: Sequence[Address], edi
     cuts = []
     for name, index in by_matrix(addresses).items():
         weight = target.matrices[name].weight
-        read, write = unit_directions(slices, name, index)
+        read, write, sizes = directions_of(slices, name, index)
         gram, p = overlaps(read, write), projections(weight, read, write)
         whole = weight.double().norm().item()
 
         def size(a: Tensor, gram: Tensor = gram, whole: float = whole) -> float:
             return (a @ gram @ a).clamp(min=0).sqrt().item() / whole  # of Σ a_k E_k
 
-        a = {way: coefficients(way, gram, p) for way in TOGETHER}
+        a = {way: coefficients(way, gram, p, sizes) for way in TOGETHER}
         cut = MatrixCut(
             matrix=name,
             slices=[str(Address(name, number)) for number in index],

@@ -28,6 +28,8 @@ from spdcli.engine.part_tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
 
 LEAK = 0.01
 LOCAL_SLOPE = 0.5
+MARGIN = 0.125  # how far below 0 and above 1 gates of the start "inner" reach
+STEEPNESS = 4.0  # of its hidden units: at 4 gelu(x) + gelu(-x) is |x| to 3e-4
 OFF = -1.0  # what a pruned slice has instead of a gate
 
 
@@ -73,7 +75,7 @@ class ImportanceSettings:
 
     `kind` is a key of `part_tables.IMPORTANCE_FUNCTIONS`; so are `activation`, `normalise`, `relative`,
     `relative_start` and `backend` of the tables of their names. Importances start around `gate_bias`, `gate_spread`
-    times as far apart as unit-variance weights would put them. `relative`, `relative_start` and `backend` are for
+    times as far apart as unit-variance weights would put them, unless `start` (of `GATE_STARTS`) says otherwise. `relative`, `relative_start` and `backend` are for
     attention alone, as is `length`, the longest sequence (T) that its position tables cover; `layers`, `width` and
     `heads` are for the global transformer, whose MLPs have `gate_width` hidden units; `causal` is for both.
     """
@@ -83,6 +85,7 @@ class ImportanceSettings:
     activation: str = "gelu"
     gate_bias: float = 0.5
     gate_spread: float = 1.0
+    start: str = "random"
     normalise: str = "none"
     relative: str = "query"
     relative_start: str = "zero"
@@ -140,6 +143,19 @@ class ScalarGates(_Gates):
         self.w2 = nn.Parameter(settings.gate_spread * torch.randn(width, slices) / math.sqrt(width))
         self.b2 = nn.Parameter(torch.full((slices,), settings.gate_bias))
         self.activation = settings.activation
+
+    @torch.no_grad()
+    def start_from(self, largest: Tensor) -> None:
+        """γ_c(a) = (1 + 2 MARGIN) |a| / `largest`_c - MARGIN for every slice, `largest` `[C]`; always off where it is 0.
+
+        The first two hidden units make |a| of ±a; the others begin with no say.
+        """
+        live = largest > 0
+        slope = STEEPNESS / torch.where(live, largest, 1.0)
+        self.w1[0], self.w1[1] = slope, -slope
+        self.w2.zero_()
+        self.w2[:2] = torch.where(live, (1 + 2 * MARGIN) / STEEPNESS, 0.0)
+        self.b2.fill_(-MARGIN)
 
     def forward(self, inner: Tensor, alive: Tensor) -> Tensor:
         """inner activations `[B, T, C]` and which slices are left, `[C]`, to `[B, T, C]`."""
@@ -266,6 +282,14 @@ class Importances(nn.Module):
         if self.joint is not None:
             x = dict.fromkeys(self.names, self.joint(x, valid))
         return {n: self.gates[_key(n)](x[n], self.alive[_key(n)]) for n in self.names}
+
+    @torch.no_grad()
+    def start_from(self, inputs: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+        """Scalar gates as the start "inner" has them: a slice is on as far as its inner activation reaches towards its
+        largest on the data. `inputs[m]` `[n, I]`, `read[m]` is `U` `[I, C]`."""
+        for name in self.names:
+            inner = self._prepared(name, inputs[name].to(read[name])) @ read[name]
+            self.gates[_key(name)].start_from(inner.abs().amax(0))
 
     def prune(self, frequent: dict[str, Tensor]) -> None:
         """Switch slices off for good: those where `frequent[m]` `[C]` is False."""

@@ -77,6 +77,14 @@ RELATIVE_STARTS: dict[str, Choice] = {
     "local": Choice("-0.5 |offset|, so that near positions come first; for relative = 'scalar'"),
 }
 
+GATE_STARTS: dict[str, Choice] = {
+    "random": Choice("at random around gate_bias"),
+    "inner": Choice(
+        "a slice begins as on where the prompts' inputs make its inner activation largest, and off where it is 0; for "
+        "kind = 'scalar'"
+    ),
+}
+
 BACKENDS: dict[str, Choice] = {
     "auto": Choice("the fastest of the others for the sizes at hand"),
     "dense": Choice("all scores at once; for short sequences", "spdcli.engine.attention:dense_attention"),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spdcli.edits.choices import USUAL_TOGETHER
 from spdcli.edits.prompts_and_answers import Questions
-from spdcli.edits.suppression import Edit, Factors, suppress_directions
+from spdcli.edits.suppression import Edit, Factors, suppress_directions, unit
 from spdcli.engine.forward import Clean, clean_pass, plan_pass, row_divergences
 from spdcli.engine.masks import chunk_masks
 from spdcli.engine.subcomponents import Slices, SliceSet, dual_directions
@@ -36,10 +36,8 @@ OTHERS_WEIGHT = 10.0  # of the KL on the prompts that an optimised edit should l
 
 
 def suppress(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_TOGETHER) -> Factors:
-    """The suppression of the directions `read` `[I, k]` and `write` `[k, O]` of any length."""
-    read = read.double().cpu() / read.double().cpu().norm(dim=0)
-    write = write.double().cpu() / write.double().cpu().norm(dim=1, keepdim=True)
-    return suppress_directions(weight, read, write, together)
+    """The suppression of slices with `read` `[I, k]` and `write` `[k, O]`."""
+    return suppress_directions(weight, unit(read, write), together)
 
 
 def static_duals(target: Target, name: str, rows: Tensor, places: Sequence[int], moment: Tensor | None = None) -> Edit:

@@ -54,6 +54,13 @@ NEEDS = (
         f"kind = {_kinds('attends')}",
         _kind_has("attends"),
     ),
+    Need(("importance.start",), "importance.kind", f"kind = {_kinds('reads_inner')}", _kind_has("reads_inner")),
+    Need(
+        ("importance.gate_bias", "importance.gate_spread"),
+        "importance.start",
+        "start = 'random'",
+        lambda recipe: recipe["importance"]["start"] == "random",
+    ),
     Need(
         ("importance.causal",),
         "importance.kind",

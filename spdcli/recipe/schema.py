@@ -15,6 +15,7 @@ from spdcli.engine.part_tables import (
     ACTIVATIONS,
     BACKENDS,
     BASES,
+    GATE_STARTS,
     IMPORTANCE_FUNCTIONS,
     NORMS,
     RELATIVE_BIASES,
@@ -236,6 +237,7 @@ class Importance(Section):
         0.5,
         description="Where importances start, before the leaky sigmoid σ_H: 0 is off, 1 on. Open in the paper.",
     )
+    start: Annotated[str, OneOf(GATE_STARTS)] = Field("random", description="Where importances start. Open in the paper.")
     normalise: Annotated[str, OneOf(NORMS)] = Field("none", description="What the input x is put through first.")
     basis: Annotated[str, OneOf(BASES)] = Field(
         "full", description="Which coordinates of x vector gates read; span is for a fixed set of prompts."

@@ -43,7 +43,8 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
     spanned = recipe.importance.basis == "span"
     section, start = recipe.slices, STARTS[recipe.slices.init]
     inputs = moments = None
-    if spanned or start.needs_inputs:
+    inner = recipe.importance.start == "inner"
+    if spanned or inner or start.needs_inputs:
         inputs = _start_inputs(recipe, subject, names)
     if start.needs_moment:
         assert subject.stream is not None
@@ -51,7 +52,11 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
         moments = {name: ridged(moment, section.ridge) for name, moment in plain.items()}
     slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments)
     bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
-    return _assemble(recipe, subject, slices, bases)
+    decomposition = _assemble(recipe, subject, slices, bases)
+    if inner and inputs is not None:
+        writing = {name: own.U * own.V.any(1) for name, own in ((name, decomposition.of(name)) for name in names)}
+        decomposition.importances.start_from(inputs, writing)
+    return decomposition
 
 
 def _importances(recipe: Recipe, subject: Subject, names: list[str], bases: dict[str, Tensor] | None) -> Importances:

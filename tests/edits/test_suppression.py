@@ -64,8 +64,10 @@ def test_one_slice_by_hand():
     U = torch.tensor([[3.0], [4.0]], dtype=torch.float64)
     V = torch.tensor([[0.0, -7, 0]], dtype=torch.float64)
     expected = torch.tensor([[1, 2 - 0.6 * 5.2, 3], [4, 5 - 0.8 * 5.2, 6]], dtype=torch.float64)
-    for together in TOGETHER:
+    for together in ("literal", "orthonormal", "sequence"):
         torch.testing.assert_close(suppressed(W, U, V, [0], together), expected)
+    torch.testing.assert_close(suppressed(W, U, V, [0], "whole"), W - U @ V)
+    assert set(TOGETHER) == {"literal", "orthonormal", "sequence", "whole"}
 
 
 def test_two_overlapping_slices_by_hand():
@@ -107,6 +109,27 @@ def test_literal_is_the_sum_of_the_paper(shape):
     cut = suppression(weight_target(m=W), slice_set(m=(U, V)), [Address("m", k) for k in range(count)])
     torch.testing.assert_close(subtract(W, cut["m"]), torch.tensor(expected, dtype=W.dtype), rtol=1e-9, atol=1e-9)
     assert ScriptEdit.model_fields["together"].default == "literal"
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes)
+def test_whole_is_what_the_slices_are(shape):
+    """W loses the sum of u_k v_kᵀ, however long u_k and v_k are."""
+    rows, columns, count, seed = shape
+    W, U, V = drawn(seed, rows, columns, count)
+    cut = suppressed(W, U * 3, V, range(0, count, 2), "whole")
+    torch.testing.assert_close(cut, W - 3 * U[:, ::2] @ V[::2], rtol=1e-9, atol=1e-9)
+
+
+def test_a_whole_dual_slice_leaves_nothing_of_its_input():
+    """A slice that reads x as 1 and writes x W: taken out whole, x gives 0; its projection leaves a part."""
+    W, x, _ = drawn(3, 6, 4, 1)
+    row = x.t()
+    u, v = row.t() / row.square().sum(), row @ W
+    torch.testing.assert_close(row @ suppressed(W, u, v, [0], "whole"), torch.zeros(1, 4, dtype=W.dtype))
+    slanted = u + torch.linalg.svd(row)[2][-1:].t()  # reads x as 1, too
+    torch.testing.assert_close(row @ suppressed(W, slanted, v, [0], "whole"), torch.zeros(1, 4, dtype=W.dtype))
+    assert (row @ suppressed(W, slanted, v, [0], "literal")).norm() > 0.1 * v.norm()
 
 
 @settings(max_examples=60, deadline=None)
