@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from spdcli.edits.facts_file import Facts, load_facts
 from spdcli.edits.feature_ablation import FeatureAblation, ablate_features
 from spdcli.edits.script import load_script
 from spdcli.edits.suppression import find_matrix, find_slices, suppression
+from spdcli.edits.text_changes import TOKENS, text_to_keep
 from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
 from spdcli.explorer.exploration import Exploration
@@ -257,8 +259,8 @@ class Run(LoadedRun):
         """A copy of the model whose original weights have lost the slices' directions, as `spd suppress --save`.
 
         W ← W − Σ (ûᵀ W v̂) û v̂ᵀ over `slices`, addresses such as `layers.0.mlp.up_proj:2` (section 5.2); `together` is
-        literal, as written, orthonormal or sequence. Of a language model it is a plain transformers model. UsageError
-        for a slice that is not there.
+        literal, as written, orthonormal, sequence, or whole: W − Σ u vᵀ, the slices as they stand. Of a language model
+        it is a plain transformers model. UsageError for a slice that is not there.
         """
         addresses = find_slices(self.decomposition, slices)
         edit = suppression(self.subject.target, self.decomposition, addresses, _one_of(TOGETHER, together))
@@ -273,6 +275,8 @@ class Run(LoadedRun):
         answers: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
         counterfact: str | Path | None = None,
+        text: str | Path | None = None,
+        text_tokens: int = TOKENS,
         progress: Report = silent,
     ) -> SuppressionReport:
         """What `suppress` does to the run's prompts (or `prompts`) and to other facts, as `spd suppress` reports it.
@@ -280,11 +284,14 @@ class Run(LoadedRun):
         A prompt is one of the run's by its number, from 1, or a text. `answers` are those of `prompts`, of one or
         several tokens each; without them a prompt's last token is its answer. `facts` are those that come with spd,
         those of a file, or None. `scores` are the efficacy, paraphrase and specificity of papers on editing, on the
-        facts, and on the records of `counterfact`, a file in that format.
+        facts, and on the records of `counterfact`, a file in that format. `text`, a file or directory, or "own", is a
+        text of which `text_tokens` should stay as they are.
         """
         addresses = find_slices(self.decomposition, slices)
         records = [] if counterfact is None else load_records(Path(counterfact))
         exam = self._exam(prompts, facts, progress, answers, records)
+        if text is not None:
+            exam = replace(exam, text=text_to_keep(self.recipe, self.subject, str(text), text_tokens, progress))
         form = _one_of(TOGETHER, together)
         return report_suppression(self.subject, self.decomposition, addresses, form, exam, progress)
 

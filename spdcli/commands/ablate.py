@@ -104,7 +104,7 @@ def ablate(
         return
     if slices and masking.others == "on" and not loaded.decomposition.delta:
         console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
-    exam = options.open(console, loaded.subject, seed, loaded.decomposition if slices else None)
+    exam = options.open(console, loaded.recipe, loaded.subject, seed, loaded.decomposition if slices else None)
     with console.progress("measuring what is lost") as progress:
         report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking, progress)
     drawings = draw_layers(report.alone, run) if figure else []

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from spdcli.edits.counterfact import Record
     from spdcli.edits.exam import Exam
     from spdcli.edits.facts_file import Facts
+    from spdcli.edits.text_changes import TextToKeep
     from spdcli.engine.subcomponents import Decomposition
+    from spdcli.progress import Report
+    from spdcli.recipe.schema import Recipe
     from spdcli.runs.subject import Subject
 
 SliceAddress = Annotated[
@@ -53,6 +56,18 @@ FactsOption = Annotated[
     ),
 ]
 NoFacts = Annotated[bool, typer.Option("--no-facts", help="Measure no facts.")]
+KeptText = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE|own",
+        help="A text that should stay as it is: a file, directory, .jsonl, .parquet, datasets:NAME, or the run's own.",
+        show_default=False,
+    ),
+]
+TextTokens = Annotated[
+    int, typer.Option("--text-tokens", min=1, max=10**9, help="Read about so many tokens of it, or all there are.")
+]
 Sequences = Annotated[int, typer.Option("--sequences", min=1, max=10**6, help="Fresh toy sequences to measure on.")]
 
 
@@ -62,7 +77,8 @@ class ExamOptions:
 
     `prompts` are those of `--prompt`, numbers or texts, `answers` those of `--answer`, and `facts` the facts of
     `--facts`, or those that come with spd; `named` says whether the option was given, without which the toy is asked no
-    facts. `records` are those of `--counterfact`. `sequences` is of the toy.
+    facts. `records` are those of `--counterfact`, and `text` that of `--text`, with its tokens. `sequences` is of the
+    toy.
     """
 
     prompts: Sequence[int | str]
@@ -71,8 +87,11 @@ class ExamOptions:
     sequences: int = 16
     answers: Sequence[str] = ()
     records: Sequence[Record] = ()
+    text: tuple[str, int] | None = None
 
-    def open(self, console: Console, subject: Subject, seed: int, gates: Decomposition | None = None) -> Exam:
+    def open(
+        self, console: Console, recipe: Recipe, subject: Subject, seed: int, gates: Decomposition | None = None
+    ) -> Exam:
         """The exam of a run's subject, with a warning where `gates`, by which it is read, do not see it whole."""
         from spdcli.edits.exam import open_exam
         from spdcli.measures.importances import warn_of_span
@@ -89,8 +108,17 @@ class ExamOptions:
                 records=self.records,
                 sequences=self.sequences,
                 seed=seed,
+                text=self.kept_text(recipe, subject, report),
                 report=report,
             )
+
+    def kept_text(self, recipe: Recipe, subject: Subject, report: Report, needed: bool = False) -> TextToKeep | None:
+        """The text of `--text`; where it is not given, None, or if one is `needed` the run's own."""
+        from spdcli.edits.text_changes import OWN_TEXT, TOKENS, text_to_keep
+
+        if self.text is None and not needed:
+            return None
+        return text_to_keep(recipe, subject, *(self.text or (OWN_TEXT, TOKENS)), report)
 
     def facts_for(self, subject: Subject) -> Facts | None:
         """The facts to ask; none of the toy, which knows none, unless they were named."""
@@ -106,6 +134,7 @@ def exam_options(
     *,
     all_mlp: bool = False,
     counterfact: Path | None = None,
+    text: tuple[str, int] | None = None,
 ) -> ExamOptions:
     """The options as they stand on the command line, their files and standard input read.
 
@@ -120,7 +149,7 @@ def exam_options(
     if not all(answer.strip() for answer in beside):
         raise UsageError("--answer is blank", "give what follows the prompt")
     records = [] if counterfact is None else load_records(counterfact)
-    return ExamOptions(texts, read_facts(facts, without), facts is not None, sequences, beside, records)
+    return ExamOptions(texts, read_facts(facts, without), facts is not None, sequences, beside, records, text)
 
 
 def read_facts(option: str | None, without: bool) -> Facts | None:

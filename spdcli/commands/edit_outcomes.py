@@ -54,7 +54,7 @@ def suppress_slices(console: Console, options: RunOptions, addresses: list[str],
 
     loaded = opened(console, options.run, options.device)
     slices = find_slices(loaded.decomposition, addresses)
-    exam = options.exam.open(console, loaded.subject, loaded.seed_or(options.seed), loaded.decomposition)
+    exam = options.exam.open(console, loaded.recipe, loaded.subject, loaded.seed_or(options.seed), loaded.decomposition)
     with console.progress(MEASURING) as progress:
         report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam, progress)
     edit = suppression(loaded.subject.target, loaded.decomposition, slices, together)
@@ -76,7 +76,8 @@ def suppress_script(console: Console, options: RunOptions, sections: tuple[Scrip
     wanted = options.exam.named or plan.script.asks_facts
     facts = options.exam.facts if wanted else None
     with console.progress() as progress:
-        exam = script_exam(subject, plan.questions, facts, options.exam.records, seed, progress)
+        text = options.exam.kept_text(loaded.recipe, subject, progress, plan.script.asks_text)
+        exam = script_exam(subject, plan.questions, facts, options.exam.records, seed, text, progress)
     edits = plan.edits(subject.target, loaded.decomposition)
     with console.progress(MEASURING) as progress:
         report = report_script(subject, loaded.decomposition, plan, edits, exam, progress)
@@ -105,7 +106,7 @@ def use_patch(
     if base is None:
         require_same_weights(directory.path, subject.target)
     edit, weights = patch_target(subject.target, patch, path, apply is None)
-    exam = options.exam.open(console, subject, seed_or(recipe, options.seed))
+    exam = options.exam.open(console, recipe, subject, seed_or(recipe, options.seed))
     with console.progress(MEASURING) as progress:
         report = report_patch(subject, patch, edit, exam, apply is None, progress)
     return Outcome(report, subject, base_of(recipe, options.run), edit, weights)

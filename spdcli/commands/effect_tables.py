@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spdcli.edits.answer_changes import AnswerChange, AnswerChanges
     from spdcli.edits.collateral import Collateral
     from spdcli.edits.editing_scores import EditingScores
+    from spdcli.edits.text_changes import TextChange
     from spdcli.records import Absent
 
 ACTIVE_MARK = "* one of the slices is active in this prompt"
@@ -58,6 +59,23 @@ def scores_tables(scores: Mapping[str, EditingScores] | Absent) -> list[Renderab
         shares = (own.efficacy, own.paraphrase, own.specificity)
         shown = ["–" if one.after is None else f"{one.after:.0%} of {one.prompts}" for one in shares]
         table.add_row(source, *shown, "–" if own.score is None else f"{own.score:.0%}")
+    return [table]
+
+
+def text_tables(texts: Mapping[str, TextChange | Absent]) -> list[RenderableType]:
+    """How far an edit moves a text, a row an edit; nothing where none was read."""
+    from rich.table import Table
+
+    rows = {name: text for name, text in texts.items() if text}
+    if not rows:
+        return []
+    table = Table(title="KL a token of the text, nats")
+    for name in ("edit", "tokens", "mean", "median", "99 %", "max"):
+        table.add_column(name, justify="left" if name == "edit" else "right")
+    for name, text in rows.items():
+        table.add_row(
+            name, f"{text.tokens:,}", *map("{:.1e}".format, (text.kl_mean, text.kl_median, text.kl_p99, text.kl_max))
+        )
     return [table]
 
 

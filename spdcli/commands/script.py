@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spdcli.commands.effect_tables import effects_table, facts_tables, in_title, prompts_only, scores_tables
+from spdcli.commands.effect_tables import (
+    effects_table,
+    facts_tables,
+    in_title,
+    prompts_only,
+    scores_tables,
+    text_tables,
+)
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,6 +57,7 @@ def script_tables(report: ScriptReport, verbose: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [table, *verdicts_table(report.expectations)]
     each = [(edit, edit.scores) for edit in report.edits if edit.scores]
     parts += scores_tables({f"{edit.name}, {source}": own for edit, scores in each for source, own in scores.items()})
+    parts += text_tables({edit.name: edit.text for edit in report.edits})
     for edit in report.edits if verbose else ():
         if edit.effects:
             title = f"{edit.name}: suppressed {in_title(edit.slices)}"

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from spdcli.commands.edit_options import Answer, FactsOption, NoFacts, Prompt, Sequences, SliceAddress, exam_options
+from spdcli.commands.edit_options import (
+    Answer,
+    FactsOption,
+    KeptText,
+    NoFacts,
+    Prompt,
+    Sequences,
+    SliceAddress,
+    TextTokens,
+    exam_options,
+)
 from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_slices, use_patch, write
 from spdcli.commands.effect_tables import (
     alone_table,
@@ -18,6 +28,7 @@ from spdcli.commands.effect_tables import (
     prompts_only,
     quiet_lines,
     scores_tables,
+    text_tables,
 )
 from spdcli.commands.options import Device, Force, Json, Quiet, RunPath, Seed, Verbose, make_console
 from spdcli.commands.script import check_script, script_tables, verdict_lines
@@ -81,6 +92,8 @@ def suppress(
     facts: FactsOption = None,
     no_facts: NoFacts = False,
     counterfact: CounterFact = None,
+    text: KeptText = None,
+    text_tokens: TextTokens = 100_000,
     save: Save = None,
     patch: PatchFile = None,
     apply: Apply = None,
@@ -98,7 +111,8 @@ def suppress(
 
     W ← W − Σ (ûᵀ W v̂) û v̂ᵀ. Of several slices of one matrix, every projection is
     that of the original W (literal, as in the paper), or they are made orthonormal
-    first, or go in sequence; how far the three are apart is reported.
+    first, or go in sequence; or the slices go as they stand (whole, W - U V). How
+    far these are apart is reported.
 
     --script reads edits and what is expected of them from a file; every edit is
     measured on its own, from the original weights, and exit code 1 says that an
@@ -116,7 +130,8 @@ def suppress(
     outputs = {"--patch": patch, "--save": save}
     check_usage(instead, script, dry_run, {"--apply": apply, "--revert": revert}, base, outputs)
     check_outputs(patch, save, force)
-    asked = exam_options(prompt, answer, facts, no_facts, sequences, counterfact=counterfact)
+    kept = None if text is None else (text, text_tokens)
+    asked = exam_options(prompt, answer, facts, no_facts, sequences, counterfact=counterfact, text=kept)
     options = RunOptions(run, device, seed, asked)
     if script is not None:
         sections = check_script(script, "--save" if save else "--patch" if patch else None, no_facts)
@@ -205,6 +220,7 @@ def tables(report: SuppressionReport | PatchReport, verbose: bool) -> list[Rende
     title = f"{verb}: {in_title(report.slices)}"
     parts = [effects_table(title, prompts_only(report.effects)), *alone_table(report.alone)]
     parts += [*facts_tables(report.facts, report.effects, verbose), *scores_tables(report.scores)]
+    parts += text_tables({"this": report.text})
     return parts if isinstance(report, PatchReport) else [*parts, cuts_table(report.matrices, report.together or "")]
 
 

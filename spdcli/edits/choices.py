@@ -13,7 +13,7 @@ from typing import Any
 
 from spdcli.engine.tables import Choice
 
-# How much of each slice's direction a matrix loses: functions from G `[r, r]`, p `[r]` and s `[r]` to a `[r]`, see there.
+# How much of each slice's direction a matrix loses: functions from G `[r, r]`, p `[r]` and sizes `[r]` to a `[r]`.
 TOGETHER: dict[str, Choice] = {
     "literal": Choice(
         "every projection of the original weights, as the paper writes the sum", "spdcli.edits.suppression:literally"
@@ -71,7 +71,9 @@ USUAL_STATISTIC = "mean"
 TEXT_MEASURES: dict[str, Measure] = {
     "kl_mean": Measure(about="the mean KL a token of the text, nats", of=lambda kl: kl.mean()),
     "kl_median": Measure(about="the median", of=lambda kl: kl.median()),
-    "kl_p99": Measure(about="what one token in a hundred exceeds", of=lambda kl: kl.sort().values[(99 * len(kl) - 1) // 100]),
+    "kl_p99": Measure(
+        about="what one token in a hundred exceeds", of=lambda kl: kl.sort().values[(99 * len(kl) - 1) // 100]
+    ),
     "kl_max": Measure(about="the largest", of=lambda kl: kl.max()),
 }
 

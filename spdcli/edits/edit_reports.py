@@ -13,6 +13,7 @@ from spdcli.edits.suppression import Address, Edit, MatrixCut, describe, suppres
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Target
 from spdcli.progress import Report, silent
+from spdcli.records import ABSENT
 from spdcli.runs.subject import Subject
 
 
@@ -43,7 +44,7 @@ def report_suppression(
     target = subject.target
     edits = {"": suppression(target, decomposition, slices, together)}
     if len(slices) > 1:
-        edits |= {str(one): suppression(target, decomposition, [one]) for one in slices}
+        edits |= {str(one): suppression(target, decomposition, [one], together) for one in slices}
     alone = measure_edits(target, exam.questions, edits, report)
     effects = with_active(subject, decomposition, exam.questions, slices, alone.pop(""))
     on_facts, facts = exam.on_facts(target, edits[""], report)
@@ -56,6 +57,7 @@ def report_suppression(
         alone=alone,
         facts=facts,
         scores=exam.scores(subject, edits[""], effects, on_facts, own, report),
+        text=exam.on_text(target, {"": edits[""]}, report).get("", ABSENT),
     )
 
 
@@ -84,4 +86,5 @@ def report_patch(
         alone={},
         facts=facts,
         scores=exam.scores(subject, edit, effects, on_facts, report=report),
+        text=exam.on_text(subject.target, {"": edit}, report).get("", ABSENT),
     )

@@ -15,6 +15,7 @@ from spdcli.edits.facts_file import Facts
 from spdcli.edits.known_facts import OtherFacts, Paraphrases, facts_beside, paraphrases_of
 from spdcli.edits.prompts_and_answers import Questions, given_questions, own_questions, pick
 from spdcli.edits.suppression import Edit
+from spdcli.edits.text_changes import TextChange, TextToKeep, text_changes
 from spdcli.engine.target import Target
 from spdcli.measures.texts import own_row, prompt_texts
 from spdcli.progress import Report, silent
@@ -27,7 +28,7 @@ class Exam:
     """Questions whose answers may change, and `facts` that should stay as they are; `seed` is of their bootstrap.
 
     `paraphrases` are those of the questions, and `records` those of a file in CounterFact's format; `chosen` says
-    whether the questions were chosen for the edit, and are not the run's own.
+    whether the questions were chosen for the edit, and are not the run's own. `text` should stay as it is, too.
     """
 
     questions: Questions
@@ -36,6 +37,11 @@ class Exam:
     paraphrases: Paraphrases | None = None
     records: RecordQuestions | None = None
     chosen: bool = False
+    text: TextToKeep | None = None
+
+    def on_text(self, target: Target, edits: Mapping[str, Edit], report: Report = silent) -> dict[str, TextChange]:
+        """What each edit, by name, does to the text; nothing where there is none."""
+        return {} if self.text is None else text_changes(target, edits, self.text.parts(report))
 
     def on_facts(
         self, target: Target, edit: Edit, report: Report = silent
@@ -86,6 +92,7 @@ def open_exam(
     records: Sequence[Record] = (),
     sequences: int = 16,
     seed: int = 0,
+    text: TextToKeep | None = None,
     report: Report = silent,
 ) -> Exam:
     """The run's own prompts (of the toy `sequences` fresh ones), or `prompts` in their place: one of them by number,
@@ -114,6 +121,7 @@ def open_exam(
         None if facts is None else paraphrases_of(subject, facts, list(zip(questions.texts, whole, strict=True))),
         record_questions(subject, records) if records else None,
         chosen=bool(prompts),
+        text=text,
     )
 
 
@@ -123,6 +131,7 @@ def script_exam(
     facts: Facts | None,
     records: Sequence[Record] = (),
     seed: int = 0,
+    text: TextToKeep | None = None,
     report: Report = silent,
 ) -> Exam:
     """What the edits of a script are asked: its `questions`, the run's own prompts first, and all `facts`."""
@@ -134,6 +143,7 @@ def script_exam(
         seed,
         None if facts is None else paraphrases_of(subject, facts, [[text] for text in own]),
         record_questions(subject, records) if records else None,
+        text=text,
     )
 
 
@@ -159,8 +169,8 @@ class ChangeReport:
 
     `slices` are the addresses of what was cut. `effects` are those of the whole change on every question, then on
     every fact; `alone` those of each part of it by its name, where it has several; `facts` sums the facts up. `scores`
-    are efficacy, paraphrase and specificity by where they come from, `facts` or `counterfact`; of an edit of weights
-    alone.
+    are efficacy, paraphrase and specificity by where they come from, `facts` or `counterfact`, and `text` is what
+    becomes of a text; of an edit of weights alone.
     """
 
     slices: list[str]
@@ -169,3 +179,4 @@ class ChangeReport:
     facts: Collateral | None
     expectations: Sequence[Expectation] = ()
     scores: Mapping[str, EditingScores] | Absent = ABSENT
+    text: TextChange | Absent = ABSENT

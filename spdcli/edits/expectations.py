@@ -17,6 +17,7 @@ from spdcli.edits.exam import Exam, Expectation
 from spdcli.edits.script import Expect
 from spdcli.edits.script_plan import ScriptPlan
 from spdcli.edits.suppression import Edit, MatrixCut, describe
+from spdcli.edits.text_changes import TextChange
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.progress import Report, silent
 from spdcli.records import ABSENT, Absent
@@ -29,7 +30,7 @@ class EditResult:
 
     `effects` are those on the run's own prompts, then on the script's, then on the facts; `facts` is their summary
     without the run's own prompts. `scores` are as in `exam.ChangeReport`; the edited prompts are those of the run that
-    the slices were selected in, or are active in.
+    the slices were selected in, or are active in. `text` is what becomes of the exam's text, where it has one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class EditResult:
     facts: Collateral | Absent | None = ABSENT
     expectations: Sequence[Expectation] | Absent = ABSENT
     scores: Mapping[str, EditingScores] | Absent = ABSENT
+    text: TextChange | Absent = ABSENT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ def report_script(
     facts = exam.facts
     on_questions = measure_edits(subject.target, exam.questions, edits, report)
     on_facts = measure_edits(subject.target, facts.questions, edits, report) if facts is not None else {}
+    on_text = exam.on_text(subject.target, edits, report)
     results = []
     for edit, slices, rows, edited in zip(plan.script.edit, plan.slices, plan.rows, plan.edited, strict=True):
         effects = on_questions[edit.name]
@@ -83,7 +86,7 @@ def report_script(
         summaries = _summaries(of_facts, subject, exam.seed) if facts is not None else {}
         verdicts = []
         for expect, row in zip(edit.expect, rows, strict=True):
-            value = _value(expect, row, effects, summaries)
+            value = _value(expect, row, effects, summaries, on_text.get(edit.name))
             verdicts.append(replace(plan.expectation(edit, expect, row), passed=expect.holds(value), value=value))
         results.append(
             EditResult(
@@ -95,6 +98,7 @@ def report_script(
                 facts=summaries.get("others"),
                 expectations=verdicts,
                 scores=exam.scores(subject, edits[edit.name], effects[: len(edited)], of_facts, edited, report),
+                text=on_text.get(edit.name, ABSENT),
             )
         )
     return _whole(results, [one for result in results for one in result.expectations or ()])
@@ -107,11 +111,17 @@ def _summaries(of_facts: AnswerChanges, subject: Subject, seed: int) -> dict[str
 
 
 def _value(
-    expect: Expect, row: int | None, effects: AnswerChanges, summaries: Mapping[str, Collateral]
+    expect: Expect,
+    row: int | None,
+    effects: AnswerChanges,
+    summaries: Mapping[str, Collateral],
+    text: TextChange | None,
 ) -> float | None:
     if row is not None:
         value: float = ANSWER_MEASURES[expect.measure].of(effects[row])
         return value
+    if expect.text is not None:
+        return None if text is None else getattr(text, expect.measure)
     assert expect.facts is not None
     return summaries[expect.facts].relative_change[expect.measure] if summaries else None
 
@@ -126,6 +136,7 @@ def _whole(results: Sequence[EditResult], expectations: Sequence[Expectation]) -
         alone={},
         facts=(only.facts or None) if only else None,
         scores=only.scores if only else ABSENT,
+        text=only.text if only else ABSENT,
         edits=results,
         expectations=expectations,
     )

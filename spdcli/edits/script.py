@@ -28,7 +28,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from spdcli.disk import write_text
-from spdcli.edits.choices import ANSWER_MEASURES, MEASURES, ORDERS, STATISTICS, TOGETHER, USUAL_TOGETHER
+from spdcli.edits.choices import (
+    ANSWER_MEASURES,
+    MEASURES,
+    ORDERS,
+    STATISTICS,
+    TEXT_MEASURES,
+    TOGETHER,
+    USUAL_TOGETHER,
+)
 from spdcli.recipe.documents import Kind, load_document
 from spdcli.recipe.reading import Source
 from spdcli.recipe.section import OneOf, Positive, Section, Text
@@ -39,6 +47,8 @@ KIND = Kind(
     "an edit script", "a script has [[edit]] sections with slices or [edit.select], and [[edit.expect]] sections"
 )
 Prompt = Positive | Text
+ABOUT_MEASURES = {"prompt": ANSWER_MEASURES, "facts": STATISTICS, "text": TEXT_MEASURES}  # what a bound may be about
+ABOUT = tuple(ABOUT_MEASURES)
 
 
 class Select(Section):
@@ -55,12 +65,13 @@ class Select(Section):
 
 
 class Expect(Section):
-    """A bound on one number: of a prompt, or of the facts that the model knows."""
+    """A bound on one number: of a prompt, of the facts that the model knows, or of a text."""
 
     name: Text | None = None
     prompt: Prompt | None = None
     token: Text | None = None  # the prompt's answer when absent
     facts: Literal["others", "all"] | None = None  # others: none of the run's prompts
+    text: Literal["corpus"] | None = None  # that of --text, or the run's own that nothing is trained on
     measure: Annotated[str, OneOf(MEASURES)]
     at_most: float | None = None
     at_least: float | None = None
@@ -97,6 +108,10 @@ class Script(Section):
     @property
     def asks_facts(self) -> bool:
         return any(expect.facts is not None for edit in self.edit for expect in edit.expect)
+
+    @property
+    def asks_text(self) -> bool:
+        return any(expect.text is not None for edit in self.edit for expect in edit.expect)
 
 
 def load_script(path: Path) -> tuple[Script, Source]:
@@ -141,11 +156,14 @@ def mistakes(script: Script) -> Iterator[Mistake]:
 
 def expectation_mistakes(here: KeyPath, expect: Expect) -> Iterator[Mistake]:
     """What is wrong with one expectation at `here`."""
-    if (expect.prompt is None) == (expect.facts is None):
-        said = "prompt and facts: give one of the two" if expect.prompt is not None else "expected prompt or facts"
+    asked = [name for name in ABOUT if getattr(expect, name) is not None]
+    if len(asked) != 1:
+        said = (
+            f"{' and '.join(asked)}: give one of them" if asked else f"expected {', '.join(ABOUT[:-1])} or {ABOUT[-1]}"
+        )
         yield Mistake((here,), f"[[edit.expect]] {said}")
-    elif expect.measure not in (own := STATISTICS if expect.prompt is None else ANSWER_MEASURES):
-        of = "facts" if expect.prompt is None else "a prompt"
+    elif expect.measure not in (own := ABOUT_MEASURES[asked[0]]):
+        of = "a prompt" if asked == ["prompt"] else asked[0]
         expected = ", ".join(f"'{name}'" for name in own)
         yield Mistake(
             ((*here, "measure"),), f"[[edit.expect]] measure = '{expect.measure}': of {of} expected one of {expected}"

@@ -27,9 +27,9 @@ from spdcli.runs.subject import Subject
 class ScriptPlan:
     """A script on a run, nothing measured but what a selection by effect needs.
 
-    `slices[i]` are edit i's; `rows[i][j]` is the row of `questions` that its expectation j looks at, None for facts.
-    The run's own prompts come first in `questions`; `edited[i]` says which of them edit i is about: the one that its
-    slices are selected in, or those that they are active in.
+    `slices[i]` are edit i's; `rows[i][j]` is the row of `questions` that its expectation j looks at, None for facts and
+    text. The run's own prompts come first in `questions`; `edited[i]` says which of them edit i is about: the one that
+    its slices are selected in, or those that they are active in.
     """
 
     script: Script
@@ -47,8 +47,8 @@ class ScriptPlan:
 
     def expectation(self, edit: ScriptEdit, expect: Expect, row: int | None) -> Expectation:
         """One expectation in words, not measured yet; `row` is the question that it looks at."""
-        facts = "other facts" if expect.facts == "others" else "all facts"
-        subject = facts if row is None else f"{self.questions.tokens[row]!r} of {self.questions.texts[row]!r}"
+        unasked = "the text" if expect.text else "other facts" if expect.facts == "others" else "all facts"
+        subject = unasked if row is None else f"{self.questions.tokens[row]!r} of {self.questions.texts[row]!r}"
         return Expectation(
             edit=edit.name,
             name=expect.name or f"{expect.measure} of {subject}",
@@ -145,7 +145,7 @@ class QuestionSheet:
         self.rows: dict[tuple[int | str, str | None], int] = {}
 
     def row(self, expect: Expect) -> int | None:
-        """The row of an expectation's question, None for facts; UsageError where it cannot be asked."""
+        """The row of an expectation's question, None for facts and text; UsageError where it cannot be asked."""
         if expect.prompt is None:
             return None
         key = (expect.prompt, expect.token)

@@ -17,10 +17,9 @@ with p_k = <W, E_k> and G_jk = <E_j, E_k>:
 
 These three are equal for one slice, and for slices whose E_k are orthogonal. The fourth is about more than a direction:
 
-    whole         each slice as it stands in the decomposition: a_k = s_k = ‖u_k‖ ‖v_k‖, so that W loses u_k v_kᵀ. It is
-                  what the mask 0 does to the slice while all others and the delta stay on. For one slice, too, that is
-                  another edit than its projection: where u_k reads an input as 1 and v_k is what W writes on it, nothing
-                  is left of W there.
+    whole         each slice as it stands in the decomposition: a_k = ‖u_k‖ ‖v_k‖, so that W loses u_k v_kᵀ. It is what
+                  the mask 0 does to the slice while all others and the delta stay on. Of one slice, too, this is not
+                  the projection: where u_k reads an input as 1 and v_k is what W writes on it, nothing is left.
 
 An edit is never more than these factors; it is run as `x W − ((x û) a) v̂ᵀ`, without a copy of the model.
 I d_in, O d_out, r slices of a matrix.

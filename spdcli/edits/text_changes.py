@@ -1,12 +1,11 @@
 """How far an edit moves a model on ordinary text: the KL at every token, and its tail.
 
-Facts are a few prompts; what an edit does elsewhere is asked of a text that nobody chose. A published bound for edits of
-weights is 1e-2 nats. N vocabulary.
+Facts are a few prompts; what an edit does elsewhere is asked of a text that nobody chose. N vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,15 @@ from spdcli.engine.masks import chunk_masks
 from spdcli.engine.step import row_costs
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import chunks
+from spdcli.errors import UsageError
+from spdcli.progress import Progress, Report, silent
+from spdcli.recipe.schema import Recipe
+from spdcli.runs.subject import Subject
+from spdcli.runs.text_data import text_to_read
 from spdcli.targets.text_windows import Windows, in_order
 
+OWN_TEXT = "own"
+TOKENS = 100_000
 TOKENS_AT_ONCE = 512  # whose distributions `[tokens, N]` are held together
 PLAN_BYTES = 2**29
 
@@ -32,15 +38,32 @@ class TextToKeep:
     windows: Windows
     tokens: int
 
-    def parts(self) -> Iterable[Tensor]:
-        """The tokens `[n, T]` that are read, some sequences at a time."""
+    def parts(self, report: Report = silent) -> Iterator[Tensor]:
+        """The tokens `[n, T]` that are read, some sequences at a time; `report` hears how many are done."""
         length = self.windows.read(torch.arange(1)).shape[1]
-        return in_order(self.windows, -(-self.tokens // length), max(1, TOKENS_AT_ONCE // length))
+        count, done = min(-(-self.tokens // length), len(self.windows)), 0
+        for tokens in in_order(self.windows, count, max(1, TOKENS_AT_ONCE // length)):
+            report(Progress("tokens of the text", done * length, count * length))
+            yield tokens
+            done += len(tokens)
+        report(Progress("tokens of the text", done * length, count * length))
+
+
+def text_to_keep(
+    recipe: Recipe, subject: Subject, source: str, tokens: int = TOKENS, report: Report = silent
+) -> TextToKeep:
+    """The text `source`: a file, a directory, `.jsonl`, `.parquet`, `datasets:NAME`, or `own`, that part of the run's
+    text that nothing is trained on. UsageError where the run has none, or is of no language model."""
+    if source != OWN_TEXT:
+        return TextToKeep(text_to_read(recipe, subject, source, "text", report), tokens)
+    if subject.corpus is None:
+        raise UsageError("the run has no text of its own (data.stream)", "--text FILE names a text that should stay")
+    return TextToKeep(subject.corpus().held_out, tokens)
 
 
 @dataclass(frozen=True)
 class TextChange:
-    """KL(before ‖ after) of the next-token distribution, in nats, over `tokens` of a text, as `TEXT_MEASURES` has it."""
+    """KL(before ‖ after) of next-token distributions, in nats, over `tokens` of a text, as `TEXT_MEASURES` has it."""
 
     tokens: int
     kl_mean: float

@@ -75,9 +75,10 @@ class ImportanceSettings:
 
     `kind` is a key of `part_tables.IMPORTANCE_FUNCTIONS`; so are `activation`, `normalise`, `relative`,
     `relative_start` and `backend` of the tables of their names. Importances start around `gate_bias`, `gate_spread`
-    times as far apart as unit-variance weights would put them, unless `start` (of `GATE_STARTS`) says otherwise. `relative`, `relative_start` and `backend` are for
-    attention alone, as is `length`, the longest sequence (T) that its position tables cover; `layers`, `width` and
-    `heads` are for the global transformer, whose MLPs have `gate_width` hidden units; `causal` is for both.
+    times as far apart as unit-variance weights would put them; with `start` "inner", for scalar gates, by
+    `Importances.start_from`. `relative`, `relative_start` and `backend` are for attention alone, as is `length`, the
+    longest sequence (T) that its position tables cover; `layers`, `width` and `heads` are for the global transformer,
+    whose MLPs have `gate_width` hidden units; `causal` is for both.
     """
 
     kind: str
@@ -146,7 +147,7 @@ class ScalarGates(_Gates):
 
     @torch.no_grad()
     def start_from(self, largest: Tensor) -> None:
-        """γ_c(a) = (1 + 2 MARGIN) |a| / `largest`_c - MARGIN for every slice, `largest` `[C]`; always off where it is 0.
+        """γ_c(a) = (1 + 2 MARGIN) |a| / `largest`_c - MARGIN, and off for every a where `largest` `[C]` is 0.
 
         The first two hidden units make |a| of ±a; the others begin with no say.
         """
@@ -289,7 +290,9 @@ class Importances(nn.Module):
         largest on the data. `inputs[m]` `[n, I]`, `read[m]` is `U` `[I, C]`."""
         for name in self.names:
             inner = self._prepared(name, inputs[name].to(read[name])) @ read[name]
-            self.gates[_key(name)].start_from(inner.abs().amax(0))
+            gates = self.gates[_key(name)]
+            assert isinstance(gates, ScalarGates)
+            gates.start_from(inner.abs().amax(0))
 
     def prune(self, frequent: dict[str, Tensor]) -> None:
         """Switch slices off for good: those where `frequent[m]` `[C]` is False."""

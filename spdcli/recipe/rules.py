@@ -179,6 +179,10 @@ def _targeted_fits(recipe: Sections) -> Iterator[Contradiction]:
 
 def _local_start_fits(recipe: Sections) -> Iterator[Contradiction]:
     importance = recipe["importance"]
+    if importance["start"] == "inner" and importance["gate_width"] < 2:
+        yield Contradiction(
+            ("importance.gate_width", "importance.start"), "[importance] start = 'inner' needs gate_width = 2 or more"
+        )
     if importance["relative_start"] == "local" and importance["relative"] != "scalar":
         yield Contradiction(
             ("importance.relative_start", "importance.relative"),

@@ -237,7 +237,9 @@ class Importance(Section):
         0.5,
         description="Where importances start, before the leaky sigmoid σ_H: 0 is off, 1 on. Open in the paper.",
     )
-    start: Annotated[str, OneOf(GATE_STARTS)] = Field("random", description="Where importances start. Open in the paper.")
+    start: Annotated[str, OneOf(GATE_STARTS)] = Field(
+        "random", description="Where importances start. Open in the paper."
+    )
     normalise: Annotated[str, OneOf(NORMS)] = Field("none", description="What the input x is put through first.")
     basis: Annotated[str, OneOf(BASES)] = Field(
         "full", description="Which coordinates of x vector gates read; span is for a fixed set of prompts."

@@ -108,7 +108,7 @@ at_most = 1
         "1: [[edit]] 'a' has no slices: expected slices or [edit.select]",
         "4: [[edit]] name = 'a': is there already",
         "5: [[edit]] 'a' has slices and select: give one of the two",
-        "7: [[edit.expect]] expected prompt or facts",
+        "7: [[edit.expect]] expected prompt, facts or text",
         "10: [[edit.expect]] prompt and facts: give one of the two",
         "10: [[edit.expect]] no bound: expected at_most or at_least",
         "16: [[edit.expect]] measure = 'mean': of a prompt expected one of "

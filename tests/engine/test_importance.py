@@ -254,6 +254,30 @@ def test_gates_start_around_the_gate_bias_as_far_apart_as_asked(kind):
         close(moved[name], 0.5 + 0.25 * plain[name])
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_an_inner_start_follows_the_inner_activation(activation):
+    """γ = 1.25 |a| / largest - 0.125 for every slice, and off where the data give a slice nothing; gradients flow."""
+    importances = build("scalar", activation=activation, start="inner")
+    inputs, read = data()
+    with torch.no_grad():
+        read["h.0.a"][:, 1] = 0
+    rows = {name: x.detach().flatten(0, 1) for name, x in inputs.items()}
+    importances.start_from(rows, {name: U.detach() for name, U in read.items()})
+    gates = importances(inputs, read)
+    for name, U in read.items():
+        for c in range(SLICES[name]):
+            inner = [(x @ U[:, c]).item() for x in rows[name]]
+            largest = max(abs(a) for a in inner)
+            expected = [1.25 * abs(a) / largest - 0.125 if largest else -0.125 for a in inner]
+            torch.testing.assert_close(
+                gates[name][..., c].flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0.12
+            )
+            if largest:
+                assert gates[name][..., c].max().item() == pytest.approx(1.125, abs=1e-3)
+    torch.autograd.backward([gate.sum() for gate in gates.values()])
+    assert all(gates.w2.grad.abs().sum() > 0 for gates in importances.gates.values())
+
+
 def test_pruned_slices_are_off_for_good():
     importances = build("vector")
     inputs, read = data()
