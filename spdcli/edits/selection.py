@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spdcli.edits.answer_changes import measure_columns
+from spdcli.edits.choices import USUAL_TOGETHER
 from spdcli.edits.prompts_and_answers import Questions, own_questions, pick
 from spdcli.edits.suppression import Address, Edit, suppression, suppressions
 from spdcli.engine.subcomponents import Decomposition, SliceSet
@@ -192,12 +193,14 @@ def most_lowering(
     questions: Questions,
     row: int,
     names: Sequence[str],
+    together: str = USUAL_TOGETHER,
+    paired: int = PAIRED,
 ) -> list[Address]:
     """The slice or the pair that lowers the answer of prompt `row` most, of those of the matrices `names` that are
-    active in that prompt and at no prompt's first token.
+    active in that prompt and at no prompt's first token, suppressed as `together` says.
 
-    What changes another prompt by SPARED or more is passed over; nothing is left where all do. Pairs are of the PAIRED
-    strongest. First tokens are left out because what they read is the token alone, the same in every text that begins
+    What changes another prompt by SPARED or more is passed over; nothing is left where all do. Pairs are of the
+    `paired` strongest. First tokens are left out because what they read is the token alone, the same in every text that begins
     with it, and attention sinks into them.
     """
     on = {name: activity.g[name] > 0 for name in names}
@@ -212,8 +215,12 @@ def most_lowering(
             if bool(((others - 1).abs() < SPARED).all()):
                 sparing[name] = (candidates[name], ratio[row].item())
 
-    measure({str(one): [one] for one in alone}, suppressions(target, decomposition, alone))
-    strongest = [slices[0] for slices, _ in sorted(sparing.values(), key=lambda entry: entry[1])][:PAIRED]
+    if together == USUAL_TOGETHER:
+        each: Mapping[str, Edit] = suppressions(target, decomposition, alone)
+    else:
+        each = {str(one): suppression(target, decomposition, [one], together) for one in alone}
+    measure({str(one): [one] for one in alone}, each)
+    strongest = [slices[0] for slices, _ in sorted(sparing.values(), key=lambda entry: entry[1])][:paired]
     pairs = {f"{a} {b}": [a, b] for a, b in itertools.combinations(strongest, 2)}
-    measure(pairs, {name: suppression(target, decomposition, pair) for name, pair in pairs.items()})
+    measure(pairs, {name: suppression(target, decomposition, pair, together) for name, pair in pairs.items()})
     return min(sparing.values(), key=lambda entry: entry[1])[0] if sparing else []

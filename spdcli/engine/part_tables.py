@@ -93,6 +93,9 @@ BACKENDS: dict[str, Choice] = {
 }
 
 
+DISTINCT = 1e-3  # inputs of a matrix that differ by less than this share of the larger norm are one to a dual start
+
+
 @dataclass(frozen=True)
 class Start(Choice):
     """How U and V start. `code` makes them of one matrix's W, C, inputs, second moment and generator.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.importance import Importances, leaky_hard_sigmoid
-from spdcli.engine.part_tables import STARTS
+from spdcli.engine.part_tables import DISTINCT, STARTS
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 
@@ -147,7 +147,7 @@ def dual_directions(rows: Tensor, moment: Tensor | None = None) -> Tensor:
     return read.to(rows.dtype)
 
 
-def distinct_rows(inputs: Tensor, tolerance: float = 1e-3) -> Tensor:
+def distinct_rows(inputs: Tensor, tolerance: float = DISTINCT) -> Tensor:
     """The rows of `inputs` `[n, I]` that are no repetition of an earlier one: prompts that begin alike share inputs.
 
     Rows are the same when they differ by less than `tolerance` of the larger norm.
@@ -232,10 +232,12 @@ def start_slices(
     inputs: dict[str, Tensor] | None,
     seed: int,
     moments: dict[str, Tensor] | None = None,
+    distinct: float = DISTINCT,
 ) -> dict[str, Slices]:
     """Fresh slices, U `[I, C]` and V `[C, O]`, for every matrix; `slices` is C, `start` a key of `part_tables.STARTS`.
 
-    `inputs[m]` `[n, I]` is the data of starts that need inputs, `moments[m]` `[I, I]` for those that need a moment.
+    `inputs[m]` `[n, I]` is the data of starts that need inputs, `moments[m]` `[I, I]` for those that need a moment. To
+    a dual start inputs are one where they differ by at most `distinct` of the larger norm.
     """
     generator = torch.Generator().manual_seed(seed)
     started = {}
@@ -243,6 +245,8 @@ def start_slices(
         weight = matrix.weight.detach()
         precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
         data = None if inputs is None else inputs[name].to(precise)
+        if data is not None and STARTS[start].fixed_data:
+            data = distinct_rows(data, distinct)
         moment = None if moments is None else moments[name].to(weight.device)
         U, V = STARTS[start].load()(weight.to(precise), slices, data, moment, generator)
         started[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))

@@ -40,7 +40,14 @@ def suppress(weight: Tensor, read: Tensor, write: Tensor, together: str = USUAL_
     return suppress_directions(weight, unit(read, write), together)
 
 
-def static_duals(target: Target, name: str, rows: Tensor, places: Sequence[int], moment: Tensor | None = None) -> Edit:
+def static_duals(
+    target: Target,
+    name: str,
+    rows: Tensor,
+    places: Sequence[int],
+    moment: Tensor | None = None,
+    together: str = USUAL_TOGETHER,
+) -> Edit:
     """The untrained dual slices of the rows `places` of the data `rows` `[n, I]`, suppressed.
 
     Reads are dual to all rows, whitened by `moment` where it is given; slice t writes `x_t W`.
@@ -48,7 +55,7 @@ def static_duals(target: Target, name: str, rows: Tensor, places: Sequence[int],
     weight = target.matrices[name].weight
     index = list(places)
     read = dual_directions(rows, moment)[:, index]
-    return {name: suppress(weight, read, rows[index].to(weight) @ weight)}
+    return {name: suppress(weight, read, rows[index].to(weight) @ weight, together)}
 
 
 def direct_edit(target: Target, name: str, x: Tensor, moment: Tensor) -> Edit:

@@ -29,6 +29,7 @@ from torch import Tensor
 from spdcli.edits.selection import active_at, in_order, most_lowering, weight_carried, with_direction
 from spdcli.edits.suppression import Address, Edit, suppression
 from spdcli.engine.forward import clean_pass
+from spdcli.engine.part_tables import DISTINCT
 from spdcli.engine.subcomponents import distinct_rows
 from spdcli.location.baselines import direct_edit, edit_norm, optimised_edit, random_edit, singular_edit, static_duals
 from spdcli.location.fact_context import FactContext, mlp_matrices
@@ -83,12 +84,14 @@ def most_important_at(context: FactContext, row: int, slices: Sequence[Address])
     return sorted({int(context.activity.g[one.matrix][row, :, one.index].argmax()) for one in slices})
 
 
-def inputs_at(context: FactContext, name: str, row: int, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+def inputs_at(
+    context: FactContext, name: str, row: int, positions: Sequence[int], distinct: float = DISTINCT
+) -> tuple[Tensor, Tensor]:
     """What a matrix reads at `positions` of prompt `row` `[k, I]`, and at all places of the run's prompts, each input
-    once, `[n, I]`."""
+    that is `distinct` from others once, `[n, I]`."""
     batch = context.prompts.batch
     inputs = clean_pass(context.target, batch, [name]).inputs[name]
-    return inputs[row, list(positions)], distinct_rows(inputs[batch.valid])
+    return inputs[row, list(positions)], distinct_rows(inputs[batch.valid], distinct)
 
 
 def fact_edits(context: FactContext, row: int, draws: int = 1) -> FactEdits:

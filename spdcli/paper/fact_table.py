@@ -68,6 +68,14 @@ class PromptEffects:
     edits: dict[str, MethodEffect]
 
 
+def first_read(decomposition: Decomposition) -> str:
+    """The matrix of the rule; SpdError where the run does not decompose it."""
+    for name in decomposition.names:
+        if any(fnmatchcase(name, pattern) for pattern in READS):
+            return name
+    raise SpdError("the run does not decompose the first MLP", "slices.matrices has to cover layers.0.mlp.up_proj")
+
+
 def open_table(
     subject: Subject,
     decomposition: Decomposition,
@@ -81,9 +89,7 @@ def open_table(
     SpdError where the run has no first MLP or no broad text, or where its model knows no fact; UsageError where a
     prompt does not have the token that `subjects` names for it.
     """
-    matrices = [name for name in decomposition.names if any(fnmatchcase(name, pattern) for pattern in READS)]
-    if not matrices:
-        raise SpdError("the run does not decompose the first MLP", "slices.matrices has to cover layers.0.mlp.up_proj")
+    matrix = first_read(decomposition)
     if subject.stream is None or subject.prompts is None:
         raise SpdError("the recipe names no broad text", "--set data.stream=generated")
     known = known_facts(subject, facts, subject.prompts.texts)
@@ -91,7 +97,7 @@ def open_table(
         raise SpdError("the model knows none of the facts", "spd facts check MODEL says what it knows")
     texts = own_texts(subject, seed)
     naming = [[tuple(find_positions(texts, row, token))] for row, token in enumerate(subjects)]
-    return fact_context(subject, decomposition, known, naming, matrices[:1], subject.stream(), ridge, seed)
+    return fact_context(subject, decomposition, known, naming, [matrix], subject.stream(), ridge, seed)
 
 
 def fact_table(context: FactContext) -> list[PromptEffects]:

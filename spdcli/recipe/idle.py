@@ -79,6 +79,12 @@ NEEDS = (
         "init = " + " or ".join(f"'{name}'" for name, start in STARTS.items() if start.needs_moment),
         lambda recipe: STARTS[recipe["slices"]["init"]].needs_moment,
     ),
+    Need(
+        ("slices.distinct",),
+        "slices.init",
+        "init = " + " or ".join(f"'{name}'" for name, start in STARTS.items() if start.fixed_data),
+        lambda recipe: STARTS[recipe["slices"]["init"]].fixed_data,
+    ),
     Need(("losses.samples",), "losses", f"one of {', '.join(SAMPLED)}", _any_of(*SAMPLED)),
     Need(("losses.subset",), "losses", f"one of {', '.join(PARTIAL)}", _any_of(*PARTIAL)),
     Need(("losses.hidden_at",), "losses", f"one of {', '.join(HIDDEN)}", _any_of(*HIDDEN)),

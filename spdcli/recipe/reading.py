@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import tomli
 from pydantic import ValidationError
 
-from spdcli.errors import RecipeError, RecipeProblem, UsageError
+from spdcli.disk import read_bytes
+from spdcli.errors import RecipeError, RecipeProblem, SpdError, UsageError
 from spdcli.recipe.contradiction import shortened, shown
 from spdcli.recipe.idle import idle_settings
 from spdcli.recipe.losses import Losses
@@ -21,6 +22,7 @@ from spdcli.recipe.toml_lines import BeyondBounds, KeyPath, key_lines, read_tabl
 from spdcli.recipe.training import Decompose
 from spdcli.recipe.wording import mistakes
 
+MOST_PROMPTS = 2**24  # bytes of a file of prompts
 USUAL = {  # the usual value of every setting of the sections that have one, by its dotted key
     f"{section}.{key}": field.default
     for section, model in (
@@ -135,6 +137,7 @@ def checked_recipe(
         applied.append(Override(f"--device {device}", ("device",), device))
     problems = [problem for override in applied if (problem := _apply(override, raw))]
     source = Source(name, dict(lines), tuple(applied))
+    problems += _prompts_read(raw, source)
     try:
         recipe = Recipe.model_validate(raw)
         idle, dropped = _idle_problems(recipe, raw, source, written_by_a_run)
@@ -148,6 +151,20 @@ def checked_recipe(
         problems += [source.problem(mistake.keys, mistake.message) for mistake in mistakes(error, raw)]
     problems.sort(key=lambda problem: problem.line or 0)
     raise RecipeError(problems, _working_recipe(name, raw, problems, applied))
+
+
+def _prompts_read(raw: dict[str, Any], source: Source) -> list[RecipeProblem]:
+    """Prompts that `raw` names a file of are read into it, one a line; what is wrong with that file."""
+    data = raw.get("data")
+    if not isinstance(data, dict) or not isinstance(file := data.get("prompts"), str):
+        return []
+    try:
+        lines = read_bytes(Path(file), MOST_PROMPTS).decode().splitlines()
+    except (SpdError, UnicodeDecodeError) as error:
+        said = error.message if isinstance(error, SpdError) else f"not text in UTF-8: {error.reason}"
+        return [source.problem([("data", "prompts")], f"[data] prompts names a file with one a line: {said}")]
+    data["prompts"] = [line.strip() for line in lines if line.strip()]
+    return []
 
 
 def _idle_problems(

@@ -15,6 +15,7 @@ from spdcli.engine.part_tables import (
     ACTIVATIONS,
     BACKENDS,
     BASES,
+    DISTINCT,
     GATE_STARTS,
     IMPORTANCE_FUNCTIONS,
     NORMS,
@@ -145,7 +146,9 @@ class Data(Section):
     """Prompts of a language-model target, or text in their place; the toy makes its own sequences."""
 
     prompts: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="The texts to decompose on (section 5.2 has two); if not given, data.stream."
+        None,
+        description="The texts to decompose on (section 5.2 has two), or the name of a file with one a line; if not "
+        "given, data.stream.",
     )
     answers: Annotated[str, OneOf(ANSWERS)] = Field(
         "held_out", description="What becomes of a prompt's last token, its answer."
@@ -204,6 +207,11 @@ class Slices(Section):
         0.3,
         description="init = 'dual_whitened': what is added to the second moment of the broad text's inputs, as a "
         "share of its mean eigenvalue.",
+    )
+    distinct: Share = Field(
+        DISTINCT,
+        description="init = 'dual' and 'dual_whitened': inputs that differ by at most this share of the larger norm get "
+        "one slice together.",
     )
     delta: bool = Field(
         False,

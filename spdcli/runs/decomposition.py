@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
-from spdcli.engine.part_tables import STARTS
+from spdcli.engine.part_tables import DISTINCT, STARTS
 from spdcli.engine.subcomponents import Decomposition, Slices, no_dual, start_slices
 from spdcli.errors import SpdError
 from spdcli.files import Contents, load_tensors
@@ -50,7 +50,7 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
         assert subject.stream is not None
         plain = second_moments(subject.target, subject.stream(), names)
         moments = {name: ridged(moment, section.ridge) for name, moment in plain.items()}
-    slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments)
+    slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments, section.distinct)
     bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
     decomposition = _assemble(recipe, subject, slices, bases)
     if inner and inputs is not None:
@@ -77,7 +77,8 @@ def refuse_too_few_slices(recipe: Recipe, subject: Subject, names: list[str]) ->
     """SpdError where a dual start will find no slice for some of the data's inputs, which the tokens tell already: what
     a matrix after the first block reads differs where what was read so far does."""
     deep = [subject.target.matrices[name] for name in names if subject.target.matrices[name].block > 0]
-    if not STARTS[recipe.slices.init].fixed_data or subject.prompts is None or not deep:
+    exact = STARTS[recipe.slices.init].fixed_data and recipe.slices.distinct <= DISTINCT
+    if not exact or subject.prompts is None or not deep:
         return
     rows, valid = subject.prompts.batch.tokens.tolist(), subject.prompts.batch.valid.sum(1).tolist()
     beginnings = {tuple(row[:end]) for row, length in zip(rows, valid, strict=True) for end in range(1, length + 1)}

@@ -32,7 +32,6 @@ from spdcli.errors import UsageError
 from spdcli.measures.importances import importances_of
 from spdcli.records import plain
 
-
 PROJECTIONS = [way for way in TOGETHER if way != "whole"]
 
 

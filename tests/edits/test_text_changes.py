@@ -1,4 +1,4 @@
-"""What an edit does to a text, against a model whose weights were changed by hand; and what scripts may expect of it."""
+"""What an edit does to a text, against a model changed by hand; and what scripts may expect of it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_a_script_may_bound_the_tail_over_a_text(tmp_path, tiny_gpt2_dir, monkey
     assert spd("decompose", tmp_path / "model.toml", "--out", run, "--set", "slices.init='svd'")[0] == 0
     (tmp_path / "text.txt").write_text("the sport of golf and basketball " * 40)
     (tmp_path / "edits.toml").write_text(SCRIPT)
-    code, out, err = spd("suppress", run, "--script", tmp_path / "edits.toml", "--text", tmp_path / "text.txt", "--json")
+    code, out, err = spd(
+        "suppress", run, "--script", tmp_path / "edits.toml", "--text", tmp_path / "text.txt", "--json"
+    )
     assert code == 1, err
     data = json.loads(out)
     assert [one["passed"] for one in data["expectations"]] == [True, False]
@@ -100,4 +102,5 @@ def test_a_script_may_bound_the_tail_over_a_text(tmp_path, tiny_gpt2_dir, monkey
     assert one["text"] == data["text"]
     assert "KL a token of the text" in spd("suppress", run, "--slice", f"{FC}:0", "--text", tmp_path / "text.txt")[1]
     code, _, err = spd("suppress", run, "--script", tmp_path / "edits.toml")
-    assert code == 2 and "the run has no text of its own" in err
+    assert code == 2
+    assert "the run has no text of its own" in err
