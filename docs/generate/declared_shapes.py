@@ -109,6 +109,7 @@ def _costs() -> dict[str, Keys]:
     from spdcli.costs.doctor import Checkup
     from spdcli.costs.estimate import Estimate
     from spdcli.machine import Machine
+    from spdcli.paper.drawn_facts import DrawnExperiment
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
     from spdcli.paper.parts_experiment import PartsExperiment
@@ -123,6 +124,7 @@ def _costs() -> dict[str, Keys]:
         "spd reproduce induction": _said("reproduce", keys_of(InductionExperiment)),
         "spd reproduce variants": _said("variants", keys_of(ToyVariants)),
         "spd reproduce facts": _said("reproduce", keys_of(FactExperiment)),
+        "spd reproduce drawn-facts": _said("drawn-facts", keys_of(DrawnExperiment)),
         "spd reproduce planted": _said("reproduce", keys_of(PlantedExperiment)),
         "spd reproduce tms": _said("reproduce", keys_of(PartsExperiment)),
         "spd reproduce resid-mlp": _said("reproduce", keys_of(PartsExperiment)),

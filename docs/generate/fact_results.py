@@ -214,6 +214,45 @@ def reproduction(data: Data) -> str:
     return joined([*parts, bounds(data["rows"])])
 
 
+def drawn_facts(data: Data) -> str:
+    """`spd.drawn-facts/1`: how many facts each method cuts, then what the edit by rule does to each."""
+    total = len(data["facts"])
+    counts = [
+        [NAMES.get(row["method"], row["method"]), row["edits"], row["cut"], f"{row['cut_and_spared']} of {total}"]
+        for row in data["methods"]
+    ]
+    rows = []
+    for fact in data["facts"]:
+        rule = fact["edits"].get("rule")
+        if rule is None:
+            rows.append([fact["prompt"], "0", *["–"] * 7, "no"])
+            continue
+        known = [size(rule["known"][name]) for name in ("mean", "p99", "max")]
+        akin = "–" if rule["akin"]["max"] is None else size(rule["akin"]["max"])
+        holds = "yes" if rule["cut"] and rule["spares"] else "no"
+        rows.append(
+            [
+                fact["prompt"],
+                len(rule["slices"]),
+                percent(rule["own"], 0),
+                size(rule["others"]["max"]),
+                *known,
+                akin,
+                number(rule["text"]["kl_p99"]),
+                holds,
+            ]
+        )
+    heads = ["fact", "slices", "own answer", "other prompts", "facts: mean", "99 %", "max"]
+    return joined(
+        [
+            table(["method", "edits", "cut by 60 %", "and every bound on others held"], counts),
+            "By rule; *same subject*: the largest change of a fact about it, which no bound is on; *text*: the KL that "
+            "one token of ordinary text in a hundred exceeds.",
+            table([*heads, "same subject", "text, 99 %", "holds"], rows),
+        ]
+    )
+
+
 def bounds(rows: list[Data]) -> str:
     """What must hold, and on how many seeds it does."""
     cells = [

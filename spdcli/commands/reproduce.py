@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from spdcli.errors import SpdError
 
 Experiment = Annotated[
-    Literal["induction", "variants", "facts", "planted", "tms", "resid-mlp"],
-    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts|planted|tms|resid-mlp"),
+    Literal["induction", "variants", "facts", "drawn-facts", "planted", "tms", "resid-mlp"],
+    typer.Argument(help="What to reproduce.", metavar="induction|variants|facts|drawn-facts|planted|tms|resid-mlp"),
 ]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="A recipe file, or a shipped recipe's name; induction-quick, smollm2-facts, or all of planted, tms or "
-        "resid-mlp if not given.",
+        help="A recipe file, or a shipped recipe's name; induction-quick, smollm2-facts, smollm2-prompts, or "
+        "all of planted, tms or resid-mlp if not given.",
         show_default=False,
     ),
 ]
@@ -31,6 +31,7 @@ PairOption = Annotated[
     list[str] | None,
     typer.Option("--pair", help="Of facts: athletes, painters or landmarks; may be given again.", show_default="all"),
 ]
+Count = Annotated[int, typer.Option("--count", min=2, max=10**4, help="Of drawn-facts: how many.")]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="The directory for the seeds' runs and the report.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, max=10**6, help="How many seeds, counted from the recipe's own.")]
 SameToy = Annotated[bool, typer.Option("--same-toy", help="Decompose the first seed's toy under every seed.")]
@@ -47,6 +48,7 @@ def reproduce(
     same_toy: SameToy = False,
     sequences: Sequences = 8192,
     pair: PairOption = None,
+    count: Count = 20,
     set_: Set = None,
     device: Device = None,
     force: Force = False,
@@ -64,6 +66,9 @@ def reproduce(
 
     facts: for pairs of facts that a language model knows, decomposition, then suppression of at
     most two slices of the first MLP, into OUT/PAIR/seed-N, beside every baseline.
+
+    drawn-facts: facts that nobody chose, drawn by the recipe's seed and decomposed together into
+    OUT/drawn, and how many of them a rule cuts that was settled on others.
 
     planted: targets put together by hand, decomposed into OUT/TARGET/seed-N, and how much of their
     known slices is found, beside what singular value decompositions find.
@@ -84,7 +89,9 @@ def reproduce(
         raise UsageError("--same-toy is for the induction experiment")
     if pair and experiment != "facts":
         raise UsageError("--pair is for the facts experiment")
-    if experiment in ("tms", "resid-mlp"):
+    if experiment == "drawn-facts":
+        failure = drawn_facts(console, recipe or "smollm2-prompts", out, count, *common)
+    elif experiment in ("tms", "resid-mlp"):
         failure = parts(console, experiment, recipe, out, seeds, sequences, *common)
     elif experiment == "facts":
         failure = facts(console, recipe or "smollm2-facts", out, seeds, pair, *common)
@@ -127,6 +134,27 @@ def facts(
         experiment, verdict = reproduce_facts(recipe, out, pairs, load_facts(), seeds, settings, device, force, report)
     console.show({"schema": SCHEMA, **plain(experiment)}, *fact_tables(experiment))
     return verdict.failure()
+
+
+def drawn_facts(
+    console: Console,
+    recipe: str,
+    out: Path,
+    count: int,
+    settings: list[str],
+    device: str | None,
+    force: bool,
+) -> SpdError | None:
+    """The facts that are drawn; the failure if there is one."""
+    from spdcli.commands.reproduce_tables import drawn_tables
+    from spdcli.edits.facts_file import load_facts
+    from spdcli.paper.drawn_facts import SCHEMA, reproduce_drawn
+    from spdcli.records import plain
+
+    with console.progress() as report:
+        experiment = reproduce_drawn(recipe, out, load_facts(), count, settings, device, force, report)
+    console.show({"schema": SCHEMA, **plain(experiment)}, *drawn_tables(experiment))
+    return experiment.failure()
 
 
 def variants(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from spdcli.paper.drawn_facts import DrawnExperiment
     from spdcli.paper.fact_claims import MethodRow, Range
     from spdcli.paper.fact_experiment import FactExperiment
     from spdcli.paper.induction_experiment import InductionExperiment
@@ -28,6 +29,7 @@ RECOVERY_LEGEND = (
 )
 NAMES = {
     "rule": "SPD, by rule",
+    "projection": "the same slices, projected",
     "effect": "SPD, by effect",
     "static": "static duals, whitened",
     "static_plain": "static duals",
@@ -115,6 +117,52 @@ def fact_tables(experiment: FactExperiment) -> list[Table | str]:
         ours = "no slice" if math.isnan(claim.ours) else f"{claim.ours:+.1%}"
         bounds.add_row(claim.name, ours, bound_text(claim), f"{claim.share:.0%} of seeds")
     return [*parts, LEGEND, bounds]
+
+
+def drawn_tables(experiment: DrawnExperiment) -> list[Table | str]:
+    """How many facts each method cuts, then what the edit by rule does to each."""
+    from rich.table import Table
+
+    total = len(experiment.facts)
+    counts = Table(title=f"{total} drawn facts: cut by 60 %, and cut with every bound on others held")
+    for heading in ("method", "edits", "cut", "cut and spared"):
+        counts.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in experiment.methods:
+        counts.add_row(
+            row.method, str(row.edits), str(row.cut), f"{row.cut_and_spared} ({row.cut_and_spared / total:.0%})"
+        )
+    each = Table(title="By rule: relative changes, of other facts the mean, the 99th percentile and the largest")
+    for heading in (
+        "fact",
+        "slices",
+        "its own",
+        "prompts",
+        "mean",
+        "99 %",
+        "max",
+        "same subject",
+        "text KL 99 %",
+        "holds",
+    ):
+        each.add_column(heading, justify="left" if heading == "fact" else "right")
+    for fact in experiment.facts:
+        rule = fact.edits.get("rule")
+        if rule is None:
+            each.add_row(fact.prompt, "0", *["–"] * 7, "no")
+            continue
+        known = [share(value) for value in (rule.known.mean, rule.known.p99, rule.known.max)]
+        text = "–" if rule.text is None else number(rule.text.kl_p99)
+        holds = "yes" if rule.cut and rule.spares else "no"
+        count = str(len(rule.slices or ()))
+        each.add_row(
+            fact.prompt, count, f"{rule.own:+.0%}", share(rule.others.max), *known, share(rule.akin.max), text, holds
+        )
+    return [counts, each]
+
+
+def share(value: float | None) -> str:
+    """A relative change, or a dash where nothing was asked."""
+    return "–" if value is None else f"{value:.1%}"
 
 
 def variant_tables(experiment: ToyVariants) -> list[Table]:

@@ -200,8 +200,8 @@ def most_lowering(
     active in that prompt and at no prompt's first token, suppressed as `together` says.
 
     What changes another prompt by SPARED or more is passed over; nothing is left where all do. Pairs are of the
-    `paired` strongest. First tokens are left out because what they read is the token alone, the same in every text that begins
-    with it, and attention sinks into them.
+    `paired` strongest. First tokens are left out because what they read is the token alone, the same in every text that
+    begins with it, and attention sinks into them.
     """
     on = {name: activity.g[name] > 0 for name in names}
     which = {name: where[row].any(0) & ~where[:, 0].any(0) for name, where in on.items()}

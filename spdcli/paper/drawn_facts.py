@@ -79,6 +79,12 @@ class DrawnExperiment:
     methods: list[MethodCount]
     facts: list[DrawnFact]
 
+    def failure(self) -> SpdError | None:
+        """The error that ends an experiment which did not pass."""
+        if self.passed:
+            return None
+        return SpdError(f"the rule cuts and spares {self.methods[0].cut_and_spared} of {len(self.facts)} facts")
+
 
 def reproduce_drawn(
     recipe: str,
@@ -135,7 +141,7 @@ def draw_facts(loaded: LoadedRecipe, facts: Facts, count: int, report: Report = 
         if fact.prompt in texts and fact.subject and not any(name in fact.subject for name in LOOKED_AT)
     ]
     if len(fresh) < count:
-        raise SpdError(f"{len(fresh)} facts are left to draw, of {count}", "fewer with --facts, or --facts-file")
+        raise SpdError(f"{len(fresh)} facts that this model knows are left to draw, not {count}", "--count draws fewer")
     random.Random(loaded.recipe.seed).shuffle(fresh)
     return fresh[:count]
 

@@ -210,8 +210,8 @@ class Slices(Section):
     )
     distinct: Share = Field(
         DISTINCT,
-        description="init = 'dual' and 'dual_whitened': inputs that differ by at most this share of the larger norm get "
-        "one slice together.",
+        description="init = 'dual' and 'dual_whitened': inputs that differ by no more than this share of the larger "
+        "norm get one slice together.",
     )
     delta: bool = Field(
         False,
