@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdcli.errors import RecipeError, UsageError
-from spdcli.recipe.reading import load_recipe, select_matrices, shipped
+from spdcli.recipe.reading import dump_recipe, load_recipe, select_matrices, shipped
 from spdcli.recipe.schema import InductionTarget, Recipe
 from spdcli.targets.induction import InductionToy, ToyShape, toy_target
 
@@ -589,3 +589,25 @@ def test_what_a_planted_target_cannot_be(before: str, after: str, problem: str, 
     (tmp_path / "planted.toml").write_text(PLANTED)
     assert load_recipe(str(tmp_path / "planted.toml")).recipe.target.kind == "planted_induction"
     assert complaints(tmp_path, PLANTED.replace(before, after)) == [problem]
+
+
+def test_prompts_may_stand_in_a_file(tmp_path: Path) -> None:
+    """One a line, blank lines and blanks around them left out; from `--set` and from the recipe alike."""
+    (tmp_path / "prompts.txt").write_text("  Größe is a word\n\nthe sport of golf \n", encoding="utf-8")
+    loaded = load_recipe("smollm2-prompts", [f"data.prompts={tmp_path / 'prompts.txt'}"])
+    assert loaded.recipe.data is not None
+    assert loaded.recipe.data.prompts == ["Größe is a word", "the sport of golf"]
+    again = tmp_path / "again.toml"
+    again.write_text(dump_recipe(loaded.recipe))
+    assert load_recipe(again).recipe == loaded.recipe  # the prompts themselves are kept
+    for name, content, said in (
+        ("none.txt", None, "no such file"),
+        ("empty.txt", b"\n", "prompts"),
+        ("bytes.txt", b"\xff\xfe", "not text in UTF-8"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecipeError, match=said):
+            load_recipe("smollm2-prompts", [f"data.prompts={tmp_path / name}"])
+    with pytest.raises(RecipeError, match="a pipe or a device"):
+        load_recipe("smollm2-prompts", ["data.prompts=/dev/zero"])
