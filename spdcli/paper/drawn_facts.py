@@ -168,7 +168,7 @@ def fact_rows(
             rules[number] = edits["rule"]
     report(Progress("ordinary text"))
     text = text_to_keep(loaded.recipe, subject, "own", TEXT_TOKENS, report)
-    changes = text_changes(subject.target, {str(number): edit for number, edit in rules.items()}, text.parts())
+    changes = text_changes(subject.target, {str(number): edit for number, edit in rules.items()}, text.parts(report))
     for number in rules:
         own = rows[number]
         rule = replace(own.edits["rule"], text=changes[str(number)])
