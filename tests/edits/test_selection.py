@@ -16,7 +16,6 @@ from spdcli.edits.selection import (
     Rule,
     active_at,
     by_effect,
-    find_prompt,
     in_order,
     own_activity,
     select,
@@ -28,7 +27,7 @@ from spdcli.edits.suppression import Address, suppression, suppressions
 from spdcli.engine.subcomponents import Slices, SliceSet
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
-from spdcli.measures.texts import Texts
+from spdcli.measures.texts import Texts, find_prompt
 
 
 @pytest.fixture(scope="module")
