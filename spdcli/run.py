@@ -23,7 +23,7 @@ from spdcli.edits.facts_file import Facts, load_facts
 from spdcli.edits.feature_ablation import FeatureAblation, ablate_features
 from spdcli.edits.script import load_script
 from spdcli.edits.suppression import find_matrix, find_slices, suppression
-from spdcli.edits.text_changes import TOKENS, text_to_keep
+from spdcli.edits.text_changes import TOKENS, TextToKeep, text_to_keep
 from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
 from spdcli.explorer.exploration import Exploration
@@ -290,8 +290,7 @@ class Run(LoadedRun):
         addresses = find_slices(self.decomposition, slices)
         records = [] if counterfact is None else load_records(Path(counterfact))
         exam = self._exam(prompts, facts, progress, answers, records)
-        if text is not None:
-            exam = replace(exam, text=text_to_keep(self.recipe, self.subject, str(text), text_tokens, progress))
+        exam = replace(exam, text=self._text(text, text_tokens, progress))
         form = _one_of(TOGETHER, together)
         return report_suppression(self.subject, self.decomposition, addresses, form, exam, progress)
 
@@ -331,16 +330,20 @@ class Run(LoadedRun):
         *,
         search: Search | None = None,
         facts: FactsSource = BUILTIN_FACTS,
+        text: str | Path | None = None,
+        text_tokens: int = TOKENS,
         progress: Report = silent,
     ) -> list[PromptSearch]:
         """The slices that carry an answer, as `spd locate`: each that is active in the prompt is suppressed.
 
         `prompt` is one of the run's, by its number from 1 or its text, or another text; None is each of the run's.
-        `token` is the answer to look at, the prompt's last one if not given. One entry a prompt.
+        `token` is the answer to look at, the prompt's last one if not given. Of `text`, a file or directory, or "own",
+        `text_tokens` should stay as they are. One entry a prompt.
         """
         beside, seed = self._facts(facts), self.recipe.seed
         which = [] if prompt is None else [prompt]
-        return locate(self.subject, self.decomposition, which, token, beside, search, seed, progress)
+        kept = self._text(text, text_tokens, progress)
+        return locate(self.subject, self.decomposition, which, token, beside, search, seed, kept, progress)
 
     def trace(
         self,
@@ -368,14 +371,28 @@ class Run(LoadedRun):
         *,
         settings: ReportSettings | None = None,
         facts: str | Path = BUILTIN_FACTS,
+        text: str | Path | None = None,
+        text_tokens: int = TOKENS,
         progress: Report = silent,
     ) -> RunReport:
-        """Where the run's facts are, as `spd report`: every way to cut them, beside baselines and controls."""
+        """Where the run's facts are, as `spd report`: every way to cut them, beside baselines and controls.
+
+        `text`, a file or directory, or "own", is a text of which `text_tokens` should stay as they are.
+        """
         beside = self._facts(facts) or load_facts()
         recipe, seed = self.recipe, self.recipe.seed
         settings = settings or ReportSettings(TraceSettings(samples=3, seed=seed), seed=seed)
-        ridge = recipe.slices.ridge
-        return report_facts(self.subject, self.decomposition, recipe.data, ridge, beside, subjects, settings, progress)
+        return report_facts(
+            self.subject,
+            self.decomposition,
+            recipe.data,
+            recipe.slices.ridge,
+            beside,
+            subjects,
+            settings,
+            self._text(text, text_tokens, progress),
+            progress,
+        )
 
     def explore(self, threshold: float = 0.0, labels: int = 6) -> Exploration:
         """What `spd explore` shows, without a screen: `prompt(1)` or `typed(text)` is a text's map of importance,
@@ -427,6 +444,9 @@ class Run(LoadedRun):
             raise UsageError(f"{len(answers)} answers of {len(prompts)} prompts", "give one a prompt, or none")
         beside, seed = self._facts(facts), self.recipe.seed
         return open_exam(self.subject, prompts, beside, answers=answers, records=records, seed=seed, report=report)
+
+    def _text(self, text: str | Path | None, tokens: int, report: Report) -> TextToKeep | None:
+        return None if text is None else text_to_keep(self.recipe, self.subject, str(text), tokens, report)
 
     def _facts(self, facts: FactsSource) -> Facts | None:
         """The facts that are meant; the toy knows none of those that come with spd."""

@@ -124,7 +124,7 @@ def _costs() -> dict[str, Keys]:
         "spd reproduce induction": _said("reproduce", keys_of(InductionExperiment)),
         "spd reproduce variants": _said("variants", keys_of(ToyVariants)),
         "spd reproduce facts": _said("reproduce", keys_of(FactExperiment)),
-        "spd reproduce drawn-facts": _said("drawn-facts", keys_of(DrawnExperiment)),
+        "spd reproduce drawn-facts": _said("facts.drawn", keys_of(DrawnExperiment)),
         "spd reproduce planted": _said("reproduce", keys_of(PlantedExperiment)),
         "spd reproduce tms": _said("reproduce", keys_of(PartsExperiment)),
         "spd reproduce resid-mlp": _said("reproduce", keys_of(PartsExperiment)),

@@ -215,7 +215,7 @@ def reproduction(data: Data) -> str:
 
 
 def drawn_facts(data: Data) -> str:
-    """`spd.drawn-facts/1`: how many facts each method cuts, then what the edit by rule does to each."""
+    """`spd.facts.drawn/1`: how many facts each method cuts, then what the edit by rule does to each."""
     total = len(data["facts"])
     counts = [
         [NAMES.get(row["method"], row["method"]), row["edits"], row["cut"], f"{row['cut_and_spared']} of {total}"]

@@ -102,7 +102,7 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.svd/1": toy_results.ranks,
     "spd.reproduce/1": reproduction,
     "spd.variants/1": toy_results.variants,
-    "spd.drawn-facts/1": fact_results.drawn_facts,
+    "spd.facts.drawn/1": fact_results.drawn_facts,
     "spd.inspect/1": fact_results.inspection,
     "spd.inspect/2": fact_results.inspection,
     "spd.facts.check/1": fact_results.known_facts,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from spdcli.commands.edit_options import FactsOption, NoFacts, read_facts
+from spdcli.commands.edit_options import FactsOption, KeptText, NoFacts, TextTokens, read_facts
 from spdcli.commands.opening import opened
 from spdcli.commands.options import (
     Device,
@@ -69,6 +69,8 @@ def locate(
     collateral: By = USUAL_STATISTIC,
     facts: FactsOption = None,
     no_facts: NoFacts = False,
+    text: KeptText = None,
+    text_tokens: TextTokens = 100_000,
     threshold: Threshold = 0.0,
     device: Device = None,
     seed: Seed = None,
@@ -84,6 +86,7 @@ def locate(
     """
     console = make_console(json, quiet, verbose)
     file, prompts = read_facts(facts, no_facts), read_prompts(prompt)
+    from spdcli.edits.text_changes import text_to_keep
     from spdcli.location.locate import Search
     from spdcli.location.locate import locate as locate_slices
     from spdcli.records import plain
@@ -94,6 +97,7 @@ def locate(
     patterns = [*(matrix or []), *(matrices or [])] or ["*"]
     search = Search(tuple(patterns), top, paired, pairs, collateral, others_limit, threshold)
     with console.progress() as report:
+        kept = None if text is None else text_to_keep(loaded.recipe, loaded.subject, text, text_tokens, report)
         searches = locate_slices(
             loaded.subject,
             loaded.decomposition,
@@ -102,6 +106,7 @@ def locate(
             file,
             search,
             loaded.seed_or(seed),
+            kept,
             report,
         )
     data = {"schema": "spd.locate/1", "run": run, **plain(searches[0]), "located": searches}
@@ -135,7 +140,8 @@ def table(entries: Sequence[SliceEntry | PairEntry], kind: str, known_facts: int
     effects = Table(expand=True)
     facts = ["facts: median, mean, max"] if known_facts else []
     excess = ["excess"] if kind == "pair" else []
-    for column in (kind, "after", "change", *excess, "KL", "others", *facts, "collateral"):
+    text = ["text: KL, 99 %"] if any(entry.text for entry in entries) else []
+    for column in (kind, "after", "change", *excess, "KL", "others", *facts, *text, "collateral"):
         effects.add_column(column, justify="left" if column == kind else "right", overflow="fold")
     for entry in entries:
         effects.add_row(
@@ -146,6 +152,7 @@ def table(entries: Sequence[SliceEntry | PairEntry], kind: str, known_facts: int
             f"{entry.kl:.3f}",
             f"{max(entry.others):.1%}" if entry.others else "",
             *([", ".join(f"{value:.1%}" for value in entry.facts.values())] if entry.facts else []),
+            *([f"{entry.text.kl_p99:.1e}"] if entry.text else []),
             "" if entry.collateral is None else f"{entry.collateral:.2%}",
         )
     return effects

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spdcli.commands.edit_options import FactsOption, read_facts
+from spdcli.commands.edit_options import FactsOption, KeptText, TextTokens, read_facts
 from spdcli.commands.evidence_tables import evidence_tables
 from spdcli.commands.opening import opened
 from spdcli.commands.options import (
@@ -67,6 +67,8 @@ def report(
     window: Window = 10,
     random: Random = 3,
     no_facts: NoFacts = False,
+    text: KeptText = None,
+    text_tokens: TextTokens = 100_000,
     markdown: AsMarkdown = False,
     figure: FigureNumbers = None,
     out: Folder = None,
@@ -83,12 +85,14 @@ def report(
     tracing, zeroed MLP layers and the run's slices, beside edits that need no
     decomposition, random and singular directions, and, kept apart, an edit that
     was optimised for the effect. Then the fact in other words and in reverse.
+    With --text also what every edit does to so many tokens of ordinary text.
 
     report.json and the figures (3, 4, 7 to 9) lie beside it.
     """
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, no_facts)
     from spdcli.disk import write_json, write_text
+    from spdcli.edits.text_changes import text_to_keep
     from spdcli.location.report import ReportSettings, report_facts
     from spdcli.location.report_markdown import markdown as in_markdown
     from spdcli.location.tracing import TraceSettings
@@ -106,6 +110,7 @@ def report(
     prompts = None if recipe.data is None else recipe.data.prompts
     if file is not None and (prompts is not None or facts is not None):
         with console.progress("which facts the model knows") as tell:
+            kept = None if text is None else text_to_keep(recipe, loaded.subject, text, text_tokens, tell)
             about = report_facts(
                 loaded.subject,
                 loaded.decomposition,
@@ -114,6 +119,7 @@ def report(
                 file,
                 subject or [],
                 settings,
+                kept,
                 tell,
             )
     elif markdown:

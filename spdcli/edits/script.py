@@ -49,6 +49,7 @@ KIND = Kind(
 Prompt = Positive | Text
 ABOUT_MEASURES = {"prompt": ANSWER_MEASURES, "facts": STATISTICS, "text": TEXT_MEASURES}  # what a bound may be about
 ABOUT = tuple(ABOUT_MEASURES)
+MANY = {2: "two", 3: "three"}
 
 
 class Select(Section):
@@ -159,7 +160,9 @@ def expectation_mistakes(here: KeyPath, expect: Expect) -> Iterator[Mistake]:
     asked = [name for name in ABOUT if getattr(expect, name) is not None]
     if len(asked) != 1:
         said = (
-            f"{' and '.join(asked)}: give one of them" if asked else f"expected {', '.join(ABOUT[:-1])} or {ABOUT[-1]}"
+            f"{' and '.join(asked)}: give one of the {MANY[len(asked)]}"
+            if asked
+            else f"expected {', '.join(ABOUT[:-1])} or {ABOUT[-1]}"
         )
         yield Mistake((here,), f"[[edit.expect]] {said}")
     elif expect.measure not in (own := ABOUT_MEASURES[asked[0]]):

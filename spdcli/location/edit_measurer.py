@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from spdcli.edits.answer_changes import measure_columns, measure_group
 from spdcli.edits.collateral import relative_change, statistics
 from spdcli.edits.prompts_and_answers import Questions, join, question_groups
 from spdcli.edits.suppression import Edit
+from spdcli.edits.text_changes import TextChange, TextToKeep, text_changes
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.target import Target
 from spdcli.progress import Report, counted, silent
+from spdcli.records import ABSENT, Absent
 
 FACT_TOKENS = 256  # of one group of facts: an edit that is beyond the limit is given up between groups
 KEPT_TOKENS = 4096  # of facts whose hidden states are kept
@@ -41,17 +43,19 @@ class AnswerEffect:
 @dataclass(frozen=True, kw_only=True)
 class SideEffects:
     """How far an edit moves what should stay: `facts` has the statistics of |after / before − 1| over the known facts,
-    None without facts; `collateral` is None where there is nothing that should stay."""
+    None without facts; `collateral` is None where there is nothing that should stay; `text` is what becomes of a text,
+    ABSENT where none was named."""
 
     facts: dict[str, float] | None
     collateral: float | None
+    text: TextChange | Absent = ABSENT
 
 
 class EditMeasurer:
     """Measures edits of `target` on the one `question` and on what should stay as it is: `others` and known `facts`.
 
     Collateral is a `statistic` of relative changes, the larger of that over the other prompts and that over the facts;
-    it may be at most `limit`, or anything where that is None. `report` hears how far it is.
+    it may be at most `limit`, or anything where that is None. `text` is measured beside. `report` hears how far it is.
     """
 
     def __init__(
@@ -62,12 +66,13 @@ class EditMeasurer:
         facts: Questions | None,
         statistic: str,
         limit: float | None,
+        text: TextToKeep | None = None,
         report: Report = silent,
     ) -> None:
         self.target, self.facts, self.statistic, self.limit = target, facts, statistic, limit
         self.prompts = question if others is None else join([question, others])
         self.edits: dict[str, Edit] = {}
-        self.report = report
+        self.text, self.report = text, report
         self.kept: list[Clean] = []
 
     def effects(self, edits: Mapping[str, Edit]) -> dict[str, AnswerEffect]:
@@ -115,7 +120,11 @@ class EditMeasurer:
                     within[name] = SideEffects(facts=summary(changes), collateral=collateral)
             if len(within) == count:
                 break
-        return within
+        if self.text is None or not within:
+            return within
+        edits = {name: self.edits[name] for name in within}
+        on_text = text_changes(self.target, edits, self.text.parts(self.report))
+        return {name: replace(side, text=on_text[name]) for name, side in within.items()}
 
     def _fact_changes(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The facts' changes by edit; an edit that cannot be within the limit is given up as soon as that is sure."""

@@ -11,6 +11,7 @@ from spdcli.edits.known_facts import OtherFacts
 from spdcli.edits.prompts_and_answers import Questions
 from spdcli.edits.selection import Activity, own_activity
 from spdcli.edits.suppression import find_matrix
+from spdcli.edits.text_changes import TextToKeep
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
@@ -29,7 +30,8 @@ class FactContext:
     `known` the other facts that the unchanged model knows (None where it knows none). `naming[row]` are the tokens
     that name the subject of prompt `row`: there the rule looks for slices. `matrix` is the one that is edited, and
     `moments` has its second moment `[I, I]` on broad text, and those of further matrices; duals are whitened with
-    `ridge` times its mean eigenvalue added. `seed` is that of every edit that is drawn.
+    `ridge` times its mean eigenvalue added. `seed` is that of every edit that is drawn. `text` should
+    stay as it is, too.
     """
 
     subject: Subject
@@ -42,6 +44,7 @@ class FactContext:
     moments: Mapping[str, Tensor]
     ridge: float
     seed: int
+    text: TextToKeep | None = None
 
     @property
     def target(self) -> Target:
@@ -58,11 +61,14 @@ def fact_context(
     broad_text: Batch,
     ridge: float,
     seed: int,
+    text: TextToKeep | None = None,
 ) -> FactContext:
     """The context of a run's own prompts; the first of `matrices` is the edited one."""
     activity, prompts = own_activity(subject, decomposition, seed)
     moments = second_moments(subject.target, broad_text, list(dict.fromkeys(matrices)))
-    return FactContext(subject, decomposition, activity, prompts, known, naming, matrices[0], moments, ridge, seed)
+    return FactContext(
+        subject, decomposition, activity, prompts, known, naming, matrices[0], moments, ridge, seed, text
+    )
 
 
 def naming_tokens(subject: Sequence[int]) -> NamingTokens:

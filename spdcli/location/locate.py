@@ -32,6 +32,7 @@ from spdcli.edits.selection import (
     written_amounts,
 )
 from spdcli.edits.suppression import Address, suppression, suppressions
+from spdcli.edits.text_changes import TextToKeep
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import UsageError
 from spdcli.location.edit_measurer import AnswerEffect, EditMeasurer, SideEffects
@@ -100,14 +101,15 @@ def locate(
     facts: Facts | None = None,
     search: Search | None = None,
     seed: int = 0,
+    text: TextToKeep | None = None,
     report: Report = silent,
 ) -> list[PromptSearch]:
     """The slices that carry the answer `token` of `prompts` (None: their last tokens), one entry a prompt.
 
     A prompt is one of the run's by its number, from 1, or its text, or another text, whose last token is its answer;
     without any it is each prompt of the run (of the toy: a few sequences, drawn by `seed`). Of `facts` those that
-    the model knows should stay as they are; the toy knows none. UsageError where no slice of `search.matrices` is
-    active.
+    the model knows should stay as they are, and so should `text`; the toy knows no facts. UsageError where no slice of
+    `search.matrices` is active.
     """
     search = search or Search()
     activity, own = own_activity(subject, decomposition, seed)
@@ -129,7 +131,7 @@ def locate(
         rest = pick(own, others) if others else None
         slices = candidates(decomposition, here, number, search)
         known_questions = None if known is None else known.questions
-        one = search_prompt(subject, decomposition, slices, question, rest, known_questions, search, report)
+        one = search_prompt(subject, decomposition, slices, question, rest, known_questions, search, text, report)
         searches.append(one)
     return searches
 
@@ -157,6 +159,7 @@ def search_prompt(
     others: Questions | None,
     facts: Questions | None,
     search: Search,
+    text: TextToKeep | None = None,
     report: Report = silent,
 ) -> PromptSearch:
     """Those of `slices` that lower the answer of the one `question` most.
@@ -167,7 +170,7 @@ def search_prompt(
     """
     if not slices:
         raise UsageError(f"no slice of these matrices is active in {question.texts[0]!r}")
-    measurer = EditMeasurer(subject.target, question, others, facts, search.statistic, search.limit, report)
+    measurer = EditMeasurer(subject.target, question, others, facts, search.statistic, search.limit, text, report)
     effects = measurer.effects(suppressions(subject.target, decomposition, slices))
     single = {address: effects[str(address)] for address in slices}
     single = dict(sorted(single.items(), key=lambda entry: entry[1].after))

@@ -20,6 +20,7 @@ from spdcli.edits.answer_changes import AnswerChanges, measure_edits
 from spdcli.edits.facts_file import Facts
 from spdcli.edits.known_facts import fact_questions, known_facts
 from spdcli.edits.suppression import Address
+from spdcli.edits.text_changes import TextToKeep, text_changes
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
 from spdcli.errors import UsageError
@@ -150,12 +151,13 @@ def report_facts(
     facts: Facts,
     subjects: Sequence[str] = (),
     settings: ReportSettings | None = None,
+    text: TextToKeep | None = None,
     report: Report = silent,
 ) -> RunReport:
     """The report on the facts of a run's prompts: `data` and `ridge` are its recipe's `[data]` and `slices.ridge`.
 
-    `subjects` are words that the prompts are about, and those that `facts` names come after them. UsageError for the
-    toy, and for a prompt without a subject.
+    `subjects` are words that the prompts are about, and those that `facts` names come after them; `text` should stay as
+    it is under every edit. UsageError for the toy, and for a prompt without a subject.
     """
     require_tokens(subject)
     if subject.prompts is None or data is None:
@@ -178,7 +180,9 @@ def report_facts(
     tell("what is usual in broad text")
     naming = [naming_tokens(prompt.subject) for prompt in about]
     stream = broad_text(subject, data, settings.seed)
-    context = fact_context(subject, decomposition, known, naming, [matrix, *seconds], stream, ridge, settings.seed)
+    context = fact_context(
+        subject, decomposition, known, naming, [matrix, *seconds], stream, ridge, settings.seed, text
+    )
     tell("MLP layers zeroed, one after the other")
     zeroed = zeroed_layers(context)
     reports = []
@@ -217,12 +221,14 @@ def fact_report(
     on_prompts = measure_edits(context.target, context.prompts, edits.by_name)
     in_table = {name: edits.by_name[name] for one in edits.rows for name in one.edits}
     on_facts = {} if known is None else measure_edits(context.target, known.questions, in_table)
+    alone = {name: in_table[name] for one in edits.rows if len(one.edits) == 1 for name in one.edits}
+    on_text = {} if context.text is None else text_changes(context.target, alone, context.text.parts())
     rows = traced_rows(trace)
     for layer in dict.fromkeys((0, zeroed.needed[row])):
         changes = zeroed.prompts[f"mlp {layer}"]
         rows.append(one_row(f"MLP {layer} zeroed", ZEROED, changes, zeroed.facts.get(layer), row, known))
     for one in edits.rows:
-        rows += edit_rows(one, on_prompts, on_facts, row, known)
+        rows += edit_rows(one, on_prompts, on_facts, row, known, on_text)
     return FactReport(
         prompt=trace.prompt,
         answer=trace.answer,

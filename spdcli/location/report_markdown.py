@@ -51,7 +51,8 @@ def size(value: float | None) -> str:
 def cells(row: ReportRow, intervals: bool = False) -> list[str]:
     """One row of the table; with `intervals` those of the known facts stand beside their statistics."""
     show = size if row.sizes else percent
-    texts = [row.name, show(row.own), show(row.others)]
+    name = f"{row.name} (99 % of the text's tokens: KL below {row.text.kl_p99:.1e})" if row.text else row.name
+    texts = [name, show(row.own), show(row.others)]
     facts = row.facts
     for name in STATISTICS:
         value = None if facts is None else facts.relative_change[name]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spdcli.edits.answer_changes import AnswerChanges
 from spdcli.edits.choices import STATISTICS
 from spdcli.edits.collateral import ChangeSizes
 from spdcli.edits.known_facts import OtherFacts
+from spdcli.edits.text_changes import TextChange
 from spdcli.location.report_edits import RowEdits
 from spdcli.location.tracing import Trace
 from spdcli.records import ABSENT, Absent
@@ -24,7 +25,8 @@ class ReportRow:
 
     `own` is that of the prompt itself and `others` the largest of the run's other prompts; `facts` are sizes of change
     over the known facts. None is what was not measured. `sizes` is set where `own` and `others` are sizes, too: in a
-    row that sums up several edits. `restores` is the effect of causal tracing at the row's site.
+    row that sums up several edits. `restores` is the effect of causal tracing at the row's site, `text` what becomes of
+    a text under the one edit of the row.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ReportRow:
     facts: ChangeSizes | None
     sizes: bool | Absent = ABSENT
     restores: float | Absent = ABSENT
+    text: TextChange | Absent = ABSENT
 
 
 def traced_rows(trace: Trace) -> list[ReportRow]:
@@ -68,6 +71,7 @@ def edit_rows(
     on_facts: Mapping[str, AnswerChanges],
     row: int,
     known: OtherFacts | None,
+    on_text: Mapping[str, TextChange],
 ) -> list[ReportRow]:
     """The row of one edit; of several, a row with their mean sizes of change and one with the largest of each."""
     rows = [
@@ -75,7 +79,8 @@ def edit_rows(
         for name in row_edits.edits
     ]
     if len(rows) == 1:
-        return rows
+        (name,) = row_edits.edits
+        return [replace(rows[0], text=on_text.get(name, ABSENT))]
     label = f"{row_edits.label}, {{}} of {len(rows)}"
     return [
         summed_up(label.format("mean size"), rows, statistics.fmean),

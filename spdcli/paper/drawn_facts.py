@@ -34,7 +34,7 @@ from spdcli.runs.opening import claimed_run
 from spdcli.runs.subject import Subject
 from spdcli.runs.training import finish_run
 
-SCHEMA = "spd.drawn-facts/1"
+SCHEMA = "spd.facts.drawn/1"
 SHARE = 0.6  # of the facts that have to be cut with all bounds on others held
 TEXT_TOKENS = 2048  # of the run's held-out text
 LOOKED_AT = (
@@ -67,7 +67,7 @@ class MethodCount:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnExperiment:
-    """`spd.drawn-facts/1`: the facts that were drawn, and how many of them each method cuts.
+    """`spd.facts.drawn/1`: the facts that were drawn, and how many of them each method cuts.
 
     `passed` where the rule cuts SHARE of them and spares the others.
     """

@@ -10,7 +10,7 @@ import torch
 from edited_models import answer_change
 
 from spdcli.commands import ablate, locate, suppress
-from spdcli.edits.choices import ANSWER_MEASURES, ORDERS, OTHERS, STATISTICS, TOGETHER
+from spdcli.edits.choices import ANSWER_MEASURES, ORDERS, OTHERS, STATISTICS, TEXT_MEASURES, TOGETHER
 from spdcli.edits.script import Expect, ScriptEdit, Select
 
 
@@ -25,7 +25,7 @@ def test_options_take_what_the_tables_say():
     [
         (ScriptEdit, "together", TOGETHER, {"name": "x"}),
         (Select, "by", ORDERS, {"prompt": 1, "token": "x"}),
-        (Expect, "measure", [*ANSWER_MEASURES, *STATISTICS], {}),
+        (Expect, "measure", [*ANSWER_MEASURES, *STATISTICS, *TEXT_MEASURES], {}),
     ],
 )
 def test_scripts_take_what_the_tables_say(section, key, names, rest):

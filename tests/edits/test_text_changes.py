@@ -104,3 +104,22 @@ def test_a_script_may_bound_the_tail_over_a_text(tmp_path, tiny_gpt2_dir, monkey
     code, _, err = spd("suppress", run, "--script", tmp_path / "edits.toml")
     assert code == 2
     assert "the run has no text of its own" in err
+
+
+def test_locate_and_report_tell_of_a_text_too(tmp_path, tiny_llama_dir, monkeypatch, capsys):
+    """The same numbers as suppress, of each slice that is told."""
+    spd = spd_here(monkeypatch, capsys)
+    (tmp_path / "model.toml").write_text(MODEL.replace("MODEL", str(tiny_llama_dir)))
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    changes = ["--set", "slices.init='svd'", "--set", "data.stream=generated", "--set", "losses.targeted=1"]
+    changes += ["--set", "slices.delta=true", "--set", "data.stream_sequences=16", "--set", "data.stream_length=8"]
+    assert spd("decompose", tmp_path / "model.toml", "--out", run, *changes)[0] == 0
+    text.write_text("the sport of golf and basketball " * 40)
+    asked = ["--text", text, "--text-tokens", "64", "--no-facts", "--json"]
+    located = json.loads(spd("locate", run, "--prompt", "1", "--top", "2", "--paired", "2", *asked)[1])
+    for entry in located["slices"]:
+        alone = json.loads(spd("suppress", run, "--slice", entry["slice"], *asked)[1])
+        assert entry["text"] == pytest.approx(alone["text"], rel=1e-4, abs=1e-9)
+    assert "text: KL, 99 %" in spd("locate", run, "--prompt", "1", *asked[:-1])[1]
+    own = json.loads(spd("suppress", run, "--slice", located["slices"][0]["slice"], "--text", "own", "--json")[1])
+    assert own["text"]["tokens"] == 16 * 8

@@ -140,7 +140,7 @@ def test_the_experiment_from_the_command_line(tiny_llama_dir, tmp_path, monkeypa
     code, out, err = spd(*command, "--out", tmp_path / "out", "--json")
     assert out, err
     data = json.loads(out)
-    assert (data["schema"], len(data["facts"])) == ("spd.drawn-facts/1", 2)
+    assert (data["schema"], len(data["facts"])) == ("spd.facts.drawn/1", 2)
     assert code == (0 if data["passed"] else 1), err
     assert json.loads((tmp_path / "out" / "reproduce.json").read_text()) == data
     assert data["methods"][0]["method"] == "rule"

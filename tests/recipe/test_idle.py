@@ -16,6 +16,10 @@ OTHER = {  # a value that is not the usual one, and what meets its need
     "importance.layers": (3, ["importance.kind=global"]),
     "importance.width": (32, ["importance.kind=global"]),
     "importance.heads": (2, ["importance.kind=global"]),
+    "importance.start": ("inner", ["importance.kind=scalar"]),
+    "importance.gate_bias": (0.9, ["importance.start=random"]),
+    "importance.gate_spread": (0.1, ["importance.start=random"]),
+    "slices.distinct": (0.2, ["slices.init=dual"]),
     "slices.ridge": (0.5, ["slices.init=dual_whitened", "data.stream=generated"]),
     "losses.samples": (2, ["losses.stochastic_recon=1"]),
     "losses.subset": ("position", ["losses.recon_partial=1"]),
@@ -32,6 +36,11 @@ OTHER = {  # a value that is not the usual one, and what meets its need
     "data.stream_length": (8, ["data.stream=generated", "losses.targeted=1", "slices.delta=true"]),
     "decompose.stream_batch": (2, ["data.stream=generated", "losses.targeted=1", "slices.delta=true"]),
     "decompose.prune_below": (0.5, ["decompose.prune_at=0.5"]),
+}
+IDLE = {  # what makes a setting idle that a plain recipe reads
+    "importance.relative_start": ["importance.relative=scalar"],
+    "importance.gate_bias": ["importance.kind=scalar", "importance.start=inner"],
+    "importance.gate_spread": ["importance.kind=scalar", "importance.start=inner"],
 }
 PLAIN = """
 name = "plain"
@@ -60,9 +69,8 @@ def test_a_setting_that_nothing_reads(setting, tmp_path):
     value, meets = OTHER[setting]
     section, _, key = setting.partition(".")
     option = f"{setting}={str(value).lower() if isinstance(value, bool) else value}"
-    beside = ["importance.relative=scalar"] if setting == "importance.relative_start" else []
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path, [option, *beside])
+        load_recipe(path, [option, *IDLE.get(setting, [])])
     assert f"--set {option}: [{section}] {key} = " in caught.value.message
     assert "changes nothing: it needs " in caught.value.message
     load_recipe(path, [option, *meets])
