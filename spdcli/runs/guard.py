@@ -122,7 +122,7 @@ def forewarnings(recipe: Recipe, target: Target, names: list[str], clean: Clean)
         alarms.append(Alarm("few_slices", 0, left, text, "raise slices.C", collapse=False))
     prompts = 0 if recipe.data is None else len(recipe.data.prompts or ())
     size = recipe.decompose.batch
-    if 0 < size <= FEW_PROMPTS * prompts:
+    if 0 < size <= FEW_PROMPTS * prompts and recipe.importance.start == "random":  # else no gate has all to learn
         text = f"a batch has {size} of {prompts} prompts: gates meet each of them once in {prompts / size:.0f} steps"
         alarms.append(Alarm("small_batch", 0, size / prompts, text, "raise decompose.batch", collapse=False))
     return alarms
