@@ -220,7 +220,7 @@ def frequent_slices(
     generator: torch.Generator,
     share: float,
 ) -> dict[str, Tensor]:
-    """Which slices are active in at least `portion` of PRUNE_BATCHES batches' sequences, `[C]` bool a matrix."""
+    """Which slices are active in at least `share` of PRUNE_BATCHES batches' sequences, `[C]` bool a matrix."""
     counts: dict[str, Tensor] = {}
     sequences, batch = 0, None
     for number in range(PRUNE_BATCHES):
