@@ -46,16 +46,17 @@ def record(result: Result, folder: Path) -> bool:
         shutil.copyfile(DOCS / name, folder / DOCS.name / name)
     say(f"{result.name}: {result.command}")
     started = time.monotonic()
-    finished = subprocess.run(
-        [sys.executable, "-m", "spdcli", *shlex.split(result.command)[1:], "--json"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
+    words = [sys.executable, "-m", "spdcli", *shlex.split(result.command)[1:], "--json"]
+    process = subprocess.Popen(
+        words, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # what it and its children used, which Popen does not tell
+    process.returncode = code = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - started
-    if finished.returncode not in (0, 1) or not finished.stdout:
-        say(f"{result.name}: not recorded, exit code {finished.returncode}")
+    if code not in (0, 1) or not printed:
+        say(f"{result.name}: not recorded, exit code {code}")
         return False
     entry = {
         "name": result.name,
@@ -64,12 +65,14 @@ def record(result: Result, folder: Path) -> bool:
         "date": datetime.now(UTC).date().isoformat(),
         **surroundings(result.command),
         "seconds": round(seconds, 1),
-        "exit": finished.returncode,
+        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mib": usage.ru_maxrss // 1024,
+        "exit": code,
         "figures": keep_figures(result, folder),
-        "result": json.loads(portable(finished.stdout, folder)),
+        "result": json.loads(portable(printed, folder)),
     }
     write(RESULTS / f"{result.name}.json", entry)
-    say(f"{result.name}: recorded after {seconds:.0f} seconds, exit code {finished.returncode}")
+    say(f"{result.name}: recorded after {seconds:.0f} seconds, exit code {code}")
     return True
 
 

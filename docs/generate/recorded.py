@@ -1,7 +1,8 @@
 """Recorded results: what `docs/results.toml` lists, and the JSON file that a command left of each.
 
 A result is never typed. `docs/record.py NAME` runs its command with `--json` and writes
-`docs/results/NAME.json`: `{name, command, commit, date, version, machine, seconds, exit, figures, result}`.
+`docs/results/NAME.json`: `{name, command, commit, date, version, machine, seconds, processor_seconds, peak_mib, exit,
+figures, result}`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Page:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one run of a result's command left."""
+    """What one run of a result's command left. `processor_seconds` are those of all its threads and processes, and
+    `peak_mib` is the most memory that one process held; None where an older recording does not say."""
 
     name: str
     command: str
@@ -62,6 +64,8 @@ class Recording:
     exit: int
     figures: tuple[str, ...]
     result: Mapping[str, Any]
+    processor_seconds: float | None = None
+    peak_mib: int | None = None
 
 
 @cache

@@ -13,6 +13,7 @@ from generate import (
     fact_results,
     feature_results,
     planted_results,
+    text_results,
     toy_results,
 )
 from generate.markdown import duration, fenced, joined
@@ -65,8 +66,11 @@ def provenance(recorded: Recording) -> str:
     machine = recorded.machine
     place = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
     ended = f", exit code {recorded.exit}" if recorded.exit else ""
+    used = ""
+    if recorded.processor_seconds is not None and recorded.peak_mib is not None:
+        used = f" ({duration(recorded.processor_seconds)} of processor time, at most {recorded.peak_mib:,} MiB)"
     return (
-        f"*{duration(recorded.seconds)}{ended}; {recorded.date}, commit {recorded.commit}, {place}, "
+        f"*{duration(recorded.seconds)}{used}{ended}; {recorded.date}, commit {recorded.commit}, {place}, "
         f"torch {machine['torch']}; [JSON]({recorded.name}.json)*"
     )
 
@@ -107,6 +111,8 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.inspect/2": fact_results.inspection,
     "spd.facts.check/1": fact_results.known_facts,
     "spd.locate/1": fact_results.location,
+    "spd.harvest/1": text_results.harvest,
+    "spd.search/1": text_results.search,
     "spd.suppress/1": edit_results.suppression,
     "spd.trace/1": fact_results.tracing,
     "spd.report/1": fact_results.report,
