@@ -32,7 +32,7 @@ from spdcli.runs import loading
 from spdcli.runs.directory import FIGURES, METRICS, TOY, RunDirectory, ToyDirectory
 from spdcli.runs.following import FollowedRun
 from spdcli.runs.goodfire import import_run
-from spdcli.runs.joining import Meeting, met
+from spdcli.runs.joining import Meeting, met, started_counts
 from spdcli.runs.launching import launch
 from spdcli.runs.learning import Store, learned
 from spdcli.runs.memory import MemoryRun
@@ -297,7 +297,7 @@ def prepared(store: Store, loaded: LoadedRecipe, report: Report = silent) -> Sub
 
     SpdError before anything is read or trained where there is no room for it.
     """
-    refuse_without_room(loaded, choose_device(loaded.recipe.device))
+    refuse_without_room(loaded, choose_device(loaded.recipe.device), *started_counts())
     subject = prepared_subject(store, loaded, report)
     if isinstance(store, RunDirectory) and (store / TOY / METRICS).exists():
         toy = RunDirectory(store / TOY)

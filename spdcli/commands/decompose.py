@@ -11,6 +11,7 @@ from spdcli.commands.options import (
     Device,
     Force,
     Json,
+    Nproc,
     Out,
     Quiet,
     RecipeName,
@@ -28,9 +29,6 @@ Text = Annotated[
         help="Decompose on this text in place of the recipe's prompts: data.stream, with importance.basis=full.",
         show_default=False,
     ),
-]
-Nproc = Annotated[
-    int, typer.Option("--nproc", min=1, max=1024, help="Processes of this machine that make the run together.")
 ]
 
 

@@ -69,6 +69,9 @@ MatrixPattern = Annotated[
 ]
 Matrices = Annotated[list[str] | None, typer.Option("--matrices", hidden=True)]  # as `--matrix` was called, too
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
+Nproc = Annotated[
+    int, typer.Option("--nproc", min=1, max=1024, help="Processes of this machine that make the run together.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is already there.")]
 RecipeName = Annotated[
     str,

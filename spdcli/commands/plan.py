@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spdcli.commands.options import Device, Json, Quiet, RecipeName, Set, Verbose, make_console
+from spdcli.commands.options import Device, Json, Nproc, Quiet, RecipeName, Set, Verbose, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,6 +16,7 @@ def plan(
     recipe: RecipeName,
     set_: Set = None,
     device: Device = None,
+    nproc: Nproc = 1,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -24,6 +25,7 @@ def plan(
 
     A step is gone through without numbers; where it fits, a few steps are
     then made on random weights. Exits 1 where it does not fit.
+    With --nproc it is what each of the processes computes, holds and sends.
     """
     from spdcli.recipe.reading import load_recipe
 
@@ -37,10 +39,13 @@ def plan(
     with console.progress("a step is counted without numbers, then a few are made"):
         on = choose_device(loaded.recipe.device)
         refuse_beyond_reason(loaded.recipe, on)
-        costs = estimate(loaded, on)
+        costs = estimate(loaded, on, processes=nproc)
     console.show({"schema": "spd.plan/1", **plain(costs)}, table(costs))
     if not costs.fits:
-        raise does_not_fit(loaded.recipe, costs.bytes.total, costs.free_bytes, costs.change)
+        raise does_not_fit(loaded.recipe, costs.bytes.total, costs.free_bytes, costs.change, nproc)
+    if costs.divided:
+        console.result(f"fits: {nproc} processes of {amount(costs.bytes.total)} each")
+        return
     time = "no step could be timed: memory ended" if costs.seconds is None else span(costs.seconds)
     console.result(f"fits: {amount(costs.bytes.total)}, {time}")
 
@@ -57,7 +62,8 @@ def table(costs: Estimate) -> Table:
     """One row a number."""
     from rich.table import Table
 
-    title = f"{costs.recipe}: {costs.matrices} matrices, {costs.tokens} tokens a step"
+    each = f"; each of {costs.divided.processes} processes" if costs.divided else ""
+    title = f"{costs.recipe}: {costs.matrices} matrices, {costs.tokens} tokens a step{each}"
     from spdcli.costs.estimate import amount
 
     rows = Table(title=title, min_width=len(title), show_header=False)
@@ -71,6 +77,10 @@ def table(costs: Estimate) -> Table:
     rows.add_row("memory that is free", amount(costs.free_bytes))
     rows.add_section()
     rows.add_row("operations of a step", f"{costs.flops_per_step / 1e9:,.1f} GFLOP")
+    if costs.divided:
+        rows.add_row("sequences of a step", f"{costs.divided.sequences:,}")
+        rows.add_row("rows of its plan", f"{costs.divided.rows:,}")
+        rows.add_row("sent in a step", amount(costs.divided.sent_per_step))
     if costs.seconds is not None:
         rows.add_row("a step", f"{costs.seconds_per_step:.3g} s")
         training = f", after {costs.toy_steps} of the toy's" if costs.toy_steps else ""

@@ -8,20 +8,23 @@ from dataclasses import dataclass, field
 import torch
 
 from spdcli.costs.heap import Heap
+from spdcli.costs.on_paper import Divided, OnPaper, divided
 from spdcli.costs.random_targets import untrained_subject
 from spdcli.costs.step_without_numbers import META, Dry, NoNoise
 from spdcli.costs.timing import seconds_of_a_step, seconds_of_a_toy_step
-from spdcli.engine.fit import FitSettings
+from spdcli.engine.fit import FitSettings, portion_of
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS
+from spdcli.engine.portion import Portion, variants_of_a_step
 from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.target import Batch
 from spdcli.machine import STATES, Machine, describe, free_bytes, state_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import Recipe, ToyTarget
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.decomposition import refuse_too_few_slices, untrained_decomposition
+from spdcli.runs.learning import divided_by_rows
 from spdcli.runs.settings import fit_settings
 from spdcli.runs.subject import Subject
 from spdcli.runs.text_data import stream_batches
@@ -79,7 +82,8 @@ class Estimate:
     `matrices` is how many are decomposed; `free_bytes` the memory that the run may take, and `fits` whether its
     `bytes` are no more; `change` names settings that would make it smaller where it does not. `toy_steps` are those by
     which the toy is trained first. The seconds are measured by making steps, and None where none was made: they were
-    not wanted, the recipe does not fit, or memory ended in the attempt.
+    not wanted, the recipe does not fit, or memory ended in the attempt. Where several processes divide the work
+    (`divided`), bytes and operations are of one of them, tokens and parameters of the whole.
     """
 
     recipe: str
@@ -98,14 +102,19 @@ class Estimate:
     seconds_per_toy_step: float | None
     seconds: float | None
     machine: Machine
+    divided: Divided | Absent = ABSENT
 
 
-def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -> Estimate:
-    """What a recipe will cost on `device`; steps are timed only with `seconds`, which takes some."""
+def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True, processes: int = 1) -> Estimate:
+    """What a recipe will cost on `device`; steps are timed only with `seconds`, which takes some.
+
+    Of several `processes` it is what each costs, and no step is timed; it fits where all of them fit on a processor, or
+    one on each GPU.
+    """
     recipe = loaded.recipe
-    counts = counted(loaded, device)
-    fits = counts.need.total <= counts.free
-    times = _timed(recipe, counts, device) if seconds and fits else None
+    counts = counted(loaded, device, processes, processes)
+    fits = counts.fits
+    times = _timed(recipe, counts, device) if seconds and fits and processes == 1 else None
     return Estimate(
         recipe=recipe.name,
         matrices=len(counts.names),
@@ -123,6 +132,7 @@ def estimate(loaded: LoadedRecipe, device: torch.device, seconds: bool = True) -
         seconds_per_toy_step=None if times is None else times.toy_step,
         seconds=None if times is None else times.total,
         machine=describe(device),
+        divided=counts.divided or ABSENT,
     )
 
 
@@ -147,10 +157,13 @@ class Counts:
     free: int
     step: StepCosts
     change: list[str]
+    fits: bool
+    divided: Divided | None = None
 
 
-def counted(loaded: LoadedRecipe, device: torch.device) -> Counts:
-    """Builds the recipe's target and decomposition as shapes alone, goes through one step, and counts."""
+def counted(loaded: LoadedRecipe, device: torch.device, processes: int = 1, here: int = 1) -> Counts:
+    """Builds the recipe's target and decomposition as shapes alone, goes through one step, and counts: what it costs
+    each of so many `processes`, of which so many are `here` and share the memory of a processor."""
     recipe = loaded.recipe
     heap = Heap()
     try:
@@ -166,7 +179,7 @@ def counted(loaded: LoadedRecipe, device: torch.device) -> Counts:
         free = free_bytes(device) + process  # this process goes, the other comes
         optimizer = state_bytes(decomposition)
         settings = fit_settings(recipe, free - process - held - optimizer)
-        step = _dry_step(recipe, subject, decomposition, settings, heap)
+        step, divided = _dry_step(recipe, subject, decomposition, settings, heap, OnPaper(0, processes))
         growth = heap.growth
     finally:
         heap.close()
@@ -174,8 +187,10 @@ def counted(loaded: LoadedRecipe, device: torch.device) -> Counts:
     gates = sum(p.numel() for p in decomposition.importances.parameters() if p.requires_grad)
     weights = held - sum(m.numel() for m in moments) * subject.target.precision.itemsize
     need = Need(process, weights, optimizer, max(0, growth - weights - optimizer))
-    change = changes(recipe, need, free, gates > parameters - gates)
-    return Counts(names, settings, Parameters(parameters - gates, gates), need, free, step, change)
+    here = 1 if device.type == "cuda" else here
+    change = changes(recipe, need, free // here, gates > parameters - gates)
+    sizes, fits = Parameters(parameters - gates, gates), here * need.total <= free
+    return Counts(names, settings, sizes, need, free, step, change, fits, divided)
 
 
 def _timed(recipe: Recipe, counts: Counts, device: torch.device) -> Durations | None:
@@ -188,30 +203,42 @@ def _timed(recipe: Recipe, counts: Counts, device: torch.device) -> Durations | 
 
 
 def _dry_step(
-    recipe: Recipe, subject: Subject, decomposition: Decomposition, settings: FitSettings, heap: Heap
-) -> StepCosts:
-    """What one step of the loop costs; with a fixed batch its clean pass is made once and not counted."""
+    recipe: Recipe,
+    subject: Subject,
+    decomposition: Decomposition,
+    settings: FitSettings,
+    heap: Heap,
+    processes: OnPaper,
+) -> tuple[StepCosts, Divided | None]:
+    """What one step of the loop costs this one of the `processes`, and how they divide it if there are several; with a
+    fixed batch its clean pass is made once and not counted."""
     generator, losses = torch.Generator(), settings.losses
     patterns = losses.coefficients.get("attention", 0) > 0
 
-    def passes(batch: Batch) -> Clean:
-        return clean_pass(subject.target, batch, decomposition.names, patterns, losses.compares_outputs)
+    def passes(portion: Portion) -> Clean:
+        return clean_pass(subject.target, portion.batch, decomposition.names, patterns, losses.compares_outputs)
 
-    def backward(clean: Clean, losses: LossSettings) -> None:
+    def backward(clean: Clean, losses: LossSettings, portion: Portion) -> None:
         annealed, budget = losses.annealed(0, 1), settings.plan_bytes
-        backward_step(subject.target, decomposition, clean, losses, annealed, generator, NoNoise(), budget)
+        backward_step(
+            subject.target, decomposition, clean, losses, annealed, generator, NoNoise(), budget, portion=portion
+        )
 
     with Dry(heap):
         batch, broad = subject.batches(generator, 0), stream_batches(recipe, subject)
         fixed = batch is subject.batches(generator, 1)
-        clean = passes(batch) if fixed else None
+        portion = Portion(batch, processes, divided_by_rows(subject, decomposition, settings, processes))
+        clean = passes(portion) if fixed else None
     with Dry(heap) as step:
-        clean = clean or passes(batch)
-        backward(clean, losses)
+        clean = clean or passes(portion)
+        backward(clean, losses, portion)
         if broad is not None:
-            backward(passes(broad(generator, 0)), losses.on_stream(settings.targeted))
+            beside = portion_of(broad(generator, 0), processes)
+            backward(passes(beside), losses.on_stream(settings.targeted), beside)
+        processes.add_gradients(p for p in decomposition.parameters() if p.requires_grad)
     decomposition.zero_grad(set_to_none=True)
-    return StepCosts(tokens=int(batch.valid.sum()), flops=step.flops, bytes=step.bytes)
+    costs = StepCosts(tokens=int(batch.valid.sum()), flops=step.flops, bytes=step.bytes)
+    return costs, divided(portion, variants_of_a_step(losses, len(decomposition.names)), processes)
 
 
 def amount(size: float) -> str:

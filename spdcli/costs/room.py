@@ -65,14 +65,15 @@ def least_needs(recipe: Recipe) -> Iterator[Least]:
     yield Least(measured, f"the evaluation, on {SEQUENCES_AT_ONCE} sequences at once", f"slices.C, {sizes}")
 
 
-def refuse_without_room(loaded: LoadedRecipe, device: torch.device) -> None:
-    """SpdError, naming settings to change, where a recipe needs more memory than is free on `device`."""
+def refuse_without_room(loaded: LoadedRecipe, device: torch.device, processes: int = 1, here: int = 1) -> None:
+    """SpdError, naming settings to change, where a recipe needs more memory than is free on `device`: each of so many
+    `processes`, of which so many are `here`."""
     recipe = loaded.recipe
     least = refuse_beyond_reason(recipe, device)
     if isinstance(recipe.target, HuggingFaceTarget) or PLENTY * least > free_bytes(device):
-        counts = counted(loaded, device)
-        if counts.need.total > counts.free:
-            raise does_not_fit(recipe, counts.need.total, counts.free, counts.change)
+        counts = counted(loaded, device, processes, here)
+        if not counts.fits:
+            raise does_not_fit(recipe, counts.need.total, counts.free, counts.change, here)
 
 
 def refuse_beyond_reason(recipe: Recipe, device: torch.device) -> int:
@@ -88,9 +89,10 @@ def refuse_beyond_reason(recipe: Recipe, device: torch.device) -> int:
     return max((need.bytes for need in needs), default=0)
 
 
-def does_not_fit(recipe: Recipe, needed: int, free: int, change: list[str]) -> SpdError:
-    """What is said where a recipe needs more than is free."""
+def does_not_fit(recipe: Recipe, needed: int, free: int, change: list[str], processes: int = 1) -> SpdError:
+    """What is said where so many `processes` of a recipe need more than is free."""
+    them = f"each of {processes} processes" if processes > 1 else "it"
     return SpdError(
-        f"{recipe.name} does not fit: it needs {amount(needed)}, and {amount(free)} are free",
+        f"{recipe.name} does not fit: {them} needs {amount(needed)}, and {amount(free)} are free",
         f"--set {', or '.join(change)}",
     )

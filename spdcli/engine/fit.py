@@ -167,7 +167,7 @@ def fit(
         step = backward(target, decomposition, clean, settings.losses, portion=portion)
         if stream is not None and settings.targeted > 0:
             broad = stream(state.generators["data"], state.step)
-            losses, beside = settings.losses.on_stream(settings.targeted), _portion(broad, processes)
+            losses, beside = settings.losses.on_stream(settings.targeted), portion_of(broad, processes)
             passed = clean_pass(target, beside.batch, decomposition.names, outputs=losses.compares_outputs)
             also = backward(target, decomposition, passed, losses, portion=beside)
             step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}
@@ -188,7 +188,7 @@ def fit(
         yield _record(state, step, norms, settings, rate, annealed) if due else None
 
 
-def _portion(broad: Batch, processes: Processes) -> Portion:
+def portion_of(broad: Batch, processes: Processes) -> Portion:
     """This process's portion of a step on broad text: by rows where there are fewer sequences than processes."""
     return Portion(broad, processes, by_rows=len(broad.tokens) < processes.count)
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.processes import ALONE, Processes
 from spdcli.engine.target import Batch
-from spdcli.engine.variants import Numbers, Piece, Variant
+from spdcli.engine.variants import Numbers, Piece, Variant, draw_variants
 
 
 def cut(total: int, rank: int, count: int, turn: int = 0) -> tuple[int, int]:
@@ -31,6 +33,13 @@ def cut(total: int, rank: int, count: int, turn: int = 0) -> tuple[int, int]:
     each, left = divmod(total, count)
     sizes = [each + ((part - turn * left) % count < left) for part in range(rank + 1)]
     return sum(sizes[:-1]), sum(sizes)
+
+
+def variants_of_a_step(losses: LossSettings, matrices: int) -> int:
+    """How many variants the plan of a step has, of a decomposition of so many `matrices`."""
+    blocks, draw = dict.fromkeys(map(str, range(matrices)), 0), torch.Generator()
+    wanted, few = losses.reconstruction, losses.layerwise_matrices
+    return len(draw_variants(wanted, blocks, losses.samples, losses.subset, (1, 1), draw, few))
 
 
 @dataclass(frozen=True, eq=False)

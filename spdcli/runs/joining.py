@@ -103,6 +103,13 @@ def local_number() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
 
 
+def started_counts() -> tuple[int, int]:
+    """How many processes were started together, and how many of them on this machine."""
+    if not started_with_others():
+        return 1, 1
+    return int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def require_gpus(processes: int) -> None:
     """UsageError where this machine has fewer GPUs, a process each."""
     there = torch.cuda.device_count()

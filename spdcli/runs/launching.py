@@ -112,6 +112,7 @@ def _started(rank: int, count: int, work: str, request: Mapping[str, Any], port:
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": True,  # they meet in this process, as those of torchrun meet in its agent

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 import torch
 
 from spdcli.engine.fit import FitSettings, FitState, Record, fit, start_fit, warm_up_faithfulness
+from spdcli.engine.portion import variants_of_a_step
 from spdcli.engine.processes import ALONE, Processes
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.variants import draw_variants
 from spdcli.errors import Collapsed, Interrupted, NotFinite, SpdError, UsageError
 from spdcli.machine import free_bytes, state_bytes, training_bytes, used_bytes
 from spdcli.progress import Progress, Report, silent
@@ -106,18 +106,16 @@ def divided_by_rows(
         return False
     draw = torch.Generator()
     batch = subject.batches(draw, 0)
-    sequences, length = batch.valid.shape
+    sequences = len(batch.tokens)
     if batch is not subject.batches(draw, 1) and sequences >= processes.count:
         return False
-    losses = settings.losses
-    blocks = {name: subject.target.matrices[name].block for name in decomposition.names}
-    shape, few = (sequences, length), losses.layerwise_matrices
-    variants = draw_variants(losses.reconstruction, blocks, losses.samples, losses.subset, shape, draw, few)
-    if processes.count > len(variants) * sequences:
+    variants = variants_of_a_step(settings.losses, len(decomposition.names))
+    rows = variants * sequences
+    if processes.count > rows:
         raise UsageError(
-            f"{processes.count} processes, and a step has {len(variants) * sequences} rows to divide: {len(variants)} "
-            f"variants of {sequences} sequences",
-            f"--nproc {len(variants) * sequences} at most",
+            f"{processes.count} processes, and a step has {rows} rows to divide: {variants} variants of the model on "
+            f"{sequences} sequences",
+            f"--nproc {rows} at most" if rows > 1 else "leave --nproc out",
         )
     return True
 

@@ -229,6 +229,26 @@ def test_broad_text_is_counted_and_its_steps_are_made(tiny_gpt2_dir, tmp_path):
     assert beside.seconds_per_step > 0
 
 
+def test_what_each_of_several_processes_computes_and_sends(monkeypatch, capsys, tmp_path):
+    toy_recipe(folder=tmp_path)  # 4 sequences; variants: two stochastic ones and six of one matrix each
+    loaded = load_recipe(tmp_path / "toy.toml")
+    alone, each = (estimate(loaded, CPU, seconds=False, processes=count) for count in (1, 3))
+    assert each.flops_per_step == pytest.approx(
+        alone.flops_per_step / 2, rel=0.02
+    )  # of two sequences, as none has more
+    trained = alone.parameters.slices + alone.parameters.gates
+    assert plain(each.divided) == {
+        "processes": 3,
+        "by": "sequences",
+        "sequences": 2,
+        "rows": 2 * 8,
+        "sent_per_step": round(4 / 3 * 4 * trained),
+    }
+    code, _, err = spd_here(monkeypatch, capsys)("plan", tmp_path / "toy.toml", "--nproc", 33)
+    assert code == 2
+    one_line(err, "33 processes, and a step has 32 rows to divide: 8 variants of the model on 4 sequences")
+
+
 def test_what_to_change_when_it_does_not_fit(tiny_gpt2_dir, tmp_path):
     recipe = model_recipe(tiny_gpt2_dir, folder=tmp_path)
     state, steps = Need(1, 10, 100, 5), Need(1, 10, 100, 500)
@@ -251,7 +271,7 @@ def test_plan_says_that_it_fits_and_that_it_does_not(monkeypatch, capsys, tmp_pa
     assert 0 < found["seconds_per_toy_step"] < 1
     steps, training = 8 * found["seconds_per_step"], 4 * found["seconds_per_toy_step"]
     assert found["seconds"] == pytest.approx(steps + training)
-    assert list(found) == ["schema", *(one.name for one in fields(Estimate))]
+    assert list(found) == ["schema", *(one.name for one in fields(Estimate) if one.name != "divided")]
     assert list(found["bytes"]) == ["process", "weights", "optimizer", "activations", "total"]
     assert "gpu" not in found["machine"]
     code, out, err = spd("plan", tmp_path / "toy.toml")
