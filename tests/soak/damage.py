@@ -26,6 +26,8 @@ PIECES = [
     *(b"../", b"/dev/zero", b"pytorch_model.bin", b"..", b"~"),
 ]
 
+KILLED = 3  # times in a trial
+
 
 def altered(content: bytes, chance: random.Random) -> bytes:
     """`content` with one to three random changes."""
@@ -205,28 +207,37 @@ def changed_json(content: bytes, chance: random.Random) -> bytes | None:
 
 
 def kills(folder: Path) -> Trial:
-    """A run whose process is killed at any moment, again and again, and resumed until it is done."""
-    from small_runs import TOY, save_toy, spd_process, toy_recipe
+    """A run of a toy or of a language model whose process is killed at any moment, three times, and resumed until it
+    is done: it has to end bit for bit as one that nothing interrupted."""
+    from conftest import save_tiny_model
+    from small_runs import MODEL, TOY, save_toy, spd_process, toy_recipe
 
     from spdcli.runs.directory import CHECKPOINT, DECOMPOSITION, METRICS, RunDirectory
+    from spdcli.targets.quiet import quiet
 
     (folder / "toy.toml").write_text(TOY)
-    toy = save_toy(folder / "toy", toy_recipe(folder=folder))
-    settings = [f"target.path={toy}", "decompose.steps=200", "decompose.checkpoint_every=5"]
-    command = ["decompose", folder / "toy.toml", *(part for one in settings for part in ("--set", one)), "-q", "--out"]
+    (folder / "model.toml").write_text(MODEL)
+    with quiet():
+        model = save_tiny_model(folder / "gpt2", "gpt2")
+    targets = {"toy": f"path={save_toy(folder / 'toy', toy_recipe(folder=folder))}", "model": f"model={model}"}
+
+    def command(kind: str, out: Path, *how: str) -> list[object]:
+        settings = [f"target.{targets[kind]}", "decompose.steps=200", "decompose.checkpoint_every=5"]
+        options = [part for setting in settings for part in ("--set", setting)]
+        return ["decompose", folder / f"{kind}.toml", *options, "-q", "--out", out, *how]
 
     def told(run: Path) -> list[dict[str, Any]]:
         return [{key: value for key, value in r.items() if key != "seconds"} for r in RunDirectory(run).metrics()]
 
-    uninterrupted = folder / "uninterrupted"
-    assert spd_process(*command, uninterrupted).wait() == 0
+    for kind in targets:
+        assert spd_process(*command(kind, folder / f"whole-{kind}")).wait() == 0
 
     def trial(chance: random.Random) -> None:
-        run = folder / "run"
+        kind, run = chance.choice(sorted(targets)), folder / "run"
         shutil.rmtree(run, ignore_errors=True)
-        for left in reversed(range(4)):  # times that it is killed yet
+        for left in reversed(range(KILLED + 1)):  # times that it is killed yet
             how = ["--resume"] if RunDirectory(run).has_checkpoint else ["--force"] if run.exists() else []
-            process = spd_process(*command, run, *how)
+            process = spd_process(*command(kind, run, *how))
             while left and process.poll() is None and not (run / METRICS).exists():
                 time.sleep(0.01)
             if left:
@@ -237,6 +248,7 @@ def kills(folder: Path) -> Trial:
             assert "internal error" not in err, err
             if process.returncode == 0:
                 break
+        uninterrupted = folder / f"whole-{kind}"
         for name in (DECOMPOSITION, CHECKPOINT):
             assert tensors_of(run / name) == tensors_of(uninterrupted / name), name
         assert told(run) == told(uninterrupted), METRICS

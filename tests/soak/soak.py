@@ -1,4 +1,4 @@
-"""Damage at random, for as long as it is given: `make soak SECONDS=600`.
+"""Damage at random, for as long as it is given, or so often: `make soak SECONDS=600`, `make soak TRIES=tensors:10000`.
 
 Recipes, tensor files, model directories and the lives of processes are altered by a seeded generator. What follows must
 be one line of an error or a right answer: no internal error, no hang over HANG seconds, no damage accepted, nothing
@@ -8,7 +8,9 @@ written outside the run. Prints what was tried and what failed; a failure's numb
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import json
 import random
 import resource
 import signal
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +36,15 @@ class Hang(BaseException):
 
 @dataclass
 class Tally:
-    """How many trials of a kind were made, and what went wrong, by the number of the trial."""
+    """How many trials of a kind were made, in how many seconds, and what went wrong, by the number of the trial."""
 
+    kind: str
     tried: int = 0
+    seconds: float = 0.0
     failures: dict[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.kind:10} {self.tried:7} tried {len(self.failures):4} failed {self.seconds:7.0f} s"
 
 
 def soak(
@@ -46,20 +53,29 @@ def soak(
     seconds: float = float("inf"),
     tries: Mapping[str, int] | None = None,
     first: int = 0,
-) -> dict[str, Tally]:
-    """Trials of each kind for its share of the `seconds`, or so many `tries`; `first` is the number of the first."""
-    tallies = {}
+    report: Callable[[Tally], object] = lambda tally: None,
+) -> list[Tally]:
+    """Trials of each kind for its share of the `seconds`, or so many `tries`; `first` is the number of the first.
+
+    Trials work in an empty folder beside theirs, which they have to leave so. `report` is given each kind once done.
+    """
+    tallies, outside = [], folder / "outside"
+    outside.mkdir()
     for name, share in shares.items():
         (folder / name).mkdir()
-        trial, tally = KINDS[name](folder / name), Tally()
-        end = time.monotonic() + share * seconds
-        most = float("inf") if tries is None else tries[name]
-        while tally.tried < most and time.monotonic() < end:
-            number = first + tally.tried
-            if reason := attempt(trial, number, 20 * HANG if name == "kills" else HANG):
-                tally.failures[number] = reason
-            tally.tried += 1
-        tallies[name] = tally
+        trial, tally = KINDS[name](folder / name), Tally(name)
+        begun, most = time.monotonic(), float("inf") if tries is None else tries[name]
+        with contextlib.chdir(outside):
+            while tally.tried < most and tally.seconds < share * seconds:
+                number = first + tally.tried
+                reason = attempt(trial, number, 20 * HANG if name == "kills" else HANG)
+                if left := [path.name for path in outside.iterdir()]:
+                    raise SystemExit(f"{name}:{number} wrote outside: {', '.join(left)}")
+                if reason:
+                    tally.failures[number] = reason
+                tally.tried, tally.seconds = tally.tried + 1, time.monotonic() - begun
+        tallies.append(tally)
+        report(tally)
     return tallies
 
 
@@ -104,25 +120,47 @@ def main() -> int:
     """The command line; 1 where something failed."""
     about = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     about.add_argument("--seconds", type=float, default=60, help="how long, all kinds together (60)")
+    about.add_argument("--tries", nargs="+", metavar="KIND:COUNT", help="how many trials of which kinds instead")
     about.add_argument("--memory", type=float, default=4, help="GiB that damage may take (4)")
     about.add_argument("--first", type=int, default=0, help="number of the first trial; another gives others (0)")
-    about.add_argument("--kinds", default=",".join(SHARES), help="which kinds (all)")
-    about.add_argument("--only", help="one trial, as in tensors:17")
+    about.add_argument("--only", metavar="KIND:NUMBER", help="one trial")
+    about.add_argument("--json", action="store_true", help="one JSON object on standard output")
     options = about.parse_args()
-    shares = {name: SHARES[name] for name in options.kinds.split(",")}
-    shares = {name: share / sum(shares.values()) for name, share in shares.items()}
-    tries, first = None, options.first
+    shares, tries, first, seconds = SHARES, None, options.first, options.seconds
     if options.only:
-        name, _, number = options.only.partition(":")
-        shares, tries, first = {name: 1.0}, {name: 1}, int(number)
+        name, first = counted(options.only)
+        tries = {name: 1}
+    elif options.tries:
+        tries = dict(map(counted, options.tries))
+    if tries is not None:
+        shares, seconds = dict.fromkeys(tries, 1.0), float("inf")
     with tempfile.TemporaryDirectory() as folder:
         limit_memory(options.memory + 4)  # what libraries take when they are first used, too
-        tallies = soak(Path(folder), shares, options.seconds if tries is None else float("inf"), tries, first)
-    for name, tally in tallies.items():
-        print(f"{name:10} {tally.tried:7} tried {len(tally.failures):4} failed")  # noqa: T201
-        for number, reason in list(tally.failures.items())[:10]:
-            print(f"  {name}:{number} {reason}")  # noqa: T201
-    return int(any(tally.failures for tally in tallies.values()))
+        tallies = soak(Path(folder), shares, seconds, tries, first, tell)
+    if options.json:
+        print(json.dumps(summary(tallies, options.memory)))  # noqa: T201
+    return int(any(tally.failures for tally in tallies))
+
+
+def counted(text: str) -> tuple[str, int]:
+    """A kind and a number, of `kind:number`."""
+    name, _, number = text.partition(":")
+    return name, int(number)
+
+
+def tell(tally: Tally) -> None:
+    """What became of the trials of a kind, for people."""
+    lines = [str(tally), *(f"  {tally.kind}:{number} {why}" for number, why in list(tally.failures.items())[:10])]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def summary(tallies: list[Tally], memory: float) -> dict[str, object]:
+    """What a whole soak came to, for the documents."""
+    rows = [
+        {"kind": one.kind, "tried": one.tried, "failed": len(one.failures), "seconds": round(one.seconds, 1)}
+        for one in tallies
+    ]
+    return {"schema": "spd.soak/1", "memory_gib": memory, "hang_seconds": HANG, "kinds": rows}
 
 
 if __name__ == "__main__":
