@@ -43,10 +43,11 @@ lowest newest python3.11 python3.12 python3.13: setup
 VERSIONS_lowest := --resolution lowest-direct
 VERSIONS_newest := --resolution highest
 
-# Damage at random for so many seconds: killed processes, altered recipes, tensor files and model directories.
+# Damage at random for so many seconds, or so often as in TRIES="documents:100000 tensors:10000 models:1000 kills:20".
 SECONDS ?= 60
+TRIES ?=
 soak: setup
-	PYTHONPATH=tests $(BIN)/python -m soak.soak --seconds $(SECONDS)
+	PYTHONPATH=tests $(BIN)/python -m soak.soak --seconds $(SECONDS) $(if $(TRIES),--tries $(TRIES))
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -46,9 +46,15 @@ def record(result: Result, folder: Path) -> bool:
         shutil.copyfile(DOCS / name, folder / DOCS.name / name)
     say(f"{result.name}: {result.command}")
     started = time.monotonic()
-    words = [sys.executable, "-m", "spdcli", *shlex.split(result.command)[1:], "--json"]
+    words = shlex.split(result.command)
+    module = words[1:] if words[0] == "python" else ["-m", "spdcli", *words[1:]]
+    sources = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     process = subprocess.Popen(
-        words, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        [sys.executable, *module, "--json"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": sources},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     printed = process.stdout.read()

@@ -97,7 +97,7 @@ def setting_run(
 ) -> SettingRun:
     """One run, trained unless it is there already, and measured."""
     report(Progress(f"{setting}, {loaded.recipe.decompose.steps} steps, in {folder}"))
-    run = finished(claimed_run(folder, loaded, force), loaded, report)
+    run = finished(claimed_run(folder, loaded, force, report), loaded, report)
     last = run.home.last_record
     evaluation = evaluate_without_circuit(run.subject, run.decomposition, sequences, 0.0, loaded.recipe.seed)
     thresholds = (0.0, TENTH)

@@ -101,13 +101,24 @@ def _require_forms(path: Path, tensors: Mapping[str, Tensor], contents: Contents
             raise SpdError(f"{path}: '{name}' holds {tensor.dtype}, not {dtype or 'floating numbers'}", hint)
 
 
-def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def checksum_of_file(path: Path) -> str:
+    """The checksum of the file at `path`, as it says itself or worked out; SpdError where it cannot be read."""
+    try:
+        require_regular(path)
+        with safe_open(path, "pt") as file:
+            stored = (file.metadata() or {}).get(CHECKSUM)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SpdError(f"{path}: damaged: {error}") from error
+    return stored or checksum(load_tensors(path)[0])
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """32 hexadecimal digits that stand for the names, types, shapes and numbers of `tensors`, and for `metadata`."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    for key in sorted(metadata):
-        digest.update(f"{key} = {metadata[key]}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for key, value in sorted((metadata or {}).items()):
+        digest.update(f"{key} = {value}\n".encode())
     return digest.hexdigest()

@@ -27,7 +27,7 @@ from spdcli.edits.text_changes import TOKENS, TextToKeep, text_to_keep
 from spdcli.edits.zeroing import zeroed_parts
 from spdcli.errors import UsageError
 from spdcli.explorer.exploration import Exploration
-from spdcli.files import save_tensors
+from spdcli.files import checksum, save_tensors
 from spdcli.location.locate import PromptSearch, Search, locate
 from spdcli.location.report import ReportSettings, RunReport, report_facts
 from spdcli.location.tracing import Trace, TraceSettings, trace
@@ -215,7 +215,10 @@ class Run(LoadedRun):
         source = None if data is None else str(data)
         text = partial(text_to_read, self.recipe, self.subject, source, field, progress)
         gathered = harvest(self.subject, self.decomposition, text, tokens, matrices, threshold, progress)
-        if self.directory and not save_harvest(self.directory.path, gathered, self.subject.token_text):
+        if self.directory is None:
+            return gathered
+        own = checksum(self.decomposition.state_dict())
+        if not save_harvest(self.directory.path, gathered, self.subject.token_text, own):
             progress(Progress("no pyarrow, so no slices.parquet: pip install 'spd-cli[text]'", warning=True))
         return gathered
 

@@ -24,13 +24,14 @@ Losses = dict[str, float]
 RUN: Keys = {"run": Path}
 FILES: Keys = {"saved": Path | None, "patch": Path | None}
 TRACED: Keys = {"noise": float, "samples": int, "window": int}
+KEPT: Keys = {"decomposition?": str, "checksum?": str}  # of what lies beside a run; older recordings have neither
 RECIPE = "{the sections of a recipe}"
 
 
 @cache
 def outputs() -> dict[str, Keys]:
     """What every command prints, by the command, and by the kind of target or option where that decides."""
-    return {**_learning(), **_looking(), **_changing(), **_costs(), **_files()}
+    return {**_learning(), **_looking(), **_changing(), **_costs(), **_files(), **_tests()}
 
 
 def _learning() -> dict[str, Keys]:
@@ -69,10 +70,10 @@ def _looking() -> dict[str, Keys]:
     nothing: Keys = {"token": None, "occurrences": [Occurrence], "heat": [Heat]}
     settings = {"settings": TRACED | {"random": int, "seed": int, "layers": int}}
     return {
-        "spd eval, toy": _said("eval/2", RUN, target, keys_of(ToyEvaluation)),
-        "spd eval, language model": _said("eval/2", RUN, target, keys_of(LanguageEvaluation)),
-        "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate)),
-        "spd eval, sparse features": _said("eval/2", RUN, target, keys_of(FeatureEvaluation)),
+        "spd eval, toy": _said("eval/2", RUN, target, keys_of(ToyEvaluation), KEPT),
+        "spd eval, language model": _said("eval/2", RUN, target, keys_of(LanguageEvaluation), KEPT),
+        "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate), KEPT),
+        "spd eval, sparse features": _said("eval/2", RUN, target, keys_of(FeatureEvaluation), KEPT),
         "spd inspect": _said("inspect/2", RUN, keys_of(Inspection)),
         "spd explore": _said("explore", RUN, keys_of(TextMap)),
         "spd inspect --slice": _said("inspect/2", RUN, nothing, {"slices": [one_slice]}),
@@ -81,7 +82,7 @@ def _looking() -> dict[str, Keys]:
         "spd graph": _said(
             "graph", RUN, {"prompt": str, "tokens": [str], "active": int, "nodes": int, "links": int, "saved": Path}
         ),
-        "spd svd": _said("svd", RUN, keys_of(RankCurves)),
+        "spd svd": _said("svd", RUN, keys_of(RankCurves), KEPT),
         "spd locate": _said("locate", RUN, keys_of(PromptSearch), {"located": [PromptSearch]}),
         "spd trace": _said("trace", {"model": str}, TRACED, {"seed": int, "layers": int, "prompts": [Trace]}, figures),
         "spd report": _said("report", RUN, settings, keys_of(RunReport), figures),
@@ -161,6 +162,11 @@ def _files() -> dict[str, Keys]:
         "spd recipe cp": _said("recipe.cp", {"source": Path, "path": Path}),
         "spd recipe check": _said("recipe.check", {"files": files}),
     }
+
+
+def _tests() -> dict[str, Keys]:
+    kind = {"kind": str, "tried": int, "failed": int, "seconds": float}
+    return {"make soak": _said("soak", {"memory_gib": float, "hang_seconds": float, "kinds": [kind]})}
 
 
 def _said(schema: str, *parts: Keys) -> Keys:

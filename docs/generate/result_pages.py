@@ -13,6 +13,7 @@ from generate import (
     fact_results,
     feature_results,
     planted_results,
+    soak_results,
     text_results,
     toy_results,
 )
@@ -119,4 +120,5 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.bench/1": cost_results.benchmark,
     "spd.plan/1": cost_results.cost,
     "spd.compare/1": cost_results.comparison,
+    "spd.soak/1": soak_results.soak,
 }

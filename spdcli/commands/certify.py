@@ -87,12 +87,12 @@ def certify(
             raise UsageError(f"--set {setting}: the run is there already", "only bounds can be set: certify.NAME=VALUE")
     from spdcli.certification.certify import Certifying
     from spdcli.certification.certify import certify as measure
-    from spdcli.disk import write_json
     from spdcli.edits.script import load_script
     from spdcli.measures.evidence_choices import MaskSearch
     from spdcli.recipe.reading import load_recipe
     from spdcli.records import plain
     from spdcli.runs.directory import CERTIFICATE, RECIPE, RunDirectory
+    from spdcli.runs.results import write_result
 
     directory = RunDirectory.open(run)
     held = load_recipe(recipe or str(directory / RECIPE), set_ or [])
@@ -104,7 +104,7 @@ def certify(
     with console.progress() as report:
         certificate = measure(loaded, bounds, settings, others, read, beside, report)
     data = {"schema": "spd.certify/1", "run": str(run), **plain(settings), **plain(certificate)}
-    write_json(run / CERTIFICATE, data)
+    data = write_result(loaded.home, loaded.decomposition, CERTIFICATE, data)
     console.show(data, table(certificate), MEANING)
     if not bounds:
         console.note("no bounds: the recipe has no [certify]; --recipe takes another's, --set certify.NAME=VALUE one")

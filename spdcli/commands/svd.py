@@ -79,7 +79,7 @@ def svd(
         curves = svd_curves(
             loaded.subject, loaded.decomposition, methods, tolerance, sequences, step, loaded.seed_or(seed), report
         )
-    data = write_rank_curves(loaded.home, curves)
+    data = write_rank_curves(loaded, curves)
     console.show(data, rank_table(curves))
     console.result(run / SVD_FIGURE)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdcli.disk import write_json
 from spdcli.figures.circuit import save_circuit
 from spdcli.figures.curves import save_rank_curves
 from spdcli.figures.features import save_features
@@ -15,8 +14,9 @@ from spdcli.measures.feature_evaluation import FeatureEvaluation, feature_import
 from spdcli.measures.svd import RankCurves
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.records import plain
-from spdcli.runs.directory import EVAL, FIGURES, RunDirectory
+from spdcli.runs.directory import EVAL, FIGURES
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.results import write_result
 
 SVD = f"{FIGURES}/svd.json"
 SVD_FIGURE = f"{FIGURES}/svd.png"
@@ -36,13 +36,11 @@ def write_evaluation(run: LoadedRun, evaluation: AnyEvaluation) -> dict[str, Any
         save_circuit(evaluation.circuit, example, names, run.home / FIGURES)
     if isinstance(evaluation, FeatureEvaluation):
         save_features(feature_importances(run.subject, run.decomposition), run.home / FIGURES)
-    write_json(run.home / EVAL, data)
-    return data
+    return write_result(run.home, run.decomposition, EVAL, data)
 
 
-def write_rank_curves(run: RunDirectory, curves: RankCurves) -> dict[str, Any]:
+def write_rank_curves(run: LoadedRun, curves: RankCurves) -> dict[str, Any]:
     """Writes `spd.svd/1` and Figure 2 into the run's figures; returns the JSON object."""
-    data = {"schema": "spd.svd/1", "run": str(run.path)} | plain(curves)
-    save_rank_curves(curves, run / FIGURES)
-    write_json(run / SVD, data)
-    return data
+    data = {"schema": "spd.svd/1", "run": str(run.home.path)} | plain(curves)
+    save_rank_curves(curves, run.home / FIGURES)
+    return write_result(run.home, run.decomposition, SVD, data)

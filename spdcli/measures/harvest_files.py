@@ -22,6 +22,7 @@ from spdcli.files import Contents, Form, load_tensors, save_tensors
 from spdcli.measures.harvest import AFTER, BEFORE, CONTEXTS, NO_TOKEN, PARTNERS, PREFERRED, Harvest, Preferred
 from spdcli.records import plain
 from spdcli.runs.directory import HARVEST, RunDirectory
+from spdcli.runs.results import require_own
 
 TENSORS, TABLE = "harvest.safetensors", "slices.parquet"
 TokenText = Callable[[int], str]
@@ -122,15 +123,16 @@ def _preferences(preferred: Preferred, number: int, token_text: TokenText) -> li
     ]
 
 
-def save_harvest(run: Path, harvest: Harvest, token_text: TokenText) -> bool:
+def save_harvest(run: Path, harvest: Harvest, token_text: TokenText, decomposition: str = "") -> bool:
     """Write both files into the run directory `run`, in place of a harvest that is there; False where there is no
-    pyarrow, and so no table."""
+    pyarrow, and so no table. `decomposition` is the checksum of the one whose slices they are."""
     tabled = importlib.util.find_spec("pyarrow") is not None
     about = {
         "matrices": json.dumps(harvest.matrices),
         "tokens": str(harvest.tokens),
         "threshold": repr(harvest.threshold),
         "missed": str(harvest.missed),
+        "decomposition": decomposition,
     }
 
     def write(folder: Path) -> None:
@@ -171,12 +173,14 @@ def _write_table(path: Path, harvest: Harvest, token_text: TokenText) -> None:
 
 
 def load_harvest(run: Path) -> Harvest:
-    """The harvest of the run directory `run`; SpdError where there is none, or none that `save_harvest` wrote."""
+    """The harvest of the run directory `run`; SpdError where there is none, none that `save_harvest` wrote, or one of
+    another decomposition than the run has now."""
     path, again = run / HARVEST / TENSORS, f"spd harvest {run} gathers what its slices do over text"
     if not path.exists():
         RunDirectory.open(run)  # a missing run is told as such
         raise SpdError(f"{run}: no harvest yet", again)
     tensors, about = load_tensors(path, _contents, again)
+    require_own(path, about.get("decomposition"), run, again)
 
     def preferred(which: str) -> Preferred:
         return Preferred(*(tensors[f"{which}.{name}"] for name in ("tokens", "information", "counts")))

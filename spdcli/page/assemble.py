@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spdcli.disk import read_json, write_text
+from spdcli.disk import write_text
 from spdcli.explorer.exploration import Exploration
 from spdcli.figures.attention import save_patterns
 from spdcli.figures.curves import save_training_curve
@@ -25,6 +25,7 @@ from spdcli.progress import Progress, Report, silent
 from spdcli.records import plain
 from spdcli.runs.directory import EVAL, METRICS, TOY, RunDirectory
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.results import kept_result
 
 PAGE = "report.html"
 SEQUENCES = 512  # fresh ones of a toy that is measured for the page
@@ -67,7 +68,7 @@ def run_page(
     """
     exploration = Exploration(run, seed=seed)
     report(Progress("how good it is", 1, STAGES))
-    evaluation = measured(run, run.seed_or(seed))
+    evaluation = measured(run, run.seed_or(seed), report)
     report(Progress("what slices read and promote", 2, STAGES))
     slices, active = slice_entries(exploration)
     report(Progress("curves and attention", 3, STAGES))
@@ -108,9 +109,9 @@ def target_name(run: LoadedRun) -> str:
     return Path(getattr(target, "model", None) or target.kind).stem
 
 
-def measured(run: LoadedRun, seed: int) -> Mapping[str, Any]:
-    """`spd.eval/2` as the run's eval.json has it; measured now, with no masks sought, where there is none."""
-    kept = {} if run.directory is None else read_json(run.home / EVAL)
+def measured(run: LoadedRun, seed: int, report: Report = silent) -> Mapping[str, Any]:
+    """`spd.eval/2` as the run's eval.json has it; measured now, with no masks sought, where there is none of it."""
+    kept = {} if run.directory is None else kept_result(run.directory, EVAL, report)
     if "metrics" in kept:
         return kept
     said: Mapping[str, Any] = plain(evaluate(run.subject, run.decomposition, SEQUENCES, 0.0, seed, NO_SEARCH))

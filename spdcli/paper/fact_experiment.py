@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import prepared
-from spdcli.disk import read_json, write_json
+from spdcli.disk import write_json
 from spdcli.edits.facts_file import Facts
 from spdcli.paper.fact_claims import MethodRow, Pair, Tables, fact_claims, method_rows
 from spdcli.paper.fact_table import fact_table, open_table
@@ -24,6 +24,7 @@ from spdcli.records import plain
 from spdcli.runs.decomposition import read_decomposition
 from spdcli.runs.directory import DECOMPOSITION, RunDirectory
 from spdcli.runs.opening import claimed_run
+from spdcli.runs.results import kept_result, write_result
 from spdcli.runs.training import finish_run
 
 TABLE, TABLE_SCHEMA = "facts.json", "spd.facts.table/1"
@@ -69,7 +70,7 @@ def reproduce_facts(
     jobs = [
         (name, loaded) for name, pair in pairs.items() for loaded in pair_recipes(recipe, settings, device, seeds, pair)
     ]
-    runs = [claimed_run(out / name / f"seed-{loaded.recipe.seed}", loaded, force) for name, loaded in jobs]
+    runs = [claimed_run(out / name / f"seed-{loaded.recipe.seed}", loaded, force, report) for name, loaded in jobs]
     tables: dict[int, dict[str, Any]] = {}
     for nth, (run, (name, loaded)) in enumerate(zip(runs, jobs, strict=True), 1):
         report(Progress(f"{name}, seed {loaded.recipe.seed} ({nth} of {len(runs)}) in {run.path}"))
@@ -98,7 +99,7 @@ def pair_recipes(
 
 def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: Pair, facts: Facts, report: Report) -> list[dict[str, Any]]:
     """The table of one run as JSON, trained and measured now unless that was done before."""
-    before = read_json(run / TABLE)
+    before = kept_result(run, TABLE, report)
     if before.get("schema") == TABLE_SCHEMA and (run / DECOMPOSITION).exists():
         report(Progress(f"{run.path} is measured already"))
         return before["table"]
@@ -108,5 +109,5 @@ def table_of(run: RunDirectory, loaded: LoadedRecipe, pair: Pair, facts: Facts, 
     ridge, seed = loaded.recipe.slices.ridge, loaded.recipe.seed
     context = open_table(subject, decomposition, facts, pair.subjects, ridge, seed)
     table = plain(fact_table(context))
-    write_json(run / TABLE, {"schema": TABLE_SCHEMA, "table": table})
+    write_result(run, decomposition, TABLE, {"schema": TABLE_SCHEMA, "table": table})
     return table

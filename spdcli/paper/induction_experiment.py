@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import finished
-from spdcli.disk import read_json, write_json
+from spdcli.disk import write_json
 from spdcli.figures.run_files import SVD, write_evaluation, write_rank_curves
 from spdcli.measures.circuit_data import circuit_data
 from spdcli.measures.evaluation import evaluate
@@ -30,6 +30,7 @@ from spdcli.records import plain
 from spdcli.runs.directory import EVAL
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import claimed_run
+from spdcli.runs.results import kept_result
 
 STABILITY_SEQUENCES = 512
 SVD_SEQUENCES, SVD_TOLERANCE = 512, 1e-3  # those of `spd svd`
@@ -118,13 +119,13 @@ def reproduce_induction(
     UsageError for a run by another recipe, unless `force` replaces it.
     """
     recipes = seed_recipes(recipe, settings, device, seeds, out.resolve() if same_toy else None)
-    directories = [claimed_run(out / f"seed-{loaded.recipe.seed}", loaded, force) for loaded in recipes]
+    directories = [claimed_run(out / f"seed-{loaded.recipe.seed}", loaded, force, report) for loaded in recipes]
     runs, evaluations, ranks = [], [], []
     for nth, (directory, loaded) in enumerate(zip(directories, recipes, strict=True), 1):
         report(Progress(f"seed {loaded.recipe.seed} ({nth} of {seeds}) in {directory.path}"))
         run = finished(directory, loaded, report)
         runs.append(run)
-        evaluations.append(evaluation_of(run, sequences))
+        evaluations.append(evaluation_of(run, sequences, report))
         ranks.append(rank_left(run, report))
     verdict = judge(evaluations, claims())
     entries = [induction_seed(*one) for one in zip(runs, evaluations, ranks, verdict.broken, strict=True)]
@@ -158,11 +159,11 @@ def seed_recipes(
     return [first, *(load_recipe(recipe, later, seed=start + k, device=device) for k in range(1, seeds))]
 
 
-def evaluation_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
+def evaluation_of(run: LoadedRun, sequences: int, report: Report) -> dict[str, Any]:
     """What `spd eval` says of the run, measured now unless it was measured so before."""
     seed = run.recipe.seed
     settings = {"schema": EVALUATION_SCHEMA, "sequences": sequences, "threshold": 0.0, "seed": seed}
-    before = read_json(run.home / EVAL)
+    before = kept_result(run.home, EVAL, report)
     if (
         "circuit" in before
         and "pgd_shared" in before.get("evidence", {})
@@ -174,7 +175,7 @@ def evaluation_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
 
 def rank_left(run: LoadedRun, report: Report) -> RankLeft:
     """What every method of `spd svd` has left at its usual tolerance; the curves go into the run's figures."""
-    data = read_json(run.home / SVD)
+    data = kept_result(run.home, SVD, report)
     settings = {"schema": "spd.svd/1", "tolerance": SVD_TOLERANCE, "looked_at": SVD_SEQUENCES}
     if any(data.get(key) != value for key, value in settings.items()) or set(data["result"]) != set(METHODS):
         curves = svd_curves(
@@ -185,7 +186,7 @@ def rank_left(run: LoadedRun, report: Report) -> RankLeft:
             seed=run.recipe.seed,
             report=report,
         )
-        data = write_rank_curves(run.home, curves)
+        data = write_rank_curves(run, curves)
     ranks = {name: None if result is None else result["total_rank"] for name, result in data["result"].items()}
     return RankLeft(data["tolerance"], ranks)
 

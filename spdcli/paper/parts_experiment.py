@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import finished
-from spdcli.disk import read_json, write_json
+from spdcli.disk import write_json
 from spdcli.figures.run_files import write_evaluation
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.evaluation_totals import EVALUATION_SCHEMA
@@ -27,6 +27,7 @@ from spdcli.records import plain
 from spdcli.runs.directory import EVAL, FIGURES
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import claimed_run
+from spdcli.runs.results import kept_result, write_result
 
 BASELINES, BASELINES_SCHEMA = f"{FIGURES}/baselines.json", "spd.parts-baselines/1"  # of one run
 GREEDY_INPUTS = 512
@@ -104,7 +105,7 @@ def reproduce_parts(
         starts = range(first.recipe.seed, first.recipe.seed + seeds)
         loaded = [load_recipe(name, settings, seed=seed, device=device) for seed in starts]
         runs = [_finished(one, out / first.recipe.name, force, report) for one in loaded]
-        evaluations = [evaluation_of(run, inputs) for run in runs]
+        evaluations = [evaluation_of(run, inputs, report) for run in runs]
         verdict = judge(evaluations, numbers)
         rows += verdict.rows
         broken += verdict.broken
@@ -118,16 +119,16 @@ def reproduce_parts(
 
 
 def _finished(loaded: LoadedRecipe, folder: Path, force: bool, report: Report) -> LoadedRun:
-    directory = claimed_run(folder / f"seed-{loaded.recipe.seed}", loaded, force)
+    directory = claimed_run(folder / f"seed-{loaded.recipe.seed}", loaded, force, report)
     report(Progress(f"{loaded.recipe.name}, seed {loaded.recipe.seed}, in {directory.path}"))
     return finished(directory, loaded, report)
 
 
-def evaluation_of(run: LoadedRun, inputs: int) -> dict[str, Any]:
+def evaluation_of(run: LoadedRun, inputs: int, report: Report) -> dict[str, Any]:
     """What `spd eval` says of the run, measured now unless it was measured so before."""
     seed = run.recipe.seed
     settings = {"schema": EVALUATION_SCHEMA, "sequences": inputs, "threshold": 0.0, "seed": seed}
-    before = read_json(run.home / EVAL)
+    before = kept_result(run.home, EVAL, report)
     if "parts" in before and all(before.get(key) == value for key, value in settings.items()):
         return before
     return write_evaluation(run, evaluate(run.subject, run.decomposition, inputs, 0.0, seed))
@@ -135,14 +136,14 @@ def evaluation_of(run: LoadedRun, inputs: int) -> dict[str, Any]:
 
 def baselines_of(run: LoadedRun, evaluation: Mapping[str, Any], report: Report) -> dict[str, dict[str, PartsFound]]:
     """What the baselines find, by method and matrix; measured now unless it was before, on the same evaluation."""
-    before = read_json(run.home / BASELINES)
+    before = kept_result(run.home, BASELINES, report)
     settings = {"schema": BASELINES_SCHEMA, "active": evaluation["active"]}
     if all(before.get(key) == value for key, value in settings.items()):
         methods = before["parts"].items()
         return {method: {matrix: PartsFound(**one) for matrix, one in parts.items()} for method, parts in methods}
     report(Progress(f"{run.recipe.name}, seed {run.recipe.seed}: baselines"))
     parts = baseline_parts(run, evaluation["active"], GREEDY_INPUTS)
-    write_json(run.home / BASELINES, settings | {"parts": plain(parts)})
+    write_result(run.home, run.decomposition, BASELINES, settings | {"parts": plain(parts)})
     return parts
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spdcli.api import finished
-from spdcli.disk import read_json, write_json
+from spdcli.disk import write_json
 from spdcli.measures.evaluation import evaluate
 from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.recovery_baselines import baseline_recoveries
@@ -24,6 +24,7 @@ from spdcli.records import plain
 from spdcli.runs.directory import FIGURES
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.opening import claimed_run
+from spdcli.runs.results import kept_result, write_result
 
 RECIPES = ("planted-induction", "planted-lookup")
 RECOVERY, RECOVERY_SCHEMA = f"{FIGURES}/recovery.json", "spd.recovery/1"  # of one run
@@ -83,12 +84,14 @@ def reproduce_planted(
         for recipe in recipes
         for loaded in planted_recipes(recipe, settings, device, seeds)
     ]
-    directories = [claimed_run(out / name / f"seed-{loaded.recipe.seed}", loaded, force) for name, loaded in jobs]
+    directories = [
+        claimed_run(out / name / f"seed-{loaded.recipe.seed}", loaded, force, report) for name, loaded in jobs
+    ]
     evidence: dict[int, dict[str, Any]] = {}
     for nth, (directory, (name, loaded)) in enumerate(zip(directories, jobs, strict=True), 1):
         report(Progress(f"{name}, seed {loaded.recipe.seed} ({nth} of {len(jobs)}) in {directory.path}"))
         run = finished(directory, loaded, report)
-        evidence.setdefault(loaded.recipe.seed, {})[name] = recovery_of(run, sequences)
+        evidence.setdefault(loaded.recipe.seed, {})[name] = recovery_of(run, sequences, report)
     names = list(dict.fromkeys(name for name, _ in jobs))
     verdict = judge(list(evidence.values()), planted_claims(names))
     entries = [
@@ -116,9 +119,9 @@ def planted_recipes(recipe: str, settings: Sequence[str], device: str | None, se
     return [first, *(load_recipe(recipe, settings, seed=start + k, device=device) for k in range(1, seeds))]
 
 
-def recovery_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
+def recovery_of(run: LoadedRun, sequences: int, report: Report) -> dict[str, Any]:
     """How well the run and the baselines find the planted slices, as JSON; measured now unless it was before."""
-    before = read_json(run.home / RECOVERY)
+    before = kept_result(run.home, RECOVERY, report)
     settings = {"schema": RECOVERY_SCHEMA, "sequences": sequences}
     if all(before.get(key) == value for key, value in settings.items()):
         return before
@@ -130,8 +133,7 @@ def recovery_of(run: LoadedRun, sequences: int) -> dict[str, Any]:
         "metrics": plain(evaluation.metrics),
         "recovery": plain(recoveries),
     }
-    write_json(run.home / RECOVERY, data)
-    return data
+    return write_result(run.home, run.decomposition, RECOVERY, data)
 
 
 def planted_claims(names: Sequence[str]) -> list[Claim]:

@@ -86,18 +86,18 @@ def toy_variants(
         own = [*settings, *(f"target.{key}={json.dumps(value)}" for key, value in switches.items())]
         loaded = seed_recipes(recipe, own, device, 1, None)[0]
         seed = loaded.recipe.seed
-        directory = claimed_run(out / (place + "-begin" * begun + "-output" * projected), loaded, force)
+        directory = claimed_run(out / (place + "-begin" * begun + "-output" * projected), loaded, force, report)
         report(Progress(f"variant {len(rows) + 1} of 8 in {directory.path}"))
-        rows.append(_measured(finished(directory, loaded, report), sequences))
+        rows.append(_measured(finished(directory, loaded, report), sequences, report))
     variants = ToyVariants(recipe, seed, sequences, rows)
     write_json(out / REPORT, {"schema": SCHEMA, **plain(variants)})
     return variants
 
 
-def _measured(run: LoadedRun, sequences: int) -> ToyVariant:
+def _measured(run: LoadedRun, sequences: int, report: Report) -> ToyVariant:
     toy = run.subject.toy
     assert toy is not None
-    evaluation = evaluation_of(run, sequences)
+    evaluation = evaluation_of(run, sequences, report)
     attention = evaluation["circuit"]["attention"]["target"]
     places = {**OWN_CLASS, "V1": "m"}
     weights = {name: run.subject.target.matrices[name].weight for name in ("Q0", "K0")}

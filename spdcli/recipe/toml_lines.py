@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from functools import lru_cache
 from typing import Any
 
 import tomli
@@ -76,6 +77,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     return _Scanner(text).document()
 
 
+@lru_cache(4096)
 def split_key(dotted: str) -> KeyPath | None:
     """The parts of a TOML key such as `a."b.c".d`, or None when it is not one."""
     if not _KEY.fullmatch(dotted):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spdcli.engine.all_off import losses_all_off
 from spdcli.engine.fit import FitSettings, Record
@@ -17,7 +20,7 @@ from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.contents import is_whole_record
 from spdcli.runs.subject import Subject
-from spdcli.runs.watchdog import Alarm, Watchdog, Watched
+from spdcli.runs.watchdog import SIGNS, Alarm, Watchdog, Watched
 
 REWINDS = 5  # then the learning rate is a 32nd of the recipe's, and something else is wrong
 ROWS = 256  # positions at most by which it is told how many slices the data need
@@ -41,7 +44,8 @@ class Guard:
         self._collapse: Alarm | None = None
 
     def replay(self, records: list[dict[str, Any]]) -> None:
-        """Let the watchdog see the log of what was trained before, whose alarms were told then."""
+        """Let the watchdog see the log of what was trained before, whose alarms were told and logged then."""
+        self._before = [] if records else self._before
         names = {one.name for one in fields(Record)}
         needed = {one.name for one in fields(Record) if one.default is MISSING and one.default_factory is MISSING}
         for record in records:
@@ -75,7 +79,8 @@ class Guard:
 
     def may_rewind(self, step: int) -> bool:
         """Whether training may go back from a collapse, or a loss that is not finite, at `step`."""
-        return self.on_collapse == "rewind" and self.rewinds < REWINDS and step > 1
+        mended = step > 1 or (self._collapse is not None and SIGNS[self._collapse.kind].of_the_rate)
+        return self.on_collapse == "rewind" and self.rewinds < REWINDS and mended
 
     def rewind(self, error: SpdError, step: int) -> None:
         """Tell that training goes back to `step`, and watch from there."""
@@ -102,11 +107,20 @@ def start_guard(
         gate_bias=recipe.importance.gate_bias,
         prune_step=settings.prune_step,
         clipped=settings.clip_gates is not None,
+        size=root_mean_square(decomposition.slices.parameters()),
+        slice_rate=recipe.decompose.slice_rate,
     )
     before = forewarnings(recipe, subject.target, decomposition.names, clean)
     for alarm in before:
         report(Progress(str(alarm), warning=True))
     return Guard(run, recipe.decompose.on_collapse, report, before)
+
+
+@torch.no_grad()
+def root_mean_square(tensors: Iterable[Tensor]) -> float:
+    """That of all numbers of several tensors."""
+    squares = [(tensor.double().square().sum().item(), tensor.numel()) for tensor in tensors]
+    return math.sqrt(sum(square for square, _ in squares) / sum(count for _, count in squares))
 
 
 def forewarnings(recipe: Recipe, target: Target, names: list[str], clean: Clean) -> list[Alarm]:

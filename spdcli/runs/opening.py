@@ -114,13 +114,18 @@ def continue_run(run: RunDirectory, recipe: Recipe, report: Report) -> None:
             )
     for key, (before, after) in changed.items():
         report(Progress(f"{key} changes from {before!r} to {after!r}"))
+    if warn_of_conditions(run, report) or changed:
+        run.write_recipe(recipe)
+
+
+def warn_of_conditions(run: RunDirectory, report: Report) -> bool:
+    """Whether `run` was made with other versions or threads than there are now; each of them is told."""
     now = conditions()
     others = {name: value for name, value in run.conditions.items() if value != now[name]}
     for name, value in others.items():
         text = f"{run} was made with {name} {value}, and goes on with {now[name]}: its last digits depend on that"
         report(Progress(text, warning=True))
-    if changed or others:
-        run.write_recipe(recipe)
+    return bool(others)
 
 
 def changed_settings(run: RunDirectory, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -138,8 +143,11 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def claimed_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
-    """The run at `path`, there already by the same recipe, or new; UsageError when it is by another one."""
+def claimed_run(path: Path, loaded: LoadedRecipe, force: bool, report: Report) -> RunDirectory:
+    """The run at `path`, there already by the same recipe, or new; UsageError when it is by another one.
+
+    Of one that is there it is told where its versions or threads were others than now.
+    """
     if force or not (path / RECIPE).exists():
         return RunDirectory.create(path, loaded.recipe, force)
     run = RunDirectory.open(path)
@@ -150,4 +158,5 @@ def claimed_run(path: Path, loaded: LoadedRecipe, force: bool) -> RunDirectory:
             f"{path} was made with {key} = {before!r}, not {after!r}",
             "--force replaces it, --out names another directory",
         )
+    warn_of_conditions(run, report)
     return run

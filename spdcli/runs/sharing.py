@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 
-from spdcli.disk import read_json, write_directory, write_json, write_text
+from spdcli.disk import write_directory, write_json, write_text
 from spdcli.engine.tables import LOSSES
 from spdcli.errors import UsageError
 from spdcli.files import save_tensors
@@ -22,6 +22,7 @@ from spdcli.recipe.schema import HuggingFaceTarget, Recipe
 from spdcli.runs.directory import DECOMPOSITION, EVAL, RECIPE, TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.fingerprint import FINGERPRINT, keep_fingerprint
 from spdcli.runs.loading import LoadedRun
+from spdcli.runs.results import checked_result, sealed
 from spdcli.targets.model_files import is_local
 from spdcli.targets.sources import PACKAGE, hub_error
 
@@ -43,7 +44,7 @@ def write_shared(run: LoadedRun, folder: Path, force: bool = False) -> Path:
     """The run at `folder` for others to `load`; UsageError for a folder that is there, unless `force` replaces it."""
     if folder.exists() and not force:
         raise UsageError(f"{folder} is there already", "name another, or --force replaces it")
-    evaluation = {} if run.directory is None else read_json(run.directory / EVAL)
+    evaluation = {} if run.directory is None else own_evaluation(run.directory)
 
     def fill(new: Path) -> None:
         shared = RunDirectory(new)
@@ -55,11 +56,18 @@ def write_shared(run: LoadedRun, folder: Path, force: bool = False) -> Path:
         keep_fingerprint(new, run.subject.target)
         shared.save_decomposition(run.decomposition)
         if evaluation:
-            write_json(shared / EVAL, {**evaluation, "run": run.recipe.name})  # not where it lay
+            write_json(shared / EVAL, sealed({**evaluation, "run": run.recipe.name}))  # not where it lay
         write_text(shared / CARD, str(model_card(run, evaluation)))
 
     write_directory(folder, fill)
     return folder
+
+
+def own_evaluation(run: RunDirectory) -> dict[str, Any]:
+    """The run's evaluation, or nothing; SpdError where there is one that is damaged, or of another decomposition."""
+    if not (run / EVAL).exists():
+        return {}
+    return checked_result(run, EVAL, f"spd eval {run} measures it again")
 
 
 def push(run: LoadedRun, repository: str, private: bool = False) -> str:

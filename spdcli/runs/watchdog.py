@@ -33,7 +33,8 @@ class Watched:
 
     `steps` of the whole run; `all_off` the losses with every slice off (see `engine.all_off`); `slices` their number
     in all matrices, `blocks[m]` the block of matrix m; `gate_bias` is where gates start; `prune_step` as in
-    `FitSettings`, `clipped` whether the gates' gradient is.
+    `FitSettings`, `clipped` whether the gates' gradient is. `size` is the root mean square of U and V where training
+    begins (None: not known), whose learning rate is `slice_rate` times that of the records.
     """
 
     steps: int
@@ -43,6 +44,8 @@ class Watched:
     gate_bias: float = 0.5
     prune_step: int | None = None
     clipped: bool = False
+    size: float | None = None
+    slice_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,15 @@ def worse_than_none(seen: Seen) -> Reading | None:
     )
 
 
+def rate_too_high(seen: Seen) -> Reading | None:
+    """One step of Adam, which moves a number by about the learning rate, moves U and V by more than they are."""
+    rate, size = seen.now.rate * seen.run.slice_rate, seen.run.size
+    if size is None or rate <= size:
+        return None
+    text = f"a step moves the numbers of U and V by about {rate:.3g}, and their root mean square is {size:.3g}"
+    return rate / max(size, 1e-30), text, "lower decompose.learning_rate"
+
+
 def unfaithful(seen: Seen) -> Reading | None:
     """U V is further from W than no slices at all are."""
     for name in ("faithfulness", "relative_faithfulness"):
@@ -207,15 +219,18 @@ def gradient_spike(seen: Seen) -> Reading | None:
 @dataclass(frozen=True)
 class Sign:
     """Something that is seen in a record: `read` gives the number that shows it, or None. `collapse`: a lower learning
-    rate or another setting is needed for the run to come to anything; `patience`: records in a row that must show it.
+    rate or another setting is needed for the run to come to anything; `patience`: records in a row that must show it;
+    `of_the_rate`: a lower learning rate mends it even where it is seen in the first step.
     """
 
     read: Callable[[Seen], Reading | None]
     collapse: bool = False
     patience: int = PATIENCE
+    of_the_rate: bool = False
 
 
 SIGNS: dict[str, Sign] = {
+    "rate_too_high": Sign(rate_too_high, collapse=True, patience=1, of_the_rate=True),
     "nothing_on": Sign(nothing_on, collapse=True),
     "worse_than_none": Sign(worse_than_none, collapse=True),
     "unfaithful": Sign(unfaithful, collapse=True),

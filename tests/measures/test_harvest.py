@@ -13,7 +13,7 @@ from small_runs import MODEL, one_line, spd_here
 
 import spdcli
 from spdcli.errors import SpdError, UsageError
-from spdcli.files import load_tensors, save_tensors
+from spdcli.files import checksum, load_tensors, save_tensors
 from spdcli.measures.harvest import AFTER, BEFORE, NO_TOKEN, OFTEN, Harvester
 from spdcli.measures.harvest_files import Context, SliceInText, described, load_harvest, save_harvest, slice_number
 from spdcli.measures.pair_counts import PairCounts
@@ -157,6 +157,17 @@ def test_a_harvest_that_was_not_written_so_is_refused(gathered, tmp_path, name, 
     save_tensors(path, tensors | {name: change(tensors[name])}, about)
     with pytest.raises(SpdError, match=said):
         load_harvest(tmp_path)
+
+
+def test_a_harvest_of_another_decomposition_is_refused(gathered, tmp_path):
+    run = tmp_path / "decomposition.safetensors"
+    save_tensors(run, {"a": torch.ones(2)})
+    save_harvest(tmp_path, gathered[0], "abcde".__getitem__, checksum({"a": torch.ones(2)}))
+    assert load_harvest(tmp_path).matrices == SIZES
+    save_tensors(run, {"a": torch.zeros(2)})
+    with pytest.raises(SpdError, match="of another decomposition") as refused:
+        load_harvest(tmp_path)
+    assert refused.value.hint == f"spd harvest {tmp_path} gathers what its slices do over text"
 
 
 def in_text(name, *contexts):

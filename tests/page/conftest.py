@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from small_runs import model_recipe, save_toy, toy_recipe
 
@@ -14,6 +12,8 @@ from spdcli.location.tracing import TraceSettings
 from spdcli.page.assemble import run_page
 from spdcli.page.render import html
 from spdcli.paper.table1 import PAPER_ACTIVE
+from spdcli.runs.directory import EVAL
+from spdcli.runs.results import write_result
 
 KOBE = "Kobe Bryant plays professional basketball"
 FACTS = f"""\
@@ -63,7 +63,7 @@ def language_page(tmp_path_factory, tiny_gpt2_dir):
     told = run.report(
         settings=ReportSettings(TraceSettings(samples=1, window=1), random=1), facts=folder / "facts.toml"
     )
-    (folder / "run" / "eval.json").write_text(json.dumps({"metrics": {"recon": 0.125, "stochastic_recon": None}}))
+    write_result(run.home, run.decomposition, EVAL, {"metrics": {"recon": 0.125, "stochastic_recon": None}})
     (folder / "page").mkdir()
     page = run_page(run, folder / "page", told, save_report(told, folder / "page"))
     (folder / "report.html").write_text(html(page), encoding="utf-8")

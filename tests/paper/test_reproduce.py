@@ -22,6 +22,7 @@ from spdcli.paper.table1 import PAPER_ACTIVE, PAPER_ATTENTION, PAPER_METRICS, cl
 from spdcli.paper.verdict import Bound, judge
 from spdcli.records import plain
 from spdcli.runs import training
+from spdcli.runs.results import sealed
 from spdcli.runs.signals import StopSignals
 
 # Short sequences and few tokens: the whole experiment in about half a minute on one thread. Its own recipe, so that
@@ -302,6 +303,12 @@ def without_training(monkeypatch):
     monkeypatch.setattr(api, "prepared_subject", refuse)
 
 
+def threads(run, number):
+    """Let the recipe of a run say that it was made with so many threads."""
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("# threads: 1\n", f"# threads: {number}\n"))
+
+
 def test_a_finished_seed_is_reused_and_can_pass(tiny, monkeypatch):
     out, again = tiny
     without_training(monkeypatch)
@@ -309,7 +316,8 @@ def test_a_finished_seed_is_reused_and_can_pass(tiny, monkeypatch):
     found = json.loads(path.read_text())
     planted = papers_evaluation()
     planted["circuit"] = found["circuit"] | {"attention": planted["circuit"]["attention"]}
-    path.write_text(json.dumps(found | planted))
+    path.write_text(json.dumps(sealed(found | planted)))
+    threads(out / "seed-3", 64)
     code, text, err = again("--json")
     assert code == 0, err
     data = json.loads(text)
@@ -318,6 +326,7 @@ def test_a_finished_seed_is_reused_and_can_pass(tiny, monkeypatch):
     assert data["stability"] is None
     assert [(seed["seed"], seed["run"], seed["broken"]) for seed in data["seeds"]] == [(3, str(out / "seed-3"), [])]
     assert "decomposed already" in err
+    assert f"{out / 'seed-3'} was made with threads 64, and goes on with 1: its last digits depend on that" in err
     assert json.loads((out / "reproduce.json").read_text()) == data
 
 

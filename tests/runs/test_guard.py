@@ -103,6 +103,16 @@ def test_few_slices_and_small_batches_are_told_before_the_first_step(tiny_gpt2_d
     assert warned == []
 
 
+def test_what_is_told_before_the_first_step_is_logged_once(recipe, tmp_path):
+    settings = {"slices.C": 1, "slices.init": "random"}
+    spdcli.decompose(recipe, tmp_path / "whole", **settings)
+    spdcli.decompose(recipe, tmp_path / "run", **settings, **{"decompose.steps": 4})
+    spdcli.decompose(recipe, tmp_path / "run", resume=True, **settings)
+    whole, run = ([r.get("warnings") for r in RunDirectory(tmp_path / name).metrics()] for name in ("whole", "run"))
+    assert [one["kind"] for one in whole[0]] == ["few_slices"]
+    assert run == whole
+
+
 # --- on_collapse -----------------------------------------------------------------------------------
 
 
@@ -158,6 +168,20 @@ def test_a_run_goes_back_to_what_was_good_at_half_the_rate(recipe, tmp_path, mon
     assert [record["step"] for record in records] == list(range(1, 9))
     assert [record["rate"] for record in records] == [0.01] * back + [0.005] * (8 - back)
     assert all(sum(record["active"].values()) > 0 for record in records)
+
+
+def test_a_rate_that_undoes_the_slices_stops_a_run_or_is_halved(recipe, tmp_path):
+    hot = {"decompose.learning_rate": 4.0, "decompose.schedule": "constant"}
+    with pytest.raises(Collapsed, match="step 1: a step moves the numbers of U and V by about 4, and their") as stopped:
+        spdcli.decompose(recipe, **hot, **{"decompose.on_collapse": "stop"})
+    assert stopped.value.hint.startswith("lower decompose.learning_rate; or --resume")
+    heard = []
+    hot["decompose.on_collapse"] = "rewind"
+    run = spdcli.decompose(recipe, tmp_path / "run", **hot, progress=heard.append)
+    told = [one.text for one in heard if "going back to step 0, with half the learning rate" in one.text]
+    rate, size = run.home.metrics()[0]["rate"], float(told[-1].split(" is ")[1].split(":")[0])
+    assert rate == 4.0 / 2 ** len(told)
+    assert rate < size <= 2 * rate
 
 
 def test_a_rate_that_was_halved_stays_so_when_a_run_goes_on(recipe, tmp_path, monkeypatch):

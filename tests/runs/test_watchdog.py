@@ -80,9 +80,21 @@ def test_a_sign_is_told_once_it_has_stayed(kind, changes, number):
     assert kind not in [kind for kind, _ in alarms(start, record(550, **changes), record(600), record(650, **changes))]
 
 
+@pytest.mark.parametrize(("rate", "told"), [(0.24, []), (0.26, [("rate_too_high", 1)])])
+def test_a_rate_that_undoes_the_slices_is_told_in_the_first_step(rate, told):
+    run = replace(RUN, size=0.05, slice_rate=0.2)
+    assert alarms(record(1, rate=rate), record(50, rate=rate), run=run) == told
+    if told:
+        (line,) = lines(record(1, rate=rate), run=run)
+        assert line == (
+            "step 1: a step moves the numbers of U and V by about 0.052, and their root mean square is 0.05; "
+            "lower decompose.learning_rate"
+        )
+
+
 def test_every_sign_has_a_case():
     cases = test_a_sign_is_told_once_it_has_stayed.pytestmark[0].args[1]
-    assert {kind for kind, *_ in cases} | {"gradient_spike"} == set(SIGNS)
+    assert {kind for kind, *_ in cases} | {"gradient_spike", "rate_too_high"} == set(SIGNS)
 
 
 @pytest.mark.parametrize("kind", ["worse_than_none", "unfaithful", "always_on"])
