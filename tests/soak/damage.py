@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,7 +211,7 @@ def kills(folder: Path) -> Trial:
     """A run of a toy or of a language model whose process is killed at any moment, three times, and resumed until it
     is done: it has to end bit for bit as one that nothing interrupted."""
     from conftest import save_tiny_model
-    from small_runs import MODEL, TOY, save_toy, spd_process, toy_recipe
+    from small_runs import MODEL, TOY, save_toy, toy_recipe
 
     from spdcli.runs.directory import CHECKPOINT, DECOMPOSITION, METRICS, RunDirectory
     from spdcli.targets.quiet import quiet
@@ -222,32 +223,34 @@ def kills(folder: Path) -> Trial:
     targets = {"toy": f"path={save_toy(folder / 'toy', toy_recipe(folder=folder))}", "model": f"model={model}"}
 
     def command(kind: str, out: Path, *how: str) -> list[object]:
-        settings = [f"target.{targets[kind]}", "decompose.steps=200", "decompose.checkpoint_every=5"]
+        settings = [f"target.{targets[kind]}", "decompose.steps=60", "decompose.checkpoint_every=5"]
         options = [part for setting in settings for part in ("--set", setting)]
         return ["decompose", folder / f"{kind}.toml", *options, "-q", "--out", out, *how]
+
+    def how_to_go_on(run: Path) -> list[str]:
+        return ["--resume"] if RunDirectory(run).has_checkpoint else ["--force"] if run.exists() else []
 
     def told(run: Path) -> list[dict[str, Any]]:
         return [{key: value for key, value in r.items() if key != "seconds"} for r in RunDirectory(run).metrics()]
 
+    said, seconds = folder / "said", {}
     for kind in targets:
-        assert spd_process(*command(kind, folder / f"whole-{kind}")).wait() == 0
+        begun = time.monotonic()
+        assert code_of(forked(command(kind, folder / f"whole-{kind}"), said)) == 0, said.read_text()
+        seconds[kind] = time.monotonic() - begun
 
     def trial(chance: random.Random) -> None:
-        kind, run = chance.choice(sorted(targets)), folder / "run"
+        kind, run, left = chance.choice(sorted(targets)), folder / "run", KILLED
         shutil.rmtree(run, ignore_errors=True)
-        for left in reversed(range(KILLED + 1)):  # times that it is killed yet
-            how = ["--resume"] if RunDirectory(run).has_checkpoint else ["--force"] if run.exists() else []
-            process = spd_process(*command(kind, run, *how))
-            while left and process.poll() is None and not (run / METRICS).exists():
-                time.sleep(0.01)
-            if left:
-                time.sleep(chance.random())
-                process.send_signal(signal.SIGKILL)
-            _, err = process.communicate()
-            assert process.returncode == (-signal.SIGKILL if left else 0) or not process.returncode, err
-            assert "internal error" not in err, err
-            if process.returncode == 0:
-                break
+        while left:
+            process = forked(command(kind, run, *how_to_go_on(run)), said)
+            code = code_of(process, chance.random() * seconds[kind])
+            assert code in (0, -signal.SIGKILL), said.read_text()
+            if code == 0:  # it was quicker, and the next one begins anew
+                shutil.rmtree(run)
+            else:
+                left -= 1
+        assert code_of(forked(command(kind, run, *how_to_go_on(run)), said)) == 0, said.read_text()
         uninterrupted = folder / f"whole-{kind}"
         for name in (DECOMPOSITION, CHECKPOINT):
             assert tensors_of(run / name) == tensors_of(uninterrupted / name), name
@@ -255,6 +258,40 @@ def kills(folder: Path) -> Trial:
         assert not list(run.rglob("*.part")), "something unfinished is left"
 
     return trial
+
+
+def forked(arguments: list[object], said: Path) -> int:
+    """Runs `spd` in a process of its own, which begins with everything imported; gives its number. What it says goes
+    into a file."""
+    from spdcli import cli
+
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    try:
+        with said.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = ["spd", *map(str, arguments)]
+        cli.main()
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 1
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def code_of(process: int, seconds: float = float("inf")) -> int:
+    """The exit code of a forked process once it ends; it is killed after so many `seconds`."""
+    end, status = time.monotonic() + seconds, (0, 0)
+    while not status[0] and time.monotonic() < end:
+        time.sleep(0.005)
+        status = os.waitpid(process, os.WNOHANG)
+    if not status[0]:
+        os.kill(process, signal.SIGKILL)
+        status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status[1])
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:
