@@ -132,14 +132,6 @@ def _no_number(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of spd's own; empty when there is none that can be read."""
-    try:
-        return read_object(path)
-    except SpdError:
-        return {}
-
-
 def remove(path: Path) -> None:
     """Remove a file or a directory, if it is there; of a link, the link."""
     if path.is_dir() and not path.is_symlink():

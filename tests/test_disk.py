@@ -247,7 +247,7 @@ def test_a_model_is_saved_whole_or_not_at_all(tmp_path, tiny_gpt2_dir, size):
 def test_text_is_utf_8_in_every_locale(tmp_path):
     code = "import pathlib, sys; from spdcli.disk import *\n"
     code += (
-        "write_text(pathlib.Path('a.txt'), 'Gr\\xf6\\xdfe'); print(read_json(pathlib.Path('b.json'))['a'] == '\\xf6')"
+        "write_text(pathlib.Path('a.txt'), 'Gr\\xf6\\xdfe'); print(read_object(pathlib.Path('b.json'))['a'] == '\\xf6')"
     )
     (tmp_path / "b.json").write_bytes('{"a": "ö"}'.encode())
     plain = {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
