@@ -107,7 +107,7 @@ def reproduce_drawn(
     drawn = draw_facts(first, facts, count, report)
     prompts = f"data.prompts={json.dumps([fact.prompt for fact in drawn])}"
     loaded = load_recipe(recipe, [*settings, prompts], device=device)
-    run = claimed_run(out / "drawn", loaded, force)
+    run = claimed_run(out / "drawn", loaded, force, report)
     report(Progress(f"{count} facts decomposed together in {run.path}"))
     subject = prepared(run, loaded, report)
     finish_run(run, loaded, lambda: subject, report)
