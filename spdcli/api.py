@@ -202,7 +202,7 @@ def _told_to_stop(run: RunDirectory | None) -> Iterator[None]:
     except KeyboardInterrupt:
         if run is None or not run.content():
             raise Interrupted("stopped; nothing was kept", "the same command begins anew") from None
-        hint = "the same command with --resume goes on from there" if can_go_on(run) else "--force begins it anew"
+        hint = f"{run.command} --resume goes on from there" if can_go_on(run) else "--force begins it anew"
         raise Interrupted(f"stopped at once; {run} is as it was last saved", hint) from None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,7 +17,12 @@ from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from spdcli.console import Console
+    from spdcli.edits.ablation import Masking
     from spdcli.edits.answer_changes import AnswerChanges
+    from spdcli.edits.suppression import Address
+    from spdcli.edits.zeroing import Zeroed
+    from spdcli.runs.loading import LoadedRun
 
     Others = str
 else:
@@ -74,12 +79,7 @@ def ablate(
     that does to other facts is measured for all of them together.
     """
     console = make_console(json, quiet, verbose)
-    if not (slice or matrix or mlp):
-        raise UsageError("nothing to ablate", "give --slice ADDRESS, --matrix NAME or --mlp N")
-    if others and not slice:
-        raise UsageError("--others is about the slices of a decomposed model, and no --slice is given")
-    if figure and not (mlp and (len(mlp) > 1 or mlp == ["all"])):
-        raise UsageError("--figure draws one MLP layer after the other", "give --mlp all, or several --mlp")
+    check_usage(slice or [], matrix or [], mlp or [], others, figure)
     each_mlp = bool(mlp and "all" in mlp)
     options = exam_options(prompt, answer, facts, no_facts, sequences, all_mlp=each_mlp)
     from spdcli.edits.ablation import Masking
@@ -96,11 +96,7 @@ def ablate(
     if loaded.subject.feature_toy is not None:
         if mlp or options.prompts or options.named:
             raise UsageError("of a toy of sparse features every feature is looked at", "give --slice or --matrix alone")
-        from spdcli.commands.feature_tables import ablation_table
-        from spdcli.edits.feature_ablation import ablate_features
-
-        lost = ablate_features(loaded.subject, loaded.decomposition, slices, zeroed, masking)
-        console.show({"schema": "spd.ablate.features/1", "run": run, **plain(lost)}, ablation_table(lost))
+        show_features(console, run, loaded, slices, zeroed, masking)
         return
     if slices and masking.others == "on" and not loaded.decomposition.delta:
         console.warn("this run has no delta component: with all slices on it is U V, before is not the target")
@@ -115,6 +111,35 @@ def ablate(
     quiet_lines(console, report.effects)
     for path in drawings[:1]:
         console.result(path)
+
+
+def check_usage(
+    slices: Sequence[str], matrices: Sequence[str], mlps: list[str], others: str | None, figure: bool
+) -> None:
+    """UsageError for options that say nothing, or contradict each other."""
+    if not (slices or matrices or mlps):
+        raise UsageError("nothing to ablate", "give --slice ADDRESS, --matrix NAME or --mlp N")
+    if others and not slices:
+        raise UsageError("--others is about the slices of a decomposed model, and no --slice is given")
+    if figure and len(mlps) < 2 and mlps != ["all"]:
+        raise UsageError("--figure draws one MLP layer after the other", "give --mlp all, or several --mlp")
+
+
+def show_features(
+    console: Console,
+    run: Path,
+    loaded: LoadedRun,
+    slices: Sequence[Address],
+    zeroed: Sequence[Zeroed],
+    masking: Masking,
+) -> None:
+    """What every feature of a toy of sparse features loses."""
+    from spdcli.commands.feature_tables import ablation_table
+    from spdcli.edits.feature_ablation import ablate_features
+    from spdcli.records import plain
+
+    lost = ablate_features(loaded.subject, loaded.decomposition, slices, zeroed, masking)
+    console.show({"schema": "spd.ablate.features/1", "run": run, **plain(lost)}, ablation_table(lost))
 
 
 def draw_layers(alone: Mapping[str, AnswerChanges], run: Path) -> list[Path]:

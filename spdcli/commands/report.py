@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from spdcli.console import Console
     from spdcli.edits.facts_file import Facts
-    from spdcli.location.report import RunReport
+    from spdcli.location.report import ReportSettings, RunReport
     from spdcli.runs.loading import LoadedRun
 
 REPORT, DATA, TEXT = "report", "report.json", "report.md"
@@ -92,8 +92,7 @@ def report(
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, no_facts)
     from spdcli.disk import write_json, write_text
-    from spdcli.edits.text_changes import text_to_keep
-    from spdcli.location.report import ReportSettings, report_facts
+    from spdcli.location.report import ReportSettings
     from spdcli.location.report_markdown import markdown as in_markdown
     from spdcli.location.tracing import TraceSettings
     from spdcli.page.assemble import write_page
@@ -103,27 +102,16 @@ def report(
     loaded = opened(console, run, device)
     seed, layers, recipe = loaded.seed_or(seed), len(loaded.subject.target.blocks), loaded.recipe
     settings = ReportSettings(TraceSettings(noise, sigma, samples, window, seed), random, matrix, seed)
-    folder, about = out or run / REPORT, None
+    folder = out or run / REPORT
     if figure:
         draw_alone(console, loaded, figure, folder, file)
         return
-    prompts = None if recipe.data is None else recipe.data.prompts
-    if file is not None and (prompts is not None or facts is not None):
-        with console.progress("which facts the model knows") as tell:
-            kept = None if text is None else text_to_keep(recipe, loaded.subject, text, text_tokens, tell)
-            about = report_facts(
-                loaded.subject,
-                loaded.decomposition,
-                recipe.data,
-                recipe.slices.ridge,
-                file,
-                subject or [],
-                settings,
-                kept,
-                tell,
-            )
-    elif markdown:
+    has_prompts = recipe.data is not None and recipe.data.prompts is not None
+    asked = file if has_prompts or facts is not None else None
+    if markdown and asked is None:
         raise UsageError("--markdown is about facts, and there are none here", "leave it out")
+    beside = (text, text_tokens)
+    about = None if asked is None else about_facts(console, loaded, asked, subject or [], settings, beside)
     with console.progress("the page") as tell:
         page, figures = write_page(loaded, folder, about, PAPER_ACTIVE, seed, tell)
     said = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": seed, "layers": layers}
@@ -134,6 +122,24 @@ def report(
         write_text(folder / TEXT, in_markdown(str(run), about, settings, layers, figures))
     console.show(data, *([] if about is None else render(about)))
     console.result(page)
+
+
+def about_facts(
+    console: Console,
+    run: LoadedRun,
+    facts: Facts,
+    subjects: list[str],
+    settings: ReportSettings,
+    text: tuple[str | None, int],
+) -> RunReport:
+    """The part of the page about facts, with what edits do to so many tokens of `text`, where there is one."""
+    from spdcli.edits.text_changes import text_to_keep
+    from spdcli.location.report import report_facts
+
+    own, recipe, (source, tokens) = (run.subject, run.decomposition), run.recipe, text
+    with console.progress("which facts the model knows") as tell:
+        kept = None if source is None else text_to_keep(recipe, run.subject, source, tokens, tell)
+        return report_facts(*own, recipe.data, recipe.slices.ridge, facts, subjects, settings, kept, tell)
 
 
 def draw_alone(console: Console, run: LoadedRun, numbers: list[int], folder: Path, facts: Facts | None) -> None:

@@ -176,7 +176,12 @@ class RunDirectory:
     def way_back(self) -> str:
         """A hint for when the decomposition is damaged: what makes it again."""
         how = "--resume writes it again from the checkpoint" if self.has_checkpoint else "--force makes it again"
-        return f"spd decompose {self / RECIPE} --out {self} {how}"
+        return f"{self.command} {how}"
+
+    @property
+    def command(self) -> str:
+        """The command that makes the run, by its own recipe, but for `--resume` or `--force`."""
+        return f"spd decompose {self / RECIPE} --out {self}"
 
     @property
     def last_record(self) -> dict[str, Any]:
@@ -291,6 +296,14 @@ class ToyDirectory(RunDirectory):
     """The run of `spd train`."""
 
     checkpoint = TOY_CHECKPOINT
+
+    @property
+    def command(self) -> str:
+        """That of `spd train`; of a toy within the run that decomposes it, that of the run."""
+        whole = RunDirectory(self.path.parent)
+        if self.path.name == TOY and (whole / RECIPE).exists():
+            return whole.command
+        return f"spd train {self / RECIPE} --out {self}"
 
 
 def _passing(file: Path) -> bool:

@@ -39,9 +39,8 @@ def stopped(store: AnyStore, where: str) -> Interrupted:
         return Interrupted(
             f"stopped after {where}; nothing is kept of a run in memory", "give it a directory, out=, to go on there"
         )
-    return Interrupted(
-        f"stopped after {where}; everything is saved in {store}", "the same command with --resume goes on there"
-    )
+    run = store.run if isinstance(store, FollowedRun) else store
+    return Interrupted(f"stopped after {where}; everything is saved in {run}", f"{run.command} --resume goes on there")
 
 
 def learned(

@@ -10,7 +10,7 @@ from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import Missing, UsageError
 from spdcli.recipe.schema import Recipe
 from spdcli.runs.decomposition import read_decomposition
-from spdcli.runs.directory import DECOMPOSITION, RECIPE, TOY, TOY_WEIGHTS, RunDirectory
+from spdcli.runs.directory import DECOMPOSITION, TOY, TOY_WEIGHTS, RunDirectory
 from spdcli.runs.opening import can_go_on
 from spdcli.runs.subject import Subject, choose_device, open_subject
 
@@ -73,7 +73,7 @@ def load(
         how = "--resume goes on with it" if can_go_on(directory) else "--force begins it anew"
         raise Missing(
             f"{directory} is not finished: there is no {DECOMPOSITION}",
-            f"spd decompose {directory / RECIPE} --out {directory} {how}",
+            f"{directory.command} {how}",
         )
     if open_target is not None:
         subject = open_target(recipe)

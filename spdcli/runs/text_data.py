@@ -99,7 +99,7 @@ def corpus_of(data: Data, model: LanguageModel, seed: int, report: Report = sile
         count, alone = data.sequences, data.prompts is None
         assert count is not None
         held_out = max(1, round(data.stream_held_out * count)) if alone else count
-        return generated_text(model.model, model.tokenizer, count, held_out, data.length, seed, kept=alone)
+        return generated_text(model.model, model.tokenizer, count, held_out, data.length, seed, alone, report)
     begin = model.tokenizer.bos_token_id if begins_texts(model.tokenizer, data.begin_token) else None
     text = packed_text(data.stream, data.stream_field, model.tokenizer, data.length, begin, report)
     return split(text, data.stream_held_out, data.sequences, seed, data.stream)

@@ -17,6 +17,7 @@ from spdcli.engine.forward import clean_pass
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import SpdError
 from spdcli.files import load_tensors, save_tensors
+from spdcli.progress import Progress, Report, silent
 from spdcli.targets.text_windows import KeptText, TextSplit
 from spdcli.targets.user_cache import cached
 
@@ -36,13 +37,15 @@ def generated_text(
     length: int,
     seed: int,
     kept: bool = False,
+    report: Report = silent,
 ) -> TextSplit:
     """So many `sequences` of `length` tokens to train on, sampled from `model` when they are first read, and so many
-    others that are `held_out`; with `kept` they stay in the user's cache."""
+    others that are `held_out`; with `kept` they stay in the user's cache. `report` hears how far the sampling is."""
 
     def part(count: int, seed: int) -> KeptText:
         def sample() -> Tensor:
-            return sampled(model, tokenizer.all_special_ids, count, length, torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            return sampled(model, tokenizer.all_special_ids, count, length, generator, report)
 
         def read() -> Tensor:
             name = f"{_fingerprint(model)}-{seed}-{count}-{length}"
@@ -71,7 +74,12 @@ def require_length(length: int, tokenizer: PreTrainedTokenizerBase) -> None:
 
 @torch.no_grad()
 def sampled(
-    model: PreTrainedModel, special: Sequence[int], sequences: int, length: int, generator: torch.Generator
+    model: PreTrainedModel,
+    special: Sequence[int],
+    sequences: int,
+    length: int,
+    generator: torch.Generator,
+    report: Report = silent,
 ) -> Tensor:
     """Tokens `[S, T]` drawn from the model at temperature 1, on the CPU; no corpus is needed.
 
@@ -86,6 +94,8 @@ def sampled(
         columns = [torch.multinomial(allowed, count, replacement=True, generator=generator)]
         past = None
         while len(columns) < length:
+            done = start * length + len(columns) * count
+            report(Progress("tokens of text that the model writes", done, sequences * length))
             last = columns[-1][:, None].to(device)
             answer = model(input_ids=last, past_key_values=past, use_cache=True)
             past = answer.past_key_values
