@@ -218,7 +218,13 @@ def drawn_facts(data: Data) -> str:
     """`spd.facts.drawn/1`: how many facts each method cuts, then what the edit by rule does to each."""
     total = len(data["facts"])
     counts = [
-        [NAMES.get(row["method"], row["method"]), row["edits"], row["cut"], f"{row['cut_and_spared']} of {total}"]
+        [
+            NAMES.get(row["method"], row["method"]),
+            row["edits"],
+            row["cut"],
+            f"{row['cut_and_spared']} of {total}",
+            row["cut_and_tail_spared"],
+        ]
         for row in data["methods"]
     ]
     rows = []
@@ -245,7 +251,7 @@ def drawn_facts(data: Data) -> str:
     heads = ["fact", "slices", "own answer", "other prompts", "facts: mean", "99 %", "max"]
     return joined(
         [
-            table(["method", "edits", "cut by 60 %", "and every bound on others held"], counts),
+            table(["method", "edits", "cut by 60 %", "and the others spared", "and the tail"], counts),
             "By rule; *same subject*: the largest change of a fact about it, which no bound is on; *text*: the KL that "
             "one token of ordinary text in a hundred exceeds.",
             table([*heads, "same subject", "text, 99 %", "holds"], rows),

@@ -125,12 +125,11 @@ def drawn_tables(experiment: DrawnExperiment) -> list[Table | str]:
 
     total = len(experiment.facts)
     counts = Table(title=f"{total} drawn facts: cut by 60 %, and cut with every bound on others held")
-    for heading in ("method", "edits", "cut", "cut and spared"):
+    for heading in ("method", "edits", "cut", "cut, others spared", "and the tail"):
         counts.add_column(heading, justify="left" if heading == "method" else "right")
     for row in experiment.methods:
-        counts.add_row(
-            row.method, str(row.edits), str(row.cut), f"{row.cut_and_spared} ({row.cut_and_spared / total:.0%})"
-        )
+        spared = f"{row.cut_and_spared} ({row.cut_and_spared / total:.0%})"
+        counts.add_row(row.method, str(row.edits), str(row.cut), spared, str(row.cut_and_tail_spared))
     each = Table(title="By rule: relative changes, of other facts the mean, the 99th percentile and the largest")
     for heading in (
         "fact",

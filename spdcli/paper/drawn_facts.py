@@ -57,12 +57,14 @@ class DrawnFact:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodCount:
-    """Of all facts: how many a method has an `edit` of, `cut` by FALL, and cut while all bounds on others hold."""
+    """Of all facts: how many a method has an `edit` of, `cut` by FALL, and cut while the bounds on others hold, and
+    while that on the tail does, too."""
 
     method: str
     edits: int
     cut: int
     cut_and_spared: int
+    cut_and_tail_spared: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,4 +201,5 @@ def count_of(method: str, rows: Sequence[DrawnFact]) -> MethodCount:
         edits=len(edits),
         cut=sum(edit.cut for edit in edits),
         cut_and_spared=sum(edit.cut and edit.spares for edit in edits),
+        cut_and_tail_spared=sum(edit.cut and edit.spares_tail for edit in edits),
     )
