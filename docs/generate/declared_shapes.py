@@ -75,7 +75,7 @@ def _looking() -> dict[str, Keys]:
         "spd certify": _said("certify", RUN, keys_of(Certifying), keys_of(Certificate), KEPT),
         "spd eval, sparse features": _said("eval/2", RUN, target, keys_of(FeatureEvaluation), KEPT),
         "spd inspect": _said("inspect/2", RUN, keys_of(Inspection)),
-        "spd explore": _said("explore", RUN, keys_of(TextMap)),
+        "spd explore": _said("explore/2", RUN, keys_of(TextMap)),
         "spd inspect --slice": _said("inspect/2", RUN, nothing, {"slices": [one_slice]}),
         "spd harvest": _said("harvest", RUN, {"tokens": int, "slices": [SliceInText]}),
         "spd search": _said("search", RUN, {"text": str, "matches": [Match]}),

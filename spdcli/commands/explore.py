@@ -64,7 +64,7 @@ def explore(
     exploration = Exploration(loaded, threshold, seed=seed)
     view = exploration.chosen(which)
     if json:
-        console.show({"schema": "spd.explore/1", "run": run, **plain(exploration.text_map(view, off))})
+        console.show({"schema": "spd.explore/2", "run": run, **plain(exploration.text_map(view, off))})
         return
     from spdcli.explorer.app import Explorer
 

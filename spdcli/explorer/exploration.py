@@ -62,11 +62,11 @@ class NextTokens:
 
 @dataclass(frozen=True)
 class TextMap:
-    """`spd.explore/1` but for the run's name: sums of importances at each of the `tokens`, by matrix, and the `next`
-    token; `prompt` is the text's number among the run's, or None."""
+    """`spd.explore/2` but for the run's name: sums of importances at each of the `tokens`, by matrix, and the `next`
+    token; `number` is that of the run's prompts, from 1, or None."""
 
     text: str
-    prompt: int | None
+    number: int | None
     tokens: Sequence[str]
     importance: Mapping[str, Sequence[float]]
     next: NextTokens

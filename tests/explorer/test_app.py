@@ -194,10 +194,10 @@ def test_the_command_says_what_it_needs_and_gives_json(toy_run, tmp_path, monkey
     said = json.loads(out)
     assert code == 0
     assert (said["schema"], said["tokens"], said["next"]["off"]) == (
-        "spd.explore/1",
+        "spd.explore/2",
         ["3", "s", "1", "4", "s"],
         [address],
     )
     assert list(said["importance"]) == toy_run.matrices
     second = json.loads(spd("explore", tmp_path / "run", "--prompt", "2", "--json")[1])
-    assert (second["prompt"], second["text"]) == (2, toy_run.explore().own.texts[1])
+    assert (second["number"], second["text"]) == (2, toy_run.explore().own.texts[1])
