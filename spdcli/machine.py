@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from spdcli.records import ABSENT, Absent
 
 PRODUCT_SIZE = 1536  # of the square products that the matrix-product rate is measured on
+LARGE_MOMENTS = 1 << 30  # bytes, from which on processes divide them
 STATUS = Path("/proc/self/status")
 STATES = 3  # that training keeps of every parameter besides its value: its gradient and Adam's two moments
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -111,18 +113,29 @@ def product_inputs(device: torch.device, dtype: torch.dtype = torch.float32) -> 
     return a, b
 
 
-def training_bytes(parameters: int, element: int) -> int:
-    """Bytes that `parameters` trained numbers of `element` bytes each take while they are trained.
+def training_bytes(parameters: int, element: int, processes: int = 1) -> int:
+    """Bytes that `parameters` trained numbers of `element` bytes each take while they are trained, in each of so many
+    `processes`.
 
     Their values, their gradients and Adam's two moments: what a run needs whatever its batch is.
     """
-    return (1 + STATES) * element * parameters
+    return element * parameters + _trained_bytes(element * parameters, processes)
 
 
-def state_bytes(module: nn.Module) -> int:
-    """Bytes that training a module takes besides the module itself: the gradients and Adam's two moments of its
-    trained parameters, which come into being with the first step."""
-    return STATES * sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+def state_bytes(module: nn.Module, processes: int = 1) -> int:
+    """Bytes that training a module takes besides the module itself, in each of so many `processes`: the gradients and
+    Adam's two moments of its trained parameters, which come into being with the first step."""
+    return _trained_bytes(sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad), processes)
+
+
+def divides_moments(parameters: int, processes: int) -> bool:
+    """Whether so many `processes` divide the moments of trained parameters of so many bytes."""
+    return processes > 1 and (STATES - 1) * parameters >= LARGE_MOMENTS
+
+
+def _trained_bytes(parameters: int, processes: int) -> int:
+    moments = (STATES - 1) * parameters
+    return parameters + (math.ceil(moments / processes) if divides_moments(parameters, processes) else moments)
 
 
 def keep_freed_memory() -> bool:

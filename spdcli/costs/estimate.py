@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS
 from spdcli.engine.portion import Portion, variants_of_a_step
 from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.machine import STATES, Machine, describe, free_bytes, state_bytes, used_bytes
+from spdcli.machine import STATES, Machine, describe, divides_moments, free_bytes, state_bytes, used_bytes
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import Recipe, ToyTarget
 from spdcli.records import ABSENT, Absent
@@ -173,11 +174,12 @@ def counted(loaded: LoadedRecipe, device: torch.device, processes: int = 1, here
             refuse_too_few_slices(recipe, subject, names)
             decomposition = untrained_decomposition(recipe, subject, names, META)
             trained = [p for p in decomposition.parameters() if p.requires_grad]
-            moments = [torch.empty_like(p) for p in trained for _ in range(STATES - 1)]
+            parts = processes if divides_moments(sum(p.numel() * p.element_size() for p in trained), processes) else 1
+            moments = [p.new_empty(math.ceil(p.numel() / parts)) for p in trained for _ in range(STATES - 1)]
         held = state.alive
         process = used_bytes(device)
         free = free_bytes(device) + process  # this process goes, the other comes
-        optimizer = state_bytes(decomposition)
+        optimizer = state_bytes(decomposition, processes)
         settings = fit_settings(recipe, free - process - held - optimizer)
         step, divided = _dry_step(recipe, subject, decomposition, settings, heap, OnPaper(0, processes))
         growth = heap.growth

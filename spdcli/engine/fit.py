@@ -16,6 +16,7 @@ from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise
 from spdcli.engine.optimise import OptimiserSettings, make_optimiser, set_rate
+from spdcli.engine.ownership import Ownership, divided
 from spdcli.engine.portion import Portion
 from spdcli.engine.processes import ALONE, Processes
 from spdcli.engine.step import Step, backward_step
@@ -53,7 +54,8 @@ class Record:
 @dataclass
 class FitState:
     """Everything a run needs to go on exactly where it stopped; `adversary` is what a persistent one keeps, and
-    `rate_share` multiplies every learning rate of the schedule."""
+    `rate_share` multiplies every learning rate of the schedule. With an `ownership` the optimizer has the parameters
+    of this process alone."""
 
     optimiser: torch.optim.Optimizer
     schedule: OptimiserSettings
@@ -62,6 +64,24 @@ class FitState:
     step: int = 0
     seconds: float = 0.0
     rate_share: float = 1.0
+    ownership: Ownership | None = None
+
+    @property
+    def groups(self) -> list[list[Tensor]]:
+        """All trained parameters, by group."""
+        return self.ownership.groups if self.ownership else [group["params"] for group in self.optimiser.param_groups]
+
+    def moments(self) -> dict[int, dict[str, Tensor]]:
+        """What the optimizer keeps of each parameter, by its number through all groups. Where several processes make
+        the run, all call this together, and the first has the answer."""
+        return self.ownership.moments(self.optimiser) if self.ownership else self.optimiser.state_dict()["state"]
+
+    def load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        """Let the optimizer go on from what `moments` gave."""
+        if self.ownership:
+            own = enumerate(self.ownership.own_numbers)
+            moments = {place: moments[number] for place, number in own if number in moments}
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
 
 
 @dataclass(frozen=True)
@@ -91,22 +111,24 @@ def start_fit(
     seed: int,
     device: torch.device,
     slice_rate: float = 1.0,
+    processes: Processes | None = None,
 ) -> FitState:
     """Optimizer, schedule and generators at step 0; `slice_rate` multiplies the learning rate of U and V.
 
-    Generators, seeded from `seed`: `data` and `plan` on the CPU, `noise` on the device.
+    Generators, seeded from `seed`: `data` and `plan` on the CPU, `noise` on the device. With `processes` each of them
+    updates a part of the parameters.
     """
-    groups: list[dict] = [
-        {"params": list(decomposition.slices.parameters()), "factor": slice_rate},
-        {"params": [p for p in decomposition.importances.parameters() if p.requires_grad]},
-    ]
+    trained = [p for p in decomposition.importances.parameters() if p.requires_grad]
+    ownership = divided([list(decomposition.slices.parameters()), trained], processes) if processes else None
+    slices, gates = ownership.own if ownership else (list(decomposition.slices.parameters()), trained)
+    groups: list[dict] = [{"params": slices, "factor": slice_rate}, {"params": gates}]
     optimiser = make_optimiser(groups, settings)
     generators = {
         "data": torch.Generator().manual_seed(seed + 1),
         "plan": torch.Generator().manual_seed(seed + 2),
         "noise": torch.Generator(device).manual_seed(seed + 3),
     }
-    return FitState(optimiser, settings, generators)
+    return FitState(optimiser, settings, generators, ownership=ownership)
 
 
 def warm_up_faithfulness(target: Target, decomposition: Decomposition, steps: int, rate: float = 1e-3) -> float:
@@ -155,7 +177,8 @@ def fit(
             patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
             clean = clean_pass(target, portion.batch, decomposition.names, patterns, settings.losses.compares_outputs)
         annealed = settings.losses.annealed(state.step, settings.steps)
-        state.optimiser.zero_grad(set_to_none=True)
+        for parameter in (parameter for group in state.groups for parameter in group):
+            parameter.grad = None
         backward = partial(
             backward_step,
             annealed=annealed,
@@ -172,13 +195,15 @@ def fit(
             also = backward(target, decomposition, passed, losses, portion=beside)
             step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
-        _add_up(processes, state.optimiser, step, due)
-        norms = _clipped(state.optimiser, settings)
+        _add_up(processes, state.groups, step, due)
+        norms = _clipped(state.groups, settings)
         watch.see(state.step + 1, step, norms)
         if due or target.device.type != "cuda":
             watch.check(step.losses)
         rate = set_rate(state.optimiser, state.schedule, state.step, state.rate_share)
         state.optimiser.step()
+        if state.ownership:
+            state.ownership.spread()
         state.step += 1
         if state.step == settings.prune_step:
             to_come = lambda generator, number: batches(generator, state.step + number)  # noqa: E731
@@ -193,22 +218,22 @@ def portion_of(broad: Batch, processes: Processes) -> Portion:
     return Portion(broad, processes, by_rows=len(broad.tokens) < processes.count)
 
 
-def _add_up(processes: Processes, optimiser: torch.optim.Optimizer, step: Step, counts: bool) -> None:
+def _add_up(processes: Processes, groups: list[list[Tensor]], step: Step, counts: bool) -> None:
     """Make the losses of `step`, the gradients, and with `counts` those of active slices, what they are over all
     processes."""
     if processes.count == 1:
         return
-    processes.add_gradients(p for group in optimiser.param_groups for p in group["params"])
+    processes.add_gradients(parameter for group in groups for parameter in group)
     step.losses = {name: loss.double() for name, loss in step.losses.items()}
     processes.add_up([*step.losses.values(), *(step.counts.values() if counts else ())])
 
 
-def _clipped(optimiser: torch.optim.Optimizer, settings: FitSettings) -> dict[str, Tensor]:
+def _clipped(groups: list[list[Tensor]], settings: FitSettings) -> dict[str, Tensor]:
     """Clips the gradients of slices and gates, each by its own limit; the norms that they had, one number each."""
     limits = {"slices": settings.clip_slices, "gates": settings.clip_gates}
     return {
-        name: torch.nn.utils.clip_grad_norm_(group["params"], limit or math.inf, foreach=True)
-        for (name, limit), group in zip(limits.items(), optimiser.param_groups, strict=True)
+        name: torch.nn.utils.clip_grad_norm_(group, limit or math.inf, foreach=True)
+        for (name, limit), group in zip(limits.items(), groups, strict=True)
     }
 
 

@@ -67,19 +67,19 @@ class Processes:
         """The smallest of the processes' numbers."""
         return min(self.numbers([own if rank == self.rank else 0.0 for rank in range(self.count)]))
 
-    def follow_first(self, tensors: Iterable[Tensor]) -> None:
-        """Make each of `tensors` what it is in the first process, in place."""
+    def follow(self, tensors: Iterable[Tensor], rank: int = 0) -> None:
+        """Make each of `tensors` what it is in process `rank`, in place."""
         if self.count > 1:
             for tensor in tensors:
-                self._send(tensor)
+                self._send(tensor, rank)
 
     def _sum(self, tensor: Tensor) -> None:
         with _heard():
             torch.distributed.all_reduce(tensor)
 
-    def _send(self, tensor: Tensor) -> None:
+    def _send(self, tensor: Tensor, rank: int) -> None:
         with _heard():
-            torch.distributed.broadcast(tensor, src=0)
+            torch.distributed.broadcast(tensor, src=rank)
 
 
 ALONE = Processes()

@@ -19,7 +19,7 @@ NO_WAY_BACK = "--force begins the run anew"
 def write_checkpoint(path: Path, before: Path | None, module: nn.Module, state: FitState) -> None:
     """Write parameters, moments, generators, adversary and step; what was at `path` is kept as `before`, if given."""
     tensors = {f"parameters.{name}": tensor for name, tensor in module.state_dict().items()}
-    for index, values in state.optimiser.state_dict()["state"].items():
+    for index, values in state.moments().items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
     tensors |= {f"generator.{name}": g.get_state() for name, g in state.generators.items()}
     tensors |= {f"adversary.{name}": numbers for name, numbers in state.adversary.items()}
@@ -52,9 +52,9 @@ def _restore(tensors: dict[str, Tensor], module: nn.Module, state: FitState) -> 
     for name, tensor in parts["optimizer"].items():
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = tensor
-    state.optimiser.load_state_dict({**state.optimiser.state_dict(), "state": moments})
+    state.load_moments(moments)
     for name, value in parts["generator"].items():
         if value.shape == state.generators[name].get_state().shape:
             state.generators[name].set_state(value)
-    device = state.optimiser.param_groups[0]["params"][0].device
+    device = state.groups[0][0].device
     state.adversary = {name: numbers.to(device) for name, numbers in parts["adversary"].items()}

@@ -28,7 +28,7 @@ def of_checkpoint(module: nn.Module, state: FitState, found: Mapping[str, Tensor
 
     Parameters that no loss has reached have no moments yet. A persistent adversary's numbers are of the batch's shape.
     """
-    parameters = [parameter for group in state.optimiser.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in state.groups for parameter in group]
     optional: dict[str, Form] = {}
     for index, parameter in enumerate(parameters):
         moment = Form(tuple(parameter.shape), parameter.dtype)

@@ -17,6 +17,7 @@ class FollowedRun:
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
+        self._newest: int | None = None  # the step of the newest checkpoint, as the first process knows it
 
     @property
     def has_checkpoint(self) -> bool:
@@ -27,6 +28,7 @@ class FollowedRun:
 
     def load_checkpoint(self, module: nn.Module, state: FitState, report: Report = silent) -> None:
         self.run.load_checkpoint(module, state, report)
+        self._newest = state.step
 
     def step_back(self) -> bool:
         return self.run.step_back()
@@ -38,10 +40,14 @@ class FollowedRun:
         """Nothing, likewise."""
 
     def save(self, decomposition: nn.Module, state: FitState) -> None:
-        """Nothing, likewise."""
+        """The first process saves; what this one alone has of the moments goes there."""
+        state.moments()
+        self._newest = state.step
 
     def keep_step(self, module: nn.Module, state: FitState, step: int) -> None:
-        """Nothing, likewise."""
+        """As `save`, where the first process does."""
+        if step not in (0, self._newest):
+            state.moments()
 
     def __str__(self) -> str:
         return str(self.run)

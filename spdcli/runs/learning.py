@@ -12,7 +12,7 @@ from spdcli.engine.portion import variants_of_a_step
 from spdcli.engine.processes import ALONE, Processes
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.errors import Collapsed, Interrupted, NotFinite, SpdError, UsageError
-from spdcli.machine import free_bytes, state_bytes, training_bytes, used_bytes
+from spdcli.machine import divides_moments, free_bytes, state_bytes, training_bytes, used_bytes
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.reading import LoadedRecipe, select_matrices
 from spdcli.recipe.schema import Recipe
@@ -56,18 +56,18 @@ def learned(
     recipe = loaded.recipe
     allow_tensor_cores(recipe.decompose.precision)
     names = select_matrices(loaded, list(subject.target.matrices))
-    refuse_too_large(recipe, subject, names)
+    refuse_too_large(recipe, subject, names, processes.count)
     if isinstance(store, RunDirectory):
         keep_fingerprint(store.path, subject.target)
-    decomposition, state = begun_decomposition(recipe, subject, names)
+    decomposition, state = begun_decomposition(recipe, subject, names, processes)
     resumed = store.has_checkpoint
     if resumed:
         store.load_checkpoint(decomposition, state, report)
         report(Progress(f"going on from step {state.step}"))
     else:
         warm_up(recipe, subject, decomposition, report)
-    processes.follow_first(decomposition.state_dict().values())
-    settings = fit_settings(recipe, free_bytes(subject.target.device) - state_bytes(decomposition))
+    processes.follow(decomposition.state_dict().values())
+    settings = fit_settings(recipe, free_bytes(subject.target.device) - state_bytes(decomposition, processes.count))
     settings = replace(settings, plan_bytes=processes.least(settings.plan_bytes))  # by which random numbers are ordered
     by_rows = divided_by_rows(subject, decomposition, settings, processes)
     stream, begun = stream_batches(recipe, subject), state.step
@@ -80,8 +80,8 @@ def learned(
             break
         except (Collapsed, NotFinite) as error:
             if guard.may_rewind(error.step):
-                decomposition, state = gone_back(store, recipe, subject, decomposition, state)
-                processes.follow_first(decomposition.state_dict().values())
+                decomposition, state = gone_back(store, recipe, subject, decomposition, state, processes)
+                processes.follow(decomposition.state_dict().values())
                 guard.rewind(error, state.step)
             elif isinstance(error, NotFinite) and resumed and error.step == begun + 1 and store.step_back():
                 store.load_checkpoint(decomposition, state)
@@ -119,15 +119,26 @@ def divided_by_rows(
     return True
 
 
-def begun_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> tuple[Decomposition, FitState]:
-    """The decomposition of the matrices `names` at step 0, and the state of its training."""
+def begun_decomposition(
+    recipe: Recipe, subject: Subject, names: list[str], processes: Processes = ALONE
+) -> tuple[Decomposition, FitState]:
+    """The decomposition of the matrices `names` at step 0, and the state of its training, whose moments `processes`
+    divide where they are large."""
     decomposition = start_decomposition(recipe, subject, names)
     schedule, device = optimiser_settings(recipe.decompose), subject.target.device
-    return decomposition, start_fit(decomposition, schedule, recipe.seed, device, recipe.decompose.slice_rate)
+    trained = sum(p.numel() * p.element_size() for p in decomposition.parameters() if p.requires_grad)
+    dividing = processes if divides_moments(trained, processes.count) else None
+    rate = recipe.decompose.slice_rate
+    return decomposition, start_fit(decomposition, schedule, recipe.seed, device, rate, dividing)
 
 
 def gone_back(
-    store: AnyStore, recipe: Recipe, subject: Subject, decomposition: Decomposition, state: FitState
+    store: AnyStore,
+    recipe: Recipe,
+    subject: Subject,
+    decomposition: Decomposition,
+    state: FitState,
+    processes: Processes = ALONE,
 ) -> tuple[Decomposition, FitState]:
     """The decomposition and the state of its training as they were last saved, or at the beginning, with half the
     learning rate that led away from there."""
@@ -135,7 +146,7 @@ def gone_back(
     if store.has_checkpoint:
         store.load_checkpoint(decomposition, state)
     else:
-        decomposition, state = begun_decomposition(recipe, subject, decomposition.names)
+        decomposition, state = begun_decomposition(recipe, subject, decomposition.names, processes)
         warm_up(recipe, subject, decomposition)
     state.rate_share = share
     return decomposition, state
@@ -206,11 +217,12 @@ def standing(record: Record, steps: int, device: torch.device) -> Progress:
     return Progress(text, record.step, steps, numbers=numbers, terms=record.losses, groups=groups)
 
 
-def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str]) -> None:
-    """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory."""
+def refuse_too_large(recipe: Recipe, subject: Subject, names: list[str], processes: int = 1) -> None:
+    """SpdError before hours of swapping: when parameters, gradients and moments alone exceed the free memory, in each
+    of so many `processes`."""
     slices, gates = parameter_counts(recipe, subject, names)
     element = subject.target.precision.itemsize
-    needed = training_bytes(slices + gates, element)
+    needed = training_bytes(slices + gates, element, processes)
     free = free_bytes(subject.target.device)
     if needed <= free:
         return

@@ -19,6 +19,7 @@ from spdcli.engine.processes import Processes
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Batch
 
+DIVIDING = 3  # processes that divide their moments, in these tests
 TOLERANCE = 1e-9  # float64, after sums in another order
 CPU = torch.device("cpu")
 
@@ -48,14 +49,24 @@ class Threads(Processes):
         self.table.barrier.wait()
         tensor.copy_(total)
 
+    def _send(self, tensor: Tensor, rank: int) -> None:
+        self.table.said[self.rank] = tensor.clone()
+        self.table.barrier.wait()
+        sent = self.table.said[rank]
+        self.table.barrier.wait()
+        tensor.copy_(sent)
+
 
 @dataclass
 class Trained:
-    """What a training came to: the records of all steps, the last gradients, and the parameters that they leave."""
+    """What a training came to: the records of all steps, the last gradients, the parameters that they leave and, in the
+    first process, the optimizer's moments."""
 
     records: list[Record]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
+    moments: dict[int, dict[str, Tensor]]
+    held: int  # numbers that this process's optimizer keeps
 
 
 Start = tuple[Subject, Decomposition]
@@ -64,12 +75,14 @@ Start = tuple[Subject, Decomposition]
 def trained(start: Start, settings: FitSettings, stream: Batch | None, processes: Processes, by_rows: bool) -> Trained:
     subject, decomposition = start
     schedule = OptimiserSettings("adam", 0.01, 0.0, "constant", 0, settings.steps)
-    state = start_fit(decomposition, schedule, 0, CPU)
+    state = start_fit(decomposition, schedule, 0, CPU, processes=processes if processes.count == DIVIDING else None)
     batches = lambda generator, number: subject.batch  # noqa: E731
     broad = None if stream is None else lambda generator, number: stream
     records = list(fit(subject.target, decomposition, batches, state, settings, broad, processes, by_rows))
     named = dict(decomposition.named_parameters())
-    return Trained(records, {name: p.grad for name, p in named.items() if p.grad is not None}, named)
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    held = sum(tensor.numel() for kept in state.optimiser.state.values() for tensor in kept.values())
+    return Trained(records, gradients, named, state.moments(), held)
 
 
 def shared(starts: list[Start], settings: FitSettings, stream: Batch | None, by_rows: bool) -> list[Trained]:
@@ -133,7 +146,15 @@ def test_processes_make_the_step_of_one(case, tiny_llama_dir):
     settings = FitSettings(2, log_every=1, plan_bytes=budget, losses=losses, targeted=targeted)
     alone = trained(start(), settings, stream, Processes(), False)
     assert len(alone.records) == 2
-    for one in shared([start() for _ in range(count)], settings, stream, by_rows):
+    together = shared([start() for _ in range(count)], settings, stream, by_rows)
+    assert together[0].moments.keys() == alone.moments.keys()
+    for number, kept in alone.moments.items():
+        for name, tensor in kept.items():
+            close(together[0].moments[number][name].double(), tensor.double(), TOLERANCE)
+    if count == DIVIDING:
+        assert sum(one.held for one in together) == alone.held
+        assert max(one.held for one in together) < 0.6 * alone.held
+    for one in together:
         for record, expected in zip(one.records, alone.records, strict=True):
             assert record.losses == pytest.approx(expected.losses, rel=TOLERANCE)
             assert record.active == pytest.approx(expected.active)
@@ -155,3 +176,25 @@ def test_what_is_cut_covers_all_and_is_even_over_turns():
             assert parts[-1][1] == total
             rows = [row + stop - start for row, (start, stop) in zip(rows, parts, strict=True)]
         assert set(rows) == {total}
+
+
+def test_divided_moments_are_loaded_by_their_owners():
+    schedule = OptimiserSettings("adam", 0.01, 0.0, "constant", 0, 2)
+    decomposition = decompose(toy_subject().target)
+    alone = start_fit(decomposition, schedule, 0, CPU)
+    parameters = [parameter for group in alone.groups for parameter in group]
+    moments = {
+        number: {"step": torch.tensor(4.0), "exp_avg": torch.rand_like(p), "exp_avg_sq": torch.rand_like(p)}
+        for number, p in enumerate(parameters)
+        if number != 2  # one that no loss has reached yet
+    }
+    places = []
+    for rank in range(DIVIDING):
+        state = start_fit(decomposition, schedule, 0, CPU, processes=Processes(rank, DIVIDING))
+        state.load_moments(moments)
+        for number in state.ownership.own_numbers:
+            kept = state.optimiser.state.get(parameters[number], {})
+            assert kept.keys() == moments.get(number, {}).keys()
+            assert all(torch.equal(tensor, moments[number][name]) for name, tensor in kept.items())
+        places += state.ownership.own_numbers
+    assert sorted(places) == list(range(len(parameters)))
