@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BOXES = re.compile("[\u2500-\u257f]")
 TYPED = {"bash", "console", "toml", "python", "json", "yaml"}  # languages of blocks that people write
-COMMANDS = ("spd", "make", "pip", "python", "git", "cd", "source")
+COMMANDS = ("spd", "make", "pip", "python", "git", "cd", "source", "torchrun", "srun")
 
 
 class Block(NamedTuple):

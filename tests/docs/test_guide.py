@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from small_world import make_small_world
 
 from spdcli.edits.counterfact import load_records
 from spdcli.edits.facts_file import load_facts
+from spdcli.progress import Report
 
 GUIDE = ROOT / "docs/guide"
 
@@ -61,6 +64,26 @@ def test_the_page_on_text_runs(
     assert json.loads(printed["harvest"])["slices"][0]["slice"].startswith("layers.4.mlp.up_proj")
     for block in shown("text.md", "python"):
         exec(block, {})
+
+
+def test_the_page_on_processes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=6)
+    make_small_world(tmp_path, model, monkeypatch)
+    asked: list[int] = []
+
+    def here(count: int, work: str, request: dict, report: Report) -> None:
+        asked.append(count)
+        resolve_name(work)(json.loads(json.dumps(request)), report)
+
+    monkeypatch.setattr("spdcli.api.launch", here)
+    names: dict = {}
+    for block in shown("processes.md", "python"):
+        exec(block, names)
+    assert asked == [2]
+    assert names["run"].home.last_record["step"] == 6
+    (script,) = shown("processes.md", "bash")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert len(script.splitlines()) <= 12
 
 
 def test_the_facts_file_is_one(tmp_path: Path) -> None:

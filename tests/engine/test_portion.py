@@ -114,11 +114,11 @@ PERSISTENT = LossSettings(
     attack=Attack(persistent=True, shared=False, steps=2),
 )
 EVERY_LOSS = LossSettings(COEFFICIENTS, epsilon=1e-6, samples=2)
-PLENTY, LITTLE = 1e12, 3e4  # bytes of a chunk
+PLENTY, LITTLE = 1e12, 7e4  # bytes of a chunk: three sequences of the toy
 TARGETED = {"recon": 0.5, "stochastic_recon_partial": 2.0, "minimality": 0.1, "faithfulness": 3.0}
 CASES = {  # target, gates, losses, processes, by rows, bytes, targeted
-    "toy": ("toy", "attention", EVERY_LOSS, 5, False, PLENTY, 0),
-    "toy, uneven": ("toy", "scalar", replace(EVERY_LOSS, subset="position", hidden_at="block"), 3, False, LITTLE, 0),
+    "toy": ("toy", "attention", EVERY_LOSS, 5, False, LITTLE, 0),
+    "toy, uneven": ("toy", "scalar", replace(EVERY_LOSS, subset="position", hidden_at="block"), 3, False, PLENTY, 0),
     "toy, rows": ("toy", "attention", replace(EVERY_LOSS, subset="position"), 3, True, LITTLE, 0),
     "llama": ("llama", "shared", replace(EVERY_LOSS, delta_masks="corner", faithfulness_probes=2), 2, False, PLENTY, 0),
     "llama, rows": ("llama", "scalar", replace(EVERY_LOSS, layerwise_matrices=2), 4, True, PLENTY, 0),
