@@ -55,6 +55,7 @@ Labels = Annotated[int, typer.Option("--labels", min=0, max=10**6, help="Tokens 
 SCHEMA = "spd.inspect/2"
 UNIQUE_MARK = "* unique: active in this prompt and in no other"
 SHADES = "▁▂▃▄▅▆▇█"
+LIGHT = 0.75  # of the largest importance, above which the ground is light enough for black
 
 
 def inspect(
@@ -164,7 +165,7 @@ def heat_strip(heat: Heat) -> RenderableType:
     for token, value in zip(heat.tokens, heat.importance, strict=True):
         share = value / most
         red = round(40 + 200 * share)
-        ink = "black" if share > 0.5 else "white"
+        ink = "#000000" if share > LIGHT else "#ffffff"  # by name they are what a terminal's theme makes of them
         bar = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))] if value else "·"
         strip.append(" ")
         strip.append(f"{token.strip() or repr(token)}{bar}", style=f"{ink} on rgb({red},{red // 2 + 20},40)")
