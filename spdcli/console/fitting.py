@@ -26,28 +26,53 @@ class Fitted:
         self._table = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        if needed_width(self._table) <= options.max_width:
+        if fits(self._table, options.max_width):
             yield self._table
         else:
             yield from records(self._table, options.max_width)
 
 
-def needed_width(table: Table) -> int:
-    """The columns that a table takes at least."""
-    return 1 + sum(AROUND + _least(column) for column in table.columns)
+def fits(table: Table, width: int) -> bool:
+    """Whether a table is laid out in `width` columns and no number, word or list of tokens is cut too short.
+
+    Rich shares what is left among the columns that have a ratio; where none has, it takes from the widest columns
+    first, until they are all within one limit.
+    """
+    columns = table.columns
+    room = width - 1 - AROUND * len(columns)
+    natural, least = [widest(column) for column in columns], [_least(column) for column in columns]
+    sharing = [table.expand and column.ratio is not None for column in columns]
+    if any(sharing):
+        each = (room - sum(n for n, shares in zip(natural, sharing, strict=True) if not shares)) // sum(sharing)
+        return all(each >= low for low, shares in zip(least, sharing, strict=True) if shares)
+    limit = max((n for n in range(room + 1) if sum(min(one, n) for one in natural) <= room), default=0)
+    return all(n <= limit or low <= limit for n, low in zip(natural, least, strict=True))
+
+
+def widest(column: Column) -> int:
+    """The columns of the widest line in a table's column."""
+    return max(map(_width, (column.header, *column.cells)))
+
+
+def _width(cell: RenderableType) -> int:
+    from rich.cells import cell_len
+
+    return max(cell_len(line) for line in text_of(cell).splitlines() or [""])
 
 
 def _least(column: Column) -> int:
+    """How narrow a column may be: a heading is broken between words."""
     from rich.cells import cell_len
 
-    texts = [text_of(cell) for cell in (column.header, *column.cells)]
-    widest = max(cell_len(line) for text in texts for line in text.splitlines() or [""])
+    words = text_of(column.header).split()
+    cells = max(map(_width, column.cells), default=0)
     if column.justify == "right":
-        return widest
+        return max([cells, *map(cell_len, words)])
     if column.no_wrap:
-        return widest if column.ratio is None else min(widest, max(column.min_width or 0, LEAST_CUT))
-    longest = max(cell_len(word) for text in texts for word in text.split() or [""])
-    return min(widest, max(LEAST, min(longest, LONGEST_WORD)))
+        return widest(column) if column.ratio is None else min(widest(column), max(column.min_width or 0, LEAST_CUT))
+    words += [word for cell in column.cells for word in text_of(cell).split()]
+    longest = max(map(cell_len, words), default=0)
+    return min(widest(column), max(LEAST, min(longest, LONGEST_WORD)))
 
 
 def text_of(cell: RenderableType) -> str:

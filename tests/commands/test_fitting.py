@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
+from collections import Counter
 
 import pytest
 import rich.console
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.table import Table
 
 from spdcli.commands.inspect import occurrence_table
-from spdcli.console.fitting import Fitted, needed_width
+from spdcli.console.fitting import Fitted, fits
 from spdcli.measures.inspection import Occurrence, SliceActivity
 
 LABELS = [f"' token-{number}'" for number in range(5)]
@@ -38,9 +42,44 @@ def small() -> Table:
     return table
 
 
-def test_the_width_that_a_table_needs_by_hand() -> None:
-    """A border, then three columns of frame a cell: `a bridge`, `*`, `1234.5`, and LEAST of what can be wrapped."""
-    assert needed_width(small()) == 1 + (3 + 8) + (3 + 1) + (3 + 6) + (3 + 12)
+def test_what_fits_by_hand() -> None:
+    """A border, three columns of frame a cell, `a bridge`, `*`, `1234.5`; the text gets what is left, 12 at least."""
+    frame = 1 + 4 * 3
+    assert fits(small(), frame + 8 + 1 + 6 + 18)
+    assert fits(small(), frame + 8 + 1 + 6 + 12)
+    assert not fits(small(), frame + 8 + 1 + 6 + 11)
+
+
+def test_a_heading_is_broken_before_a_number_is() -> None:
+    table = Table()
+    for heading in ("what", "mean squared change", "another output moves by"):
+        table.add_column(heading, justify="right")
+    table.add_row("a", "0.0001234", "0.5")
+    assert fits(table, 1 + 3 * 3 + 4 + 9 + 9)
+    assert not fits(table, 1 + 3 * 3 + 4 + 9 + 8)
+    assert any("0.0001234" in line for line in printed(table, 32))
+    assert printed(table, 31)[0] == "a"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 14), st.booleans()), min_size=2, max_size=7),
+    st.integers(30, 120),
+)
+def test_no_number_is_broken_at_any_width(columns: list[tuple[int, int, bool]], width: int) -> None:
+    """Columns of headings of so many letters, in words of five, and of numbers of so many digits, or of such words."""
+    table = Table(expand=True)
+    numbers = []
+    for heading, digits, is_number in columns:
+        table.add_column(words_of(heading), justify="right" if is_number else "left")
+        numbers.append("7" * digits if is_number else words_of(heading))
+    table.add_row(*numbers)
+    text = " ".join(printed(table, width))
+    found = Counter(re.findall("7+", text))
+    assert found == Counter(n for n in numbers if n.startswith("7"))
+
+
+def words_of(letters: int) -> str:
+    return " ".join("a" * min(5, letters - start) for start in range(0, letters, 5))
 
 
 def test_records_by_hand() -> None:
