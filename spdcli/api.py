@@ -15,16 +15,8 @@ from spdcli.engine.target import Target
 from spdcli.errors import Interrupted, UsageError
 from spdcli.figures.curves import save_training_curve
 from spdcli.progress import Report, silent, without_steps
-from spdcli.recipe.reading import (
-    LoadedRecipe,
-    Override,
-    checked_recipe,
-    find_recipe,
-    load_recipe,
-    parse_toml,
-    read_toml,
-    text_in_place_of_prompts,
-)
+from spdcli.recipe.overrides import Override, text_in_place_of_prompts
+from spdcli.recipe.reading import LoadedRecipe, checked_recipe, find_recipe, load_recipe, parse_toml, read_toml
 from spdcli.recipe.schema import Recipe
 from spdcli.recipe.toml_lines import split_key
 from spdcli.run import Run

@@ -14,7 +14,8 @@ from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.evidence import Evidence
 from spdcli.progress import Progress, Report, silent
-from spdcli.recipe.reading import LoadedRecipe, load_recipe, parse_override
+from spdcli.recipe.overrides import parse_override
+from spdcli.recipe.reading import LoadedRecipe, load_recipe
 from spdcli.recipe.schema import ToyTarget
 from spdcli.records import ABSENT, Absent
 from spdcli.runs.opening import claimed_run

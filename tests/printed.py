@@ -12,7 +12,7 @@ import typer
 
 from spdcli.cli import app
 from spdcli.errors import SpdError
-from spdcli.recipe.reading import parse_override
+from spdcli.recipe.overrides import parse_override
 from spdcli.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent

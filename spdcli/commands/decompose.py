@@ -52,7 +52,8 @@ def decompose(
     Ctrl-C stops cleanly; --resume goes on exactly there. Under torchrun, or
     with --nproc, several processes make the run together.
     """
-    from spdcli.recipe.reading import load_recipe, text_in_place_of_prompts
+    from spdcli.recipe.overrides import text_in_place_of_prompts
+    from spdcli.recipe.reading import load_recipe
 
     console = make_console(json, quiet, verbose)
     on_text = text_in_place_of_prompts(data) if data else []

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spdcli.engine.importance import Importances, leaky_hard_sigmoid
+from spdcli.engine.importance import Importances
 from spdcli.engine.part_tables import DISTINCT, STARTS
+from spdcli.engine.sigmoid import leaky_hard_sigmoid
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tomli
 from pydantic import ValidationError
 
 from spdcli.disk import read_bytes
-from spdcli.errors import RecipeError, RecipeProblem, SpdError, UsageError
-from spdcli.recipe.contradiction import shortened, shown
+from spdcli.errors import RecipeError, RecipeProblem, SpdError
 from spdcli.recipe.idle import idle_settings
 from spdcli.recipe.losses import Losses
+from spdcli.recipe.overrides import Override, lowered, parse_override, put
 from spdcli.recipe.schema import Data, Importance, Recipe, Slices, ToyTarget
-from spdcli.recipe.toml_lines import BeyondBounds, KeyPath, key_lines, read_tables, split_key
+from spdcli.recipe.toml_lines import BeyondBounds, KeyPath, key_lines, read_tables
 from spdcli.recipe.training import Decompose
 from spdcli.recipe.wording import mistakes
 
@@ -34,14 +34,6 @@ USUAL = {  # the usual value of every setting of the sections that have one, by 
     )
     for key, field in model.model_fields.items()
 }
-
-
-class Override(NamedTuple):
-    """One setting from the command line: `option` is how the user wrote it."""
-
-    option: str
-    path: KeyPath
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ def checked_recipe(
         applied.append(Override(f"--seed {seed}", ("seed",), seed))
     if device is not None:
         applied.append(Override(f"--device {device}", ("device",), device))
-    problems = [problem for override in applied if (problem := _apply(override, raw))]
+    problems = [problem for override in applied if (problem := put(override, raw))]
     source = Source(name, dict(lines), tuple(applied))
     problems += _prompts_read(raw, source)
     try:
@@ -278,63 +270,9 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return read_tables(text)
     except (tomli.TOMLDecodeError, BeyondBounds) as error:
-        message = f"not valid TOML: {_lowered(error.msg)}"
+        message = f"not valid TOML: {lowered(error.msg)}"
         problem = RecipeProblem(source, error.lineno, "", message, error.colno)
     raise RecipeError([problem], "text is quoted, true and false are not, and a key stands once in its section")
-
-
-def text_in_place_of_prompts(source: str | Path) -> list[Override]:
-    """The settings of `--data`: a corpus (`data.stream`) is decomposed on, by gates that hold on text they never saw,
-    and the recipe's own prompts are left out."""
-    option = f"--data {source}"
-    settings = {("data", "stream"): str(source), ("data", "prompts"): None, ("importance", "basis"): "full"}
-    return [Override(option, path, value) for path, value in settings.items()]
-
-
-def _lowered(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]
-
-
-def parse_override(text: str, flag: str = "--set") -> Override:
-    """`a.b=value`, as `flag` was given it; raises UsageError when there is no key or no `=`."""
-    option = f"{flag} {shortened(' '.join(text.splitlines()))}"  # a message is one line
-    dotted, equals, literal = text.partition("=")
-    path = split_key(dotted.strip())
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # an argument whose bytes are not UTF-8
-        raise UsageError(f"{flag} {shortened(text)!r}: not text in UTF-8") from None
-    if not equals or path is None:
-        raise UsageError(f"{option}: expected a key, = and a value", f"for example {flag} losses.minimality=0.1")
-    try:
-        return Override(option, path, _literal(literal.strip()))
-    except BeyondBounds as error:
-        raise UsageError(f"{option}: {_lowered(error.msg)}") from None
-
-
-def _literal(text: str) -> Any:
-    """The TOML value that `text` writes, or `text` itself: `--set target.model=/some/dir` needs no quotes.
-
-    BeyondBounds for a value that nobody means.
-    """
-    try:
-        table = read_tables(f"value = {text}")
-    except tomli.TOMLDecodeError:
-        return text
-    return table["value"] if len(table) == 1 else text
-
-
-def _apply(override: Override, raw: dict[str, Any]) -> RecipeProblem | None:
-    """Writes an override into `raw`, making the sections that it needs; tells what stands in its way."""
-    table = raw
-    for depth, part in enumerate(override.path[:-1], start=1):
-        inner = table.setdefault(str(part), {})
-        if not isinstance(inner, dict):
-            name = ".".join(str(part) for part in override.path[:depth])
-            return RecipeProblem(override.option, None, name, f"{name} is {shown(inner)}, not a section")
-        table = inner
-    table[str(override.path[-1])] = override.value
-    return None
 
 
 def _working_recipe(

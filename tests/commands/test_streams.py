@@ -15,7 +15,7 @@ from small_runs import ROOT, one_line, spd_here
 from spdcli.console import Console, Unheard
 from spdcli.errors import UsageError
 from spdcli.progress import Progress
-from spdcli.recipe.reading import parse_override
+from spdcli.recipe.overrides import parse_override
 from spdcli.targets.prompts import require_unicode
 
 

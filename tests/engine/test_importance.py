@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 from twins import Watch, attention_loop, close, gradients
 
-from spdcli.engine.importance import Importances, ImportanceSettings, leaky_hard_sigmoid, span_basis
+from spdcli.engine.importance import Importances, ImportanceSettings, span_basis
 from spdcli.engine.part_tables import ACTIVATIONS, IMPORTANCE_FUNCTIONS
+from spdcli.engine.sigmoid import leaky_hard_sigmoid
 
 WIDTHS = {"h.0.a": 4, "h.0.b": 6, "h.1.c": 4}  # two matrices share a width, and so a mixer
 SLICES = {"h.0.a": 3, "h.0.b": 2, "h.1.c": 5}

@@ -36,7 +36,7 @@ def text(tmp_path, monkeypatch):
 def text_recipe(model, text, *settings, folder):
     recipe = folder / "text.toml"
     recipe.write_text(MODEL.replace("MODEL", str(model)))
-    from spdcli.recipe.reading import text_in_place_of_prompts
+    from spdcli.recipe.overrides import text_in_place_of_prompts
 
     return load_recipe(recipe, [*text_in_place_of_prompts(text), *SETTINGS, *settings])
 
@@ -125,4 +125,4 @@ def test_data_without_either(tiny_llama_dir, tmp_path):
     path = tmp_path / "none.toml"
     path.write_text(MODEL.replace("MODEL", str(tiny_llama_dir)))
     with pytest.raises(RecipeError, match="neither prompts nor a stream"):
-        load_recipe(path, [spdcli.recipe.reading.Override("--x", ("data", "prompts"), None)])
+        load_recipe(path, [spdcli.recipe.overrides.Override("--x", ("data", "prompts"), None)])
