@@ -14,7 +14,7 @@ def suppression(data: Data) -> str:
     """`spd.suppress/1`: of slices or a patch what it does, of a script whether it holds."""
     if data.get("edits"):
         return script(data)
-    parts = [effects(data), facts(data["facts"])]
+    parts = [effects(data), facts(data["facts"]), text({"this": data.get("text")})]
     if data["alone"]:
         answers = [code(effect["token"]) for effect in next(iter(data["alone"].values()))]
         rows = [[code(one), *(percent(e["ratio"] - 1) for e in every)] for one, every in data["alone"].items()]
@@ -37,6 +37,17 @@ def cuts(matrices: list[Data], together: str) -> str:
         f"Taken from each matrix as a share of ‖W‖ (in brackets: how far from literal); what was done is {together}."
     )
     return joined([words, table(["matrix", "slices", *forms], rows)])
+
+
+def text(edits: Mapping[str, Data | None]) -> str:
+    """How far each edit, by name, moves a text; nothing where none was read."""
+    rows = [
+        [name, f"{one['tokens']:,}", *(number(one[f"kl_{kind}"]) for kind in ("mean", "median", "p99", "max"))]
+        for name, one in edits.items()
+        if one
+    ]
+    heads = ["edit", "tokens of text", "KL a token: mean", "median", "99 %", "max"]
+    return table(heads, rows) if rows else ""
 
 
 def effects(data: Data) -> str:
@@ -86,4 +97,5 @@ def script(data: Data) -> str:
         for one in data["expectations"]
     ]
     heads = ["edit", "expectation", "value", "bound", "holds"]
-    return joined([table(["edit", "slices"], edits, words=2), table(heads, expectations, words=2)])
+    beside = text({edit["name"]: edit.get("text") for edit in data["edits"]})
+    return joined([table(["edit", "slices"], edits, words=2), table(heads, expectations, words=2), beside])
