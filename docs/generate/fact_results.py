@@ -17,10 +17,16 @@ Data = Mapping[str, Any]
 TOKENS_SHOWN = 3
 
 
+def ending(text: str, most: int = 100) -> str:
+    """A prompt, or where it is a piece of a corpus its last words."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"… {words[-most:].partition(' ')[2]}"
+
+
 def evaluation(data: Data) -> str:
     """`spd.eval/2` of a language model: what the model of active slices alone still predicts."""
     answers = [
-        [entry["prompt"], code(entry["answer"]), number(entry["target"]), number(entry["masked"])]
+        [ending(entry["prompt"]), code(entry["answer"]), number(entry["target"]), number(entry["masked"])]
         for entry in data["answers"]
     ]
     weakest = GRADES["importance"].label
