@@ -158,7 +158,7 @@ def test_every_command_takes_the_shared_options(name: str, spd: Spd) -> None:
     ("arguments", "err"),
     [
         (["compare", "gpt2"], "error: Missing option '--with'.\nhint: spd compare --help\n"),
-        (["plan", "--nope"], "error: No such option: --nope\nhint: spd plan --help\n"),
+        (["plan", "--such"], "error: No such option: --such\nhint: spd plan --help\n"),
         (["recipe", "sho"], "error: No such command 'sho'. Did you mean 'show'?\nhint: spd recipe --help\n"),
         (
             ["bench", "stepp"],
@@ -168,7 +168,7 @@ def test_every_command_takes_the_shared_options(name: str, spd: Spd) -> None:
         (
             ["compare", "gpt2", "--with", "losses.bogus=1"],
             "error: --with losses.bogus=1: [losses] unknown key 'bogus'\n"
-            "hint: `spd recipe show gpt2` prints a recipe that works\n",
+            "hint: `spd recipe show gpt2` prints its settings\n",
         ),
         (
             ["compare", "gpt2", "--with", "bogus"],
