@@ -162,7 +162,8 @@ def decompose_as_told(request: Mapping[str, Any], report: Report) -> None:
     """What each of the processes does that `decompose` starts."""
     report.hears_steps = True  # type: ignore[attr-defined]
     told = {key: request[key] for key in ("out", "force", "resume")}
-    decompose(request["recipe"], progress=report, **told)
+    loaded = checked_recipe(request["recipe"], "recipe", {}, written_by_a_run=True)
+    decompose(loaded, progress=report, **told)
 
 
 def _decomposed(
