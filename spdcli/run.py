@@ -258,15 +258,16 @@ class Run(LoadedRun):
             report=progress,
         )
 
-    def suppress(self, slices: Sequence[str], *, together: str = USUAL_TOGETHER) -> nn.Module:
+    def suppress(self, slices: Sequence[str], *, together: str = USUAL_TOGETHER, strength: float = 1.0) -> nn.Module:
         """A copy of the model whose original weights have lost the slices' directions, as `spd suppress --save`.
 
         W ← W − Σ (ûᵀ W v̂) û v̂ᵀ over `slices`, addresses such as `layers.0.mlp.up_proj:2` (section 5.2); `together` is
         literal, as written, orthonormal, sequence, or whole: W − Σ u vᵀ, the slices as they stand. Of a language model
-        it is a plain transformers model. UsageError for a slice that is not there.
+        it is a plain transformers model. `strength` is how much of that is taken, 1 all. UsageError for a slice that is
+        not there.
         """
         addresses = find_slices(self.decomposition, slices)
-        edit = suppression(self.subject.target, self.decomposition, addresses, _one_of(TOGETHER, together))
+        edit = suppression(self.subject.target, self.decomposition, addresses, _one_of(TOGETHER, together), strength)
         return edited_model(self.subject, edit)
 
     def suppression(
@@ -274,6 +275,7 @@ class Run(LoadedRun):
         slices: Sequence[str],
         *,
         together: str = USUAL_TOGETHER,
+        strength: float = 1.0,
         prompts: Sequence[int | str] = (),
         answers: Sequence[str] = (),
         facts: FactsSource = BUILTIN_FACTS,
@@ -295,7 +297,7 @@ class Run(LoadedRun):
         exam = self._exam(prompts, facts, progress, answers, records)
         exam = replace(exam, text=self._text(text, text_tokens, progress))
         form = _one_of(TOGETHER, together)
-        return report_suppression(self.subject, self.decomposition, addresses, form, exam, progress)
+        return report_suppression(self.subject, self.decomposition, addresses, form, exam, strength, progress)
 
     def ablate(
         self,

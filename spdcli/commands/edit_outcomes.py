@@ -46,7 +46,9 @@ class Outcome:
     weights: Weights | None = None
 
 
-def suppress_slices(console: Console, options: RunOptions, addresses: list[str], together: str) -> Outcome:
+def suppress_slices(
+    console: Console, options: RunOptions, addresses: list[str], together: str, strength: float
+) -> Outcome:
     """Suppress slices of a run by their addresses."""
     from spdcli.edits.checkpoints import base_of
     from spdcli.edits.edit_reports import report_suppression
@@ -56,8 +58,8 @@ def suppress_slices(console: Console, options: RunOptions, addresses: list[str],
     slices = find_slices(loaded.decomposition, addresses)
     exam = options.exam.open(console, loaded.recipe, loaded.subject, loaded.seed_or(options.seed), loaded.decomposition)
     with console.progress(MEASURING) as progress:
-        report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam, progress)
-    edit = suppression(loaded.subject.target, loaded.decomposition, slices, together)
+        report = report_suppression(loaded.subject, loaded.decomposition, slices, together, exam, strength, progress)
+    edit = suppression(loaded.subject.target, loaded.decomposition, slices, together, strength)
     return Outcome(report, loaded.subject, base_of(loaded.recipe, options.run), edit)
 
 

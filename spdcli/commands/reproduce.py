@@ -32,6 +32,9 @@ PairOption = Annotated[
     typer.Option("--pair", help="Of facts: athletes, painters or landmarks; may be given again.", show_default="all"),
 ]
 Count = Annotated[int, typer.Option("--count", min=2, max=10**4, help="Of drawn-facts: how many.")]
+Skip = Annotated[
+    int, typer.Option("--skip", min=0, max=10**4, help="Of drawn-facts: pass over so many, which were looked at.")
+]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="The directory for the seeds' runs and the report.")]
 Seeds = Annotated[int, typer.Option("--seeds", min=1, max=10**6, help="How many seeds, counted from the recipe's own.")]
 SameToy = Annotated[bool, typer.Option("--same-toy", help="Decompose the first seed's toy under every seed.")]
@@ -49,6 +52,7 @@ def reproduce(
     sequences: Sequences = 8192,
     pair: PairOption = None,
     count: Count = 20,
+    skip: Skip = 0,
     set_: Set = None,
     device: Device = None,
     force: Force = False,
@@ -90,7 +94,7 @@ def reproduce(
     if pair and experiment != "facts":
         raise UsageError("--pair is for the facts experiment")
     if experiment == "drawn-facts":
-        failure = drawn_facts(console, recipe or "smollm2-prompts", out, count, *common)
+        failure = drawn_facts(console, recipe or "smollm2-prompts", out, count, skip, *common)
     elif experiment in ("tms", "resid-mlp"):
         failure = parts(console, experiment, recipe, out, seeds, sequences, *common)
     elif experiment == "facts":
@@ -141,6 +145,7 @@ def drawn_facts(
     recipe: str,
     out: Path,
     count: int,
+    skip: int,
     settings: list[str],
     device: str | None,
     force: bool,
@@ -152,7 +157,7 @@ def drawn_facts(
     from spdcli.records import plain
 
     with console.progress() as report:
-        experiment = reproduce_drawn(recipe, out, load_facts(), count, settings, device, force, report)
+        experiment = reproduce_drawn(recipe, out, load_facts(), count, skip, settings, device, force, report)
     console.show({"schema": SCHEMA, **plain(experiment)}, *drawn_tables(experiment))
     return experiment.failure()
 

@@ -29,6 +29,7 @@ RECOVERY_LEGEND = (
 )
 NAMES = {
     "rule": "SPD, by rule",
+    "all of it": "the same slices, in full",
     "projection": "the same slices, projected",
     "effect": "SPD, by effect",
     "static": "static duals, whitened",

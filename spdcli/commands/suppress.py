@@ -52,6 +52,10 @@ TogetherOption = Annotated[
         "--together", help=f"Several slices of one matrix: {in_words(TOGETHER)}.", show_default=USUAL_TOGETHER
     ),
 ]
+Strength = Annotated[
+    float | None,
+    typer.Option("--strength", min=0.001, max=10, help="How much of that is taken.", show_default="1, all"),
+]
 Save = Annotated[
     Path | None, typer.Option("--save", help="Write the edited model to this directory.", show_default=False)
 ]
@@ -85,6 +89,7 @@ def suppress(
     run: RunPath,
     slice: SliceAddress = None,
     together: TogetherOption = None,
+    strength: Strength = None,
     script: ScriptFile = None,
     dry_run: DryRun = False,
     prompt: Prompt = None,
@@ -126,7 +131,7 @@ def suppress(
     edit alone; --apply and --revert put it on or take it off again, bit for bit.
     """
     console = make_console(json, quiet, verbose)
-    instead = {"--slice": slice, "--together": together, "--prompt": prompt, "--answer": answer}
+    instead = {"--slice": slice, "--together": together, "--strength": strength, "--prompt": prompt, "--answer": answer}
     outputs = {"--patch": patch, "--save": save}
     check_usage(instead, script, dry_run, {"--apply": apply, "--revert": revert}, base, outputs)
     check_outputs(patch, save, force)
@@ -137,7 +142,7 @@ def suppress(
         sections = check_script(script, "--save" if save else "--patch" if patch else None, no_facts)
         outcome = suppress_script(console, options, sections, dry_run)
     elif slice:
-        outcome = suppress_slices(console, options, slice, together or USUAL_TOGETHER)
+        outcome = suppress_slices(console, options, slice, together or USUAL_TOGETHER, strength or 1.0)
     else:
         outcome = use_patch(console, options, apply, revert, base)
     expectations = outcome.report.expectations
@@ -192,7 +197,7 @@ def check_usage(
     if base is not None and not from_patch:
         raise UsageError("--base is what --apply or --revert works on; a run's slices are those of its own target")
     if from_patch:
-        for option in ("--slice", "--together", "--patch"):
+        for option in ("--slice", "--together", "--strength", "--patch"):
             if slices.get(option) or outputs.get(option):
                 raise UsageError(f"{from_patch[0]} and {option} contradict each other: the patch says what to change")
 

@@ -13,15 +13,17 @@ from spdcli.edits.suppression import Address, Edit, MatrixCut, describe, suppres
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.target import Target
 from spdcli.progress import Report, silent
-from spdcli.records import ABSENT
+from spdcli.records import ABSENT, Absent
 from spdcli.runs.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuppressionReport(ChangeReport):
-    """What the suppression of slices does: `together` in which form, and what it takes from every matrix."""
+    """What the suppression of slices does: `together` in which form, how much of it (`strength`, 1 all; ABSENT of a
+    script, whose edits have their own), and what it takes from every matrix."""
 
     together: str | None
+    strength: float | Absent = ABSENT
     matrices: Sequence[MatrixCut]
 
 
@@ -38,13 +40,14 @@ def report_suppression(
     slices: Sequence[Address],
     together: str,
     exam: Exam,
+    strength: float = 1.0,
     report: Report = silent,
 ) -> SuppressionReport:
     """What the suppression of `slices` does to an exam, all at once and each alone."""
     target = subject.target
-    edits = {"": suppression(target, decomposition, slices, together)}
+    edits = {"": suppression(target, decomposition, slices, together, strength)}
     if len(slices) > 1:
-        edits |= {str(one): suppression(target, decomposition, [one], together) for one in slices}
+        edits |= {str(one): suppression(target, decomposition, [one], together, strength) for one in slices}
     alone = measure_edits(target, exam.questions, edits, report)
     effects = with_active(subject, decomposition, exam.questions, slices, alone.pop(""))
     on_facts, facts = exam.on_facts(target, edits[""], report)
@@ -52,6 +55,7 @@ def report_suppression(
     return SuppressionReport(
         slices=[str(address) for address in slices],
         together=together,
+        strength=strength,
         matrices=describe(target, decomposition, slices, edits[""]),
         effects=effects + on_facts,
         alone=alone,

@@ -98,6 +98,7 @@ class ScriptEdit(Section):
     slices: Annotated[list[Text], Field(min_length=1)] | None = None
     select: Select | None = None
     together: Annotated[str, OneOf(TOGETHER)] = USUAL_TOGETHER
+    strength: Annotated[float, Field(gt=0, le=10)] = 1.0  # how much of that is done
     expect: list[Expect] = Field(default_factory=list)
 
 

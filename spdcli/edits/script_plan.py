@@ -41,7 +41,7 @@ class ScriptPlan:
     def edits(self, target: Target, decomposition: Decomposition) -> dict[str, Edit]:
         """Every edit by its name, each of the original weights."""
         return {
-            edit.name: suppression(target, decomposition, slices, edit.together)
+            edit.name: suppression(target, decomposition, slices, edit.together, edit.strength)
             for edit, slices in zip(self.script.edit, self.slices, strict=True)
         }
 

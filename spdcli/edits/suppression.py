@@ -168,11 +168,19 @@ def suppress_directions(weight: Tensor, directions: Directions, together: str = 
     return Factors(read, a[:, None] * write)
 
 
-def suppression(target: Target, slices: SliceSet, addresses: Sequence[Address], together: str = USUAL_TOGETHER) -> Edit:
-    """The edit that suppresses slices in the target's own weights; `together` is a way of `TOGETHER`."""
+def suppression(
+    target: Target,
+    slices: SliceSet,
+    addresses: Sequence[Address],
+    together: str = USUAL_TOGETHER,
+    strength: float = 1.0,
+) -> Edit:
+    """The edit that suppresses slices in the target's own weights; `together` is a way of `TOGETHER`, and `strength`
+    how much of it is done, 1 all."""
     edit = {}
     for name, index in by_matrix(addresses).items():
-        edit[name] = suppress_directions(target.matrices[name].weight, directions_of(slices, name, index), together)
+        lost = suppress_directions(target.matrices[name].weight, directions_of(slices, name, index), together)
+        edit[name] = lost if strength == 1 else Factors(lost.read, strength * lost.write)
     return edit
 
 

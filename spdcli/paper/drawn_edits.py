@@ -1,7 +1,9 @@
 """The edits of one of several facts that are decomposed together, and what each moves.
 
     rule         which looks at no effect: of the first MLP's up matrix (c_fc in GPT-2) every slice that is active at a
-                 token that names the fact's subject and in no other prompt, taken out as it stands (`whole`)
+                 token that names the fact's subject and in no other prompt, taken out as it stands (`whole`), but only
+                 to STRENGTH: little of the answer is left then, and what else it moves falls in proportion
+    all of it    the same slices, whole
     projection   the same slices, each by its projection, as the paper suppresses
     effect       of all slices of that matrix that are active in the prompt, alone and in pairs, those that lower its
                  answer most and spare the other prompts, whole
@@ -34,8 +36,8 @@ from spdcli.location.fact_edits import DIRECT_RIDGE, inputs_at
 from spdcli.paper.fact_claims import MEAN, MEDIAN, OTHERS
 from spdcli.targets.broad_text import ridged
 
-METHODS = ("rule", "projection", "effect", "static", "direct", "random")
-WHOLE = "whole"
+METHODS = ("rule", "all of it", "projection", "effect", "static", "direct", "random")
+WHOLE, STRENGTH = "whole", 0.8
 FALL = 0.6  # of an answer's probability: the fact is cut
 SPARING = {"others": OTHERS, "median": MEDIAN, "mean": MEAN}  # relative changes
 TAIL = 0.1
@@ -100,7 +102,8 @@ def drawn_edits(context: FactContext, row: int, distinct: float) -> tuple[dict[s
     effect = most_lowering(target, decomposition, context.activity, context.prompts, row, [name], WHOLE, PAIRED)
     edits: dict[str, Edit] = {}
     if rule:
-        edits["rule"] = suppression(target, decomposition, rule, WHOLE)
+        edits["rule"] = suppression(target, decomposition, rule, WHOLE, STRENGTH)
+        edits["all of it"] = suppression(target, decomposition, rule, WHOLE)
         edits["projection"] = suppression(target, decomposition, rule)
     if effect:
         edits["effect"] = suppression(target, decomposition, effect, WHOLE)
@@ -112,7 +115,7 @@ def drawn_edits(context: FactContext, row: int, distinct: float) -> tuple[dict[s
     edits["direct"] = direct_edit(target, name, x, ridged(moment, DIRECT_RIDGE))
     norm = edit_norm(edits["rule" if rule else "static"])
     edits["random"] = random_edit(target, name, norm, max(1, len(rule)), context.seed)
-    return edits, {"rule": rule, "projection": rule, "effect": effect}
+    return edits, {"rule": rule, "all of it": rule, "projection": rule, "effect": effect}
 
 
 def slices_by_rule(context: FactContext, row: int) -> list[Address]:

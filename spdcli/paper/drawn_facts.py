@@ -93,20 +93,22 @@ def reproduce_drawn(
     out: Path,
     facts: Facts,
     count: int = 20,
+    skip: int = 0,
     settings: Sequence[str] = (),
     device: str | None = None,
     force: bool = False,
     report: Report = silent,
 ) -> DrawnExperiment:
-    """So many facts that the model knows and that neither the recipe nor LOOKED_AT has, drawn by the recipe's seed and
-    decomposed together into OUT/drawn, then cut one by one; writes OUT/reproduce.json.
+    """So many facts that the model knows and that neither the recipe nor LOOKED_AT has, drawn by the recipe's seed,
+    of which the first `skip` are passed over: decomposed together into OUT/drawn, then cut one by one. Writes
+    OUT/reproduce.json.
 
     RecipeError for a recipe without a language model; SpdError where it knows too few facts.
     """
     first = load_recipe(recipe, settings, device=device)
     if first.recipe.target.kind != "huggingface" or first.recipe.data is None:
         raise first.error("target.kind", "[target] kind: facts are those of a language model")
-    drawn = draw_facts(first, facts, count, report)
+    drawn = draw_facts(first, facts, count, skip, report)
     prompts = f"data.prompts={json.dumps([fact.prompt for fact in drawn])}"
     loaded = load_recipe(recipe, [*settings, prompts], device=device)
     run = claimed_run(out / "drawn", loaded, force, report)
@@ -128,8 +130,9 @@ def reproduce_drawn(
     return experiment
 
 
-def draw_facts(loaded: LoadedRecipe, facts: Facts, count: int, report: Report = silent) -> list[Fact]:
-    """So many `facts` that the recipe's model knows, in an order by its seed, without its prompts and LOOKED_AT.
+def draw_facts(loaded: LoadedRecipe, facts: Facts, count: int, skip: int = 0, report: Report = silent) -> list[Fact]:
+    """So many `facts` that the recipe's model knows, in an order by its seed, without its prompts and LOOKED_AT, and
+    without the first `skip` of them.
 
     SpdError where there are fewer that name their subject.
     """
@@ -142,10 +145,11 @@ def draw_facts(loaded: LoadedRecipe, facts: Facts, count: int, report: Report = 
         for fact in facts.fact
         if fact.prompt in texts and fact.subject and not any(name in fact.subject for name in LOOKED_AT)
     ]
-    if len(fresh) < count:
-        raise SpdError(f"{len(fresh)} facts that this model knows are left to draw, not {count}", "--count draws fewer")
     random.Random(loaded.recipe.seed).shuffle(fresh)
-    return fresh[:count]
+    left = fresh[skip : skip + count]
+    if len(left) < count:
+        raise SpdError(f"{len(left)} facts that this model knows are left to draw, not {count}", "--count draws fewer")
+    return left
 
 
 def fact_rows(

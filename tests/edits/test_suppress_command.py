@@ -494,3 +494,10 @@ def test_answers_and_records_from_the_command_line(spd, run, tmp_path):
         code, _, err = spd("suppress", run, "--slice", f"{FC}:0", *wrong)
         assert code != 0
         one_line(err, said)
+
+
+def test_strength_is_how_much_is_taken(spd, run):
+    whole = answer(spd, "suppress", run, *TWO[:2])
+    half = answer(spd, "suppress", run, *TWO[:2], "--strength", "0.5")
+    assert half["matrices"][0]["removed"] == pytest.approx(whole["matrices"][0]["removed"] / 2)
+    assert (whole["strength"], half["strength"]) == (1, 0.5)

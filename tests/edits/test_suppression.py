@@ -122,6 +122,15 @@ def test_whole_is_what_the_slices_are(shape):
     torch.testing.assert_close(cut, W - 3 * U[:, ::2] @ V[::2], rtol=1e-9, atol=1e-9)
 
 
+def test_strength_is_the_share_that_is_taken():
+    W, U, V = drawn(4, 6, 5, 3)
+    target, slices, addresses = weight_target(m=W), slice_set(m=(U, V)), [Address("m", 0), Address("m", 2)]
+    for together in TOGETHER:
+        whole = suppression(target, slices, addresses, together)["m"]
+        part = suppression(target, slices, addresses, together, 0.3)["m"]
+        torch.testing.assert_close(part.read @ part.write, 0.3 * whole.read @ whole.write)
+
+
 def test_a_whole_dual_slice_leaves_nothing_of_its_input():
     """A slice that reads x as 1 and writes x W: taken out whole, x gives 0; its projection leaves a part."""
     W, x, _ = drawn(3, 6, 4, 1)

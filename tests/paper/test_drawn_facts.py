@@ -76,9 +76,10 @@ def test_numbers_are_those_of_changed_weights(tiny_llama_dir, tmp_path):
     assert [one.index for one in slices["rule"]] == [3]
     own = context.decomposition.of(UP)
     lost = (edits["rule"][UP].read @ edits["rule"][UP].write).to(own.U)
-    torch.testing.assert_close(lost, own.U[:, 3:4] @ own.V[3:4], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(lost, 0.8 * own.U[:, 3:4] @ own.V[3:4], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(edits["all of it"][UP].write, edits["rule"][UP].write / 0.8)
     before, rows = measured_edits(context, 0, "Bryant", edits, slices)
-    assert set(rows) >= {"rule", "projection", "static", "direct", "random"}
+    assert set(rows) >= {"rule", "all of it", "projection", "static", "direct", "random"}
     weight = context.target.matrices[UP].weight
     batch = context.prompts.batch
 
@@ -113,6 +114,7 @@ def test_neither_the_recipes_own_nor_what_was_looked_at_is_drawn(tiny_llama_dir,
     expected = [f"{name} plays the sport of golf" for name in NAMES]
     random.Random(0).shuffle(expected)
     assert [fact.prompt for fact in drawn] == expected
+    assert [fact.prompt for fact in draw_facts(loaded, facts(), 2, skip=1)] == expected[1:3]
     with pytest.raises(SpdError, match="4 facts that this model knows are left to draw, not 5"):
         draw_facts(loaded, facts(), 5)
 
