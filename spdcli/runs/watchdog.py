@@ -21,6 +21,7 @@ ALWAYS_ON = 0.9  # share of what is on that is on everywhere: importances tell n
 MISSED = 0.2  # of the loss with every slice off, from which on slices are missed where none is on
 CROWDED = 0.9  # share of active slices in the last block
 FEW_BLOCKS = 3  # with fewer, the last block holds most of what there is
+FEW_ON = 0.05  # share of slices, below which it is minimality that a bad loss comes from
 BORN_OFF = 0.05  # share of slices that are on in the first step, below which gates begin too low
 WINDOW = 100  # records that are remembered
 USUAL = 3  # of them, from which on it is known what is usual
@@ -113,6 +114,14 @@ def nothing_on(seen: Seen) -> Reading | None:
     return 0.0, f"no slice is on anywhere, of {seen.run.slices}", setting
 
 
+def born_off(seen: Seen) -> Reading | None:
+    """Gates that are set to begin low are on almost nowhere in the first step."""
+    if seen.now.step > 1 or seen.run.gate_bias >= 0 or not 0 < seen.on < BORN_OFF * seen.run.slices:
+        return None
+    text = f"{seen.on:.3g} of {seen.run.slices} slices are on at a position, and the others learn next to nothing"
+    return seen.on / seen.run.slices, text, f"raise importance.gate_bias, which is {seen.run.gate_bias:g}"
+
+
 def worse_than_none(seen: Seen) -> Reading | None:
     """The reconstruction loss is what it would be with every slice off, or has lost most of what it began with."""
     judged = seen.judged_loss
@@ -122,7 +131,7 @@ def worse_than_none(seen: Seen) -> Reading | None:
     begun = seen.first.losses.get(name, off)
     if value < off * (LOST if begun < WELL_BEGUN * off else FULL_LOSS):
         return None
-    setting = "lower losses.minimality" if seen.on < 0.01 * seen.run.slices else "lower decompose.learning_rate"
+    setting = "lower losses.minimality" if seen.on < FEW_ON * seen.run.slices else "lower decompose.learning_rate"
     return (
         value / off,
         f"{name} is {value:.3g}; it began at {begun:.3g}, and is {off:.3g} with every slice off",
@@ -137,6 +146,20 @@ def rate_too_high(seen: Seen) -> Reading | None:
         return None
     text = f"a step moves the numbers of U and V by about {rate:.3g}, and their root mean square is {size:.3g}"
     return rate / max(size, 1e-30), text, "lower decompose.learning_rate"
+
+
+def pruned_too_much(seen: Seen) -> Reading | None:
+    """Pruning took most active slices, and the loss says that they are missed."""
+    at, judged = seen.run.prune_step, seen.judged_loss
+    before = [record for record in seen.past if record.step <= (at or 0)]
+    if at is None or judged is None or not before or seen.now.step <= at:
+        return None
+    name, value, off = judged
+    active, begun = sum(before[-1].active.values()), before[-1].losses.get(name, off)
+    if not 0 < seen.on < active / 2 or value < max(2 * begun, MISSED * off):
+        return None
+    text = f"pruning at step {at} left {seen.on:.3g} of {active:.3g} active slices, and {name} went from {begun:.3g} to"
+    return seen.on / active, f"{text} {value:.3g}", "lower decompose.prune_below"
 
 
 def unfaithful(seen: Seen) -> Reading | None:
@@ -232,7 +255,9 @@ class Sign:
 SIGNS: dict[str, Sign] = {
     "rate_too_high": Sign(rate_too_high, collapse=True, patience=1, of_the_rate=True),
     "nothing_on": Sign(nothing_on, collapse=True),
+    "born_off": Sign(born_off),
     "worse_than_none": Sign(worse_than_none, collapse=True),
+    "pruned_too_much": Sign(pruned_too_much, collapse=True),
     "unfaithful": Sign(unfaithful, collapse=True),
     "dead_matrices": Sign(dead_matrices),
     "always_on": Sign(always_on),

@@ -94,7 +94,9 @@ def test_a_rate_that_undoes_the_slices_is_told_in_the_first_step(rate, told):
 
 def test_every_sign_has_a_case():
     cases = test_a_sign_is_told_once_it_has_stayed.pytestmark[0].args[1]
-    assert {kind for kind, *_ in cases} | {"gradient_spike", "rate_too_high"} == set(SIGNS)
+    assert {kind for kind, *_ in cases} | {"gradient_spike", "rate_too_high", "born_off", "pruned_too_much"} == set(
+        SIGNS
+    )
 
 
 @pytest.mark.parametrize("kind", ["worse_than_none", "unfaithful", "always_on"])
@@ -118,6 +120,13 @@ def test_gates_that_begin_off_are_told_in_the_first_step():
     assert lines(off, run=run) == ["step 1: no slice is on anywhere, of 60; raise importance.gate_bias, which is -5"]
 
 
+@pytest.mark.parametrize(("bias", "on", "told"), [(-2, 1.0, True), (0.5, 1.0, False), (-2, 4.0, False)])
+def test_gates_that_begin_almost_off_are_told_in_the_first_step(bias, on, told):
+    run = replace(RUN, gate_bias=bias)
+    few = {"active": {"a": on, "b": 0.0, "c": 0.0}}
+    assert alarms(record(1, **few), record(50, **few), run=run) == ([("born_off", 1)] if told else [])
+
+
 def test_the_setting_that_switched_all_off_is_named():
     start = record(1, active={"a": 20, "b": 20, "c": 20})
     off = [record(500, active=OFF), record(550, active=OFF)]
@@ -126,6 +135,18 @@ def test_the_setting_that_switched_all_off_is_named():
     assert "lower losses.minimality" in lines(start, *between, *off)[0]
     assert "lower decompose.prune_below, by which step 500" in lines(start, *off, run=replace(RUN, prune_step=500))[0]
     assert "lower losses.minimality" in lines(start, *off, run=replace(RUN, prune_step=900))[0]
+
+
+def test_pruning_that_takes_what_is_needed_is_told():
+    run = replace(RUN, prune_step=500)
+    few = {"active": {"a": 1.0, "b": 0.5, "c": 0.0}}
+    log = [record(1), record(500), record(550, **few, losses={"recon": 1.0}), record(600, **few, losses={"recon": 1.0})]
+    assert lines(*log, run=run) == [
+        "step 600: pruning at step 500 left 1.5 of 4 active slices, and recon went from 0.1 to 1; "
+        "lower decompose.prune_below"
+    ]
+    assert alarms(record(1), record(500), record(550, **few), record(600, **few), run=run) == []
+    assert "pruned_too_much" not in dict(alarms(*log, run=replace(RUN, prune_step=None)))
 
 
 def test_a_spike_matters_where_nothing_clips_it():
