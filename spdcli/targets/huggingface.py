@@ -15,7 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -138,11 +138,11 @@ def _untrained(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, **chosen)
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def _config(folder: Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder, **TRUSTING_NOBODY)
 
 
-def _attention(config: PreTrainedConfig) -> str:
+def _attention(config: PretrainedConfig) -> str:
     """The attention kernel of models of this `config`: never one that the configuration itself may name."""
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
 
