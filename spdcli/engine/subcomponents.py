@@ -15,6 +15,7 @@ from spdcli.engine.sigmoid import leaky_hard_sigmoid
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 
+MERGED = 0.05  # by how much more rows may differ, of their norm, when they are too many
 RANK = 1e-5  # of the largest singular value: what is smaller does not count as a direction of the data
 
 
@@ -159,6 +160,19 @@ def distinct_rows(inputs: Tensor, tolerance: float = DISTINCT) -> Tensor:
     return inputs[~same.tril(-1).any(1)]
 
 
+def fitting_rows(inputs: Tensor, distinct: float, fill: float | None, room: int) -> Tensor:
+    """The distinct rows of `inputs` `[n, I]`; with `fill` by the first tolerance, from `distinct` on in steps of
+    MERGED, that leaves at most `fill * room` of them.
+
+    Duals of nearly as many rows as there are dimensions answer to everything: the fewer rows, the smaller they are.
+    """
+    rows = distinct_rows(inputs, distinct)
+    while fill is not None and len(rows) > fill * room and distinct < 1:
+        distinct += MERGED
+        rows = distinct_rows(inputs, distinct)
+    return rows
+
+
 def _padded(
     left: Tensor, values: Tensor, right: Tensor, slices: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -234,11 +248,13 @@ def start_slices(
     seed: int,
     moments: dict[str, Tensor] | None = None,
     distinct: float = DISTINCT,
+    fill: float | None = None,
 ) -> dict[str, Slices]:
     """Fresh slices, U `[I, C]` and V `[C, O]`, for every matrix; `slices` is C, `start` a key of `part_tables.STARTS`.
 
     `inputs[m]` `[n, I]` is the data of starts that need inputs, `moments[m]` `[I, I]` for those that need a moment. To
-    a dual start inputs are one where they differ by at most `distinct` of the larger norm.
+    a dual start inputs are one where they differ by at most `distinct` of the larger norm; with `fill` by as much more
+    as it takes until they are no more than that share of the slices and of the dimensions that there are.
     """
     generator = torch.Generator().manual_seed(seed)
     started = {}
@@ -247,7 +263,7 @@ def start_slices(
         precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no SVD
         data = None if inputs is None else inputs[name].to(precise)
         if data is not None and STARTS[start].fixed_data:
-            data = distinct_rows(data, distinct)
+            data = fitting_rows(data, distinct, fill, min(slices, weight.shape[0]))
         moment = None if moments is None else moments[name].to(weight.device)
         U, V = STARTS[start].load()(weight.to(precise), slices, data, moment, generator)
         started[name] = Slices(U.to(weight.dtype), V.to(weight.dtype))

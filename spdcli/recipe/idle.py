@@ -80,7 +80,7 @@ NEEDS = (
         lambda recipe: STARTS[recipe["slices"]["init"]].needs_moment,
     ),
     Need(
-        ("slices.distinct",),
+        ("slices.distinct", "slices.fill"),
         "slices.init",
         "init = " + " or ".join(f"'{name}'" for name, start in STARTS.items() if start.fixed_data),
         lambda recipe: STARTS[recipe["slices"]["init"]].fixed_data,

@@ -213,6 +213,11 @@ class Slices(Section):
         description="init = 'dual' and 'dual_whitened': inputs that differ by no more than this share of the larger "
         "norm get one slice together.",
     )
+    fill: Share | None = Field(
+        None,
+        description="init = 'dual' and 'dual_whitened': where more inputs are distinct than this share of C and of the "
+        "matrix's input dimensions, those that differ least are taken together; if not given, all have to fit.",
+    )
     delta: bool = Field(
         False,
         description="Whether the delta W - U V, which no slice holds, is one more component with a mask of its own. "

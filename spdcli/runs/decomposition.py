@@ -50,7 +50,8 @@ def start_decomposition(recipe: Recipe, subject: Subject, names: list[str]) -> D
         assert subject.stream is not None
         plain = second_moments(subject.target, subject.stream(), names)
         moments = {name: ridged(moment, section.ridge) for name, moment in plain.items()}
-    slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments, section.distinct)
+    distinct, fill = section.distinct, section.fill
+    slices = start_slices(matrices, section.C, section.init, inputs, recipe.seed, moments, distinct, fill)
     bases = {name: span_basis(inputs[name]) for name in names} if spanned and inputs is not None else None
     decomposition = _assemble(recipe, subject, slices, bases)
     if inner and inputs is not None:
@@ -77,7 +78,8 @@ def refuse_too_few_slices(recipe: Recipe, subject: Subject, names: list[str]) ->
     """SpdError where a dual start will find no slice for some of the data's inputs, which the tokens tell already: what
     a matrix after the first block reads differs where what was read so far does."""
     deep = [subject.target.matrices[name] for name in names if subject.target.matrices[name].block > 0]
-    exact = STARTS[recipe.slices.init].fixed_data and recipe.slices.distinct <= DISTINCT
+    section = recipe.slices
+    exact = STARTS[section.init].fixed_data and section.distinct <= DISTINCT and section.fill is None
     if not exact or subject.prompts is None or not deep:
         return
     rows, valid = subject.prompts.batch.tokens.tolist(), subject.prompts.batch.valid.sum(1).tolist()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from twins import close, gradients
 
 from spdcli.engine.part_tables import STARTS
-from spdcli.engine.subcomponents import distinct_rows, dual_directions, masked_product, start_slices
+from spdcli.engine.subcomponents import (
+    distinct_rows,
+    dual_directions,
+    fitting_rows,
+    masked_product,
+    start_slices,
+)
 from spdcli.engine.target import Matrix
 from spdcli.errors import SpdError
 
@@ -194,3 +202,28 @@ def test_a_start_is_seeded(start):
     first, second = (started(start, 8, inputs=data) for _ in range(2))
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[2], second[2])
+
+
+def test_inputs_are_taken_together_until_they_fit():
+    """Three directions, each with a neighbour 0.12, 0.32 and 0.52 of a norm away: six rows, of which room decides."""
+    axes = torch.eye(8, dtype=torch.float64)[:6]
+    near = torch.stack([axes[k] + step * axes[k + 3] for k, step in enumerate((0.12, 0.32, 0.52))])
+    rows = torch.cat([axes[:3], near])
+    assert len(fitting_rows(rows, 1e-3, None, 4)) == 6
+    for fill, kept in ((1.0, 6), (0.9, 5), (0.7, 4), (0.5, 3)):
+        fitting = fitting_rows(rows, 1e-3, fill, 6)
+        assert len(fitting) == kept
+        torch.testing.assert_close(fitting[:3], axes[:3])
+    assert len(fitting_rows(rows, 0.4, 0.9, 6)) == 4  # no less than was asked for
+
+
+def test_a_dual_start_with_room_for_fewer_inputs_needs_fill():
+    matrix = SimpleNamespace(weight=torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    inputs = torch.eye(6).repeat_interleave(2, 0) + 0.04 * torch.randn(
+        12, 6, generator=torch.Generator().manual_seed(1)
+    )
+    with pytest.raises(SpdError, match="12 distinct inputs; there is room for 6"):
+        start_slices({"m": matrix}, 8, "dual", {"m": inputs}, 0)
+    slices = start_slices({"m": matrix}, 8, "dual", {"m": inputs}, 0, fill=1.0)["m"]
+    assert int(slices.V.any(1).sum()) == 6
+    torch.testing.assert_close(inputs[::2] @ slices.U @ slices.V, inputs[::2] @ matrix.weight, rtol=1e-3, atol=1e-4)

@@ -20,6 +20,7 @@ OTHER = {  # a value that is not the usual one, and what meets its need
     "importance.gate_bias": (0.9, ["importance.start=random"]),
     "importance.gate_spread": (0.1, ["importance.start=random"]),
     "slices.distinct": (0.2, ["slices.init=dual"]),
+    "slices.fill": (0.8, ["slices.init=dual"]),
     "slices.ridge": (0.5, ["slices.init=dual_whitened", "data.stream=generated"]),
     "losses.samples": (2, ["losses.stochastic_recon=1"]),
     "losses.subset": ("position", ["losses.recon_partial=1"]),
