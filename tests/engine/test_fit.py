@@ -11,6 +11,7 @@ from twins import decompose, toy_subject
 
 from spdcli.engine import fit as fit_module
 from spdcli.engine.direct_losses import exact_faithfulness
+from spdcli.engine.finite import FiniteWatch
 from spdcli.engine.fit import FitSettings, fit, frequent_slices, start_fit, warm_up_faithfulness
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.loss_settings import LossSettings
@@ -231,7 +232,7 @@ def test_what_is_noticed_late_has_changed_nothing(monkeypatch):
     spoil(run, "slices.V0.V", float("nan"))
     before = run.parameters()
     with monkeypatch.context() as late:
-        late.setattr(fit_module._Watch, "check", lambda watch, names: None)
+        late.setattr(FiniteWatch, "check", lambda watch, names: None)
         for _ in range(3):
             next(steps)
     for name, parameter in run.parameters().items():
