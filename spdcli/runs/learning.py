@@ -193,6 +193,7 @@ def make_steps(
             if due and not asked and collapse is None and guard.may_save:
                 with signals.held():
                     store.save(decomposition, state)
+                asked = processes.any(bool(signals))  # meanwhile
             if asked or collapse is not None:
                 break
         if collapse is None or section.on_collapse == "stop":

@@ -146,8 +146,8 @@ def test_a_collapse_stops_where_the_recipe_says_so(recipe, tmp_path):
 def spoilt(*bad, when):
     """`fit`, whose records at the steps `bad` have nothing on while `when(rate)`, the learning rate, says so."""
 
-    def steps(target, decomposition, batches, state, settings, stream=None):
-        for record in fit(target, decomposition, batches, state, settings, stream):
+    def steps(*arguments):
+        for record in fit(*arguments):
             if record is not None and record.step in bad and when(record.rate):
                 record.active = dict.fromkeys(record.active, 0.0)
             yield record
@@ -208,8 +208,8 @@ def test_a_run_that_never_gets_well_stops(recipe, tmp_path, monkeypatch, out):
 
 
 def test_a_loss_that_is_not_finite_is_gone_back_from_too(recipe, tmp_path, monkeypatch):
-    def breaks(target, decomposition, batches, state, settings, stream=None):
-        for record in fit(target, decomposition, batches, state, settings, stream):
+    def breaks(*arguments):
+        for record in fit(*arguments):
             if record.step == 5 and record.rate > 0.006:
                 raise NotFinite("step 5: loss x is nan", "hint", 5)
             yield record
