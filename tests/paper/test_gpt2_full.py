@@ -109,7 +109,8 @@ def answer(monkeypatch, capsys):
     def ask(*arguments: object) -> dict[str, Any]:
         code, printed, err = spd_here(monkeypatch, capsys)(*arguments, "--json")
         assert code == 0
-        assert err == "" or err.startswith("warning: the file has no notes on ")
+        said = [line for line in err.splitlines() if not re.match(r"\d+/\d+  ", line)]  # what slow machines count
+        assert all(line.startswith("warning: the file has no notes on ") for line in said), err
         return json.loads(printed)
 
     return ask
