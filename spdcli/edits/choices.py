@@ -67,13 +67,17 @@ STATISTICS: dict[str, Measure] = {
 }
 USUAL_STATISTIC = "mean"
 
+
+def percentile_99(values: Any) -> Any:
+    """What at most one in a hundred of the values `[n]`, a tensor, exceeds: one of them."""
+    return values.sort().values[(99 * len(values) - 1) // 100]
+
+
 # Of the KLs `[n]` of n tokens of a text.
 TEXT_MEASURES: dict[str, Measure] = {
     "kl_mean": Measure(about="the mean KL a token of the text, nats", of=lambda kl: kl.mean()),
-    "kl_median": Measure(about="the median", of=lambda kl: kl.median()),
-    "kl_p99": Measure(
-        about="what one token in a hundred exceeds", of=lambda kl: kl.sort().values[(99 * len(kl) - 1) // 100]
-    ),
+    "kl_median": Measure(about="the median", of=STATISTICS["median"].of),
+    "kl_p99": Measure(about="what one token in a hundred exceeds", of=percentile_99),
     "kl_max": Measure(about="the largest", of=lambda kl: kl.max()),
 }
 

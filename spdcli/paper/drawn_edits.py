@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from spdcli.edits.answer_changes import measure_columns
+from spdcli.edits.choices import percentile_99
+from spdcli.edits.collateral import relative_change, statistics
 from spdcli.edits.prompts_and_answers import Questions
 from spdcli.edits.selection import active_at, in_order, most_lowering, weight_carried, with_direction
 from spdcli.edits.suppression import Address, Edit, suppression
@@ -60,16 +62,11 @@ class Reach:
     @classmethod
     def of(cls, ratios: Tensor) -> Reach:
         """Of ratios after / before `[n]`."""
-        changes = (ratios.double() - 1).abs().sort().values
+        changes = relative_change(ratios.double())
         if not len(changes):
             return cls(asked=0, median=None, mean=None, p99=None, max=None)
-        return cls(
-            asked=len(changes),
-            median=changes.median().item(),
-            mean=changes.mean().item(),
-            p99=changes[(99 * len(changes) - 1) // 100].item(),
-            max=changes[-1].item(),
-        )
+        sizes = {name: value.item() for name, value in statistics(changes).items()}
+        return cls(asked=len(changes), p99=percentile_99(changes).item(), **sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

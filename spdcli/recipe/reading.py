@@ -153,6 +153,7 @@ def _prompts_read(raw: dict[str, Any], source: Source) -> list[RecipeProblem]:
     try:
         lines = read_bytes(Path(file), MOST_PROMPTS).decode().splitlines()
     except (SpdError, UnicodeDecodeError) as error:
+        data["prompts"] = [file]  # so that the schema does not tell of it again
         said = error.message if isinstance(error, SpdError) else f"not text in UTF-8: {error.reason}"
         return [source.problem([("data", "prompts")], f"[data] prompts names a file with one a line: {said}")]
     data["prompts"] = [line.strip() for line in lines if line.strip()]

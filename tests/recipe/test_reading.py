@@ -609,5 +609,6 @@ def test_prompts_may_stand_in_a_file(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(RecipeError, match=said):
             load_recipe("smollm2-prompts", [f"data.prompts={tmp_path / name}"])
-    with pytest.raises(RecipeError, match="a pipe or a device"):
+    with pytest.raises(RecipeError, match="a pipe or a device") as caught:
         load_recipe("smollm2-prompts", ["data.prompts=/dev/zero"])
+    assert len(caught.value.problems) == 1
