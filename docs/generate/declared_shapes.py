@@ -166,7 +166,11 @@ def _files() -> dict[str, Keys]:
 
 def _tests() -> dict[str, Keys]:
     kind = {"kind": str, "tried": int, "failed": int, "seconds": float}
-    return {"make soak": _said("soak", {"memory_gib": float, "hang_seconds": float, "kinds": [kind]})}
+    step = {"command": str, "seconds": float, "processor_seconds": float, "exit": int, "last": str}
+    return {
+        "make soak": _said("soak", {"memory_gib": float, "hang_seconds": float, "kinds": [kind]}),
+        "python -m walk.walk": _said("walk", {"steps": [step]}),
+    }
 
 
 def _said(schema: str, *parts: Keys) -> Keys:

@@ -53,8 +53,8 @@ def recorded_outputs() -> dict[str, tuple[str, Any]]:
 def output_name(command: str, data: Mapping[str, Any]) -> str:
     """The name in `outputs` of what a command printed."""
     words = command.split()
-    if words[:3] == ["python", "-m", "soak.soak"]:
-        return "make soak"
+    if words[:2] == ["python", "-m"]:
+        return {"soak.soak": "make soak", "walk.walk": "python -m walk.walk"}[words[2]]
     verb = " ".join(words[:3] if words[1] in ("facts", "reproduce", "recipe") else words[:2])
     option = next((f" {word}" for word in words if word in ("--script", "--apply")), "")
     kinds = {"induction": ", toy", "huggingface": ", language model"}

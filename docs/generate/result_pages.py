@@ -16,6 +16,7 @@ from generate import (
     soak_results,
     text_results,
     toy_results,
+    walk_results,
 )
 from generate.markdown import duration, fenced, joined
 from generate.recorded import Page, Recording, Result, pages, recording, results, sentence
@@ -121,4 +122,5 @@ RENDERERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "spd.plan/1": cost_results.cost,
     "spd.compare/1": cost_results.comparison,
     "spd.soak/1": soak_results.soak,
+    "spd.walk/1": walk_results.walk,
 }

@@ -153,7 +153,10 @@ def test_every_output_has_its_shape_whether_it_was_recorded_or_not() -> None:
         '"spd.recovery/1"',
         '"spd.target/1"',
     }  # files of a run
-    assert {keys["schema"] for keys in outputs().values()} == printed | {'"spd.soak/1"'}  # which tests print
+    assert {keys["schema"] for keys in outputs().values()} == printed | {
+        '"spd.soak/1"',
+        '"spd.walk/1"',
+    }  # which tests print
     page = json_page.page()
     headings = [heading.replace("`", "") for heading in re.findall("^## (.*)$", page, re.MULTILINE)]
     assert headings == list(outputs())

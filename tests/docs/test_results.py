@@ -22,7 +22,11 @@ MEASURED = Recording("x", "spd eval x", "c0ffee", "2026-01-02", "0.1.0", {}, 3.0
 def test_a_listed_result_has_a_real_command_and_what_it_builds_on_comes_before(result: Result) -> None:
     names = list(results())
     spd = result.command.startswith("spd ")
-    assert (mistakes(result.command) == []) if spd else result.command.startswith("python -m soak.soak ")
+    assert (
+        (mistakes(result.command) == [])
+        if spd
+        else result.command.startswith(("python -m soak.soak ", "python -m walk.walk "))
+    )
     assert result.page in {page.name for page in pages()}
     assert all(names.index(name) < names.index(result.name) for name in result.after)
     assert all((DOCS / name).exists() for name in result.files)
