@@ -13,6 +13,7 @@ from spdcli.measures.active_counts import active_per_position
 from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.evidence import Evidence
+from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.overrides import parse_override
 from spdcli.recipe.reading import LoadedRecipe, load_recipe
@@ -30,8 +31,9 @@ class SettingRun:
 
     `seconds` are those of training its `steps`; `active` are active slices a position at the last of them, over all
     matrices; `l0` the same on the sequences that are measured, `l0_above_tenth` of those whose importance is above 0.1;
-    and `total_active` slices that are active somewhere. `metrics` are the losses of `spd eval` by name, and `evidence`
-    what they are worth, as there (none of a toy of sparse features).
+    `total_active` slices that are active somewhere and `unique` those by matrix; `active_by_class` are a toy's active
+    slices by matrix and position class (Table 1a). `metrics` are the losses of `spd eval` by name, and `evidence` what
+    they are worth, as there (none of a toy of sparse features).
     """
 
     setting: str
@@ -42,9 +44,11 @@ class SettingRun:
     l0: float
     l0_above_tenth: float
     total_active: int
+    unique: Mapping[str, int]
     metrics: Mapping[str, float]
     standard_error: Mapping[str, float | None]
     evidence: Evidence | Absent = ABSENT
+    active_by_class: Mapping[str, Mapping[str, float]] | Absent = ABSENT
 
 
 def compare_settings(
@@ -112,7 +116,9 @@ def setting_run(
         l0=l0,
         l0_above_tenth=above,
         total_active=evaluation.total_active,
+        unique=evaluation.unique,
         metrics=evaluation.metrics,
         standard_error=evaluation.standard_error,
         evidence=evaluation.evidence if isinstance(evaluation, Evaluation) else ABSENT,
+        active_by_class=evaluation.active if isinstance(evaluation, ToyEvaluation) else ABSENT,
     )

@@ -81,6 +81,11 @@ def test_settings_that_belong_together_and_equal_steps_alone(spd, recipe, tmp_pa
     assert (losses.faithfulness, losses.relative_faithfulness) == (0, 1)
     for row in (first, second):
         assert 0 <= row["l0_above_tenth"] <= row["l0"] <= 9 * 6
+        assert sum(row["unique"].values()) == row["total_active"]
+        places = row["active_by_class"]
+        assert {name for name, kinds in places.items() if any(kinds.values())} == {
+            name for name, count in row["unique"].items() if count
+        }
     assert first["l0"] > 0
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from generate.markdown import code, duration, joined, memory, number, table, threads
 from spdcli.commands.evidence_tables import grade_of
 from spdcli.engine.tables import GRADES
 from spdcli.measures.evidence_choices import CORNERS
+from spdcli.paper.table1 import FOUND_AT
 
 Data = Mapping[str, Any]
 
@@ -90,7 +91,23 @@ def comparison(data: Data) -> str:
     times = "At equal steps, then at equal time:"
     if len({row["steps"] for row in data["rows"]}) == 1:
         times = "At equal steps:"
-    return joined([times, table(heads, rows)])
+    return joined([times, table(heads, rows), by_class(data["rows"])])
+
+
+def by_class(runs: Sequence[Data]) -> str:
+    """Where a toy's slices are active, each matrix at the position class of Table 1, and how many it has in all;
+    nothing of other targets, or of a recording that is older."""
+    if "active_by_class" not in runs[0]:
+        return ""
+    heads = ["", *(f"{name} at {kind} (unique)" for name, kind in FOUND_AT.items())]
+    rows = [
+        [
+            run["with"] if run is runs[0] else code(run["with"]),
+            *(f"{run['active_by_class'][name][kind]:.3f} ({run['unique'][name]})" for name, kind in FOUND_AT.items()),
+        ]
+        for run in runs
+    ]
+    return joined(["Active slices at the positions where the paper found them, and unique ones:", table(heads, rows)])
 
 
 def graded(loss: str) -> str:

@@ -28,7 +28,7 @@ PAPER_ATTENTION_MEAN = 0.194
 # Section 6.1.
 PAPER_M_TO_S1, PAPER_M_TO_S1_UNPLACED = 1.0, 0.0941
 
-OWN_CLASS = {"Q0": "m", "K0": "s1", "V0": "s1", "Q1": "s2", "K1": "m"}  # where one slice is to be active; V1 has more
+FOUND_AT = {"Q0": "m", "K0": "s1", "V0": "s1", "Q1": "s2", "K1": "m", "V1": "m"}  # one slice each, but V1 has more
 
 
 def claims() -> list[Claim]:
@@ -43,10 +43,8 @@ def _active_claims() -> list[Claim]:
         for kind, paper in zip(CLASSES, values, strict=False):
             if kind == "random":
                 bound = Bound(None, 0.05, stated=True, strict=True)
-            elif OWN_CLASS.get(matrix) == kind:
-                bound = Bound(0.9, 1.1, stated=True)
-            elif (matrix, kind) == ("V1", "m"):
-                bound = Bound(None, 8, stated=True)
+            elif FOUND_AT[matrix] == kind:
+                bound = Bound(None, 8, stated=True) if matrix == "V1" else Bound(0.9, 1.1, stated=True)
             else:
                 bound = near(paper, 0.1)
             rows.append(Claim(f"active {matrix} at {kind}", _at("active", matrix, kind), paper, bound))

@@ -17,7 +17,7 @@ import torch
 from spdcli.api import finished
 from spdcli.disk import write_json
 from spdcli.paper.induction_experiment import evaluation_of, seed_recipes
-from spdcli.paper.table1 import OWN_CLASS
+from spdcli.paper.table1 import FOUND_AT
 from spdcli.paper.verdict import REPORT
 from spdcli.progress import Progress, Report, silent
 from spdcli.records import plain
@@ -99,7 +99,6 @@ def _measured(run: LoadedRun, sequences: int, report: Report) -> ToyVariant:
     assert toy is not None
     evaluation = evaluation_of(run, sequences, report)
     attention = evaluation["circuit"]["attention"]["target"]
-    places = {**OWN_CLASS, "V1": "m"}
     weights = {name: run.subject.target.matrices[name].weight for name in ("Q0", "K0")}
     return ToyVariant(
         positions=toy.shape.positions,
@@ -112,8 +111,8 @@ def _measured(run: LoadedRun, sequences: int, report: Report) -> ToyVariant:
         s2_to_m=attention["s2_to_m"],
         singular_values={name: torch.linalg.svdvals(w)[:LARGEST].tolist() for name, w in weights.items()},
         unique=evaluation["unique"],
-        active={name: evaluation["active"][name][kind] for name, kind in places.items()},
-        needs={name: evaluation["circuit"]["needs"][name][kind] for name, kind in places.items()},
+        active={name: evaluation["active"][name][kind] for name, kind in FOUND_AT.items()},
+        needs={name: evaluation["circuit"]["needs"][name][kind] for name, kind in FOUND_AT.items()},
         metrics=evaluation["metrics"],
         minutes=run.home.last_record["seconds"] / 60,
     )
