@@ -56,7 +56,7 @@ def output_name(command: str, data: Mapping[str, Any]) -> str:
     if words[:2] == ["python", "-m"]:
         return {"soak.soak": "make soak", "walk.walk": "python -m walk.walk"}[words[2]]
     verb = " ".join(words[:3] if words[1] in ("facts", "reproduce", "recipe") else words[:2])
-    option = next((f" {word}" for word in words if word in ("--script", "--apply")), "")
+    option = next((f" {word}" for word in words if f"{verb} {word}" in outputs()), "")
     kinds = {"induction": ", toy", "huggingface": ", language model"}
     kind = (kinds | dict.fromkeys(("tms", "resid_mlp"), ", sparse features")).get(str(data.get("target", "")), "")
     return f"{verb}{option}{kind}"
