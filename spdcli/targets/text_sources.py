@@ -63,8 +63,8 @@ def files_of(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if not path.is_dir():
         if not path.exists():
-            ways = "name a text file, a directory, a .jsonl or .parquet file, datasets:NAME, or 'generated'"
-            raise Missing(f"data.stream: {path}: cannot be read: there is no such file", ways)
+            ways = "name a text file, a directory, a .jsonl or .parquet file, or datasets:NAME"
+            raise Missing(f"{path}: cannot be read: there is no such file", ways)
         return [path]
     known = (*TEXT, *LINES, TABLE)
     found = sorted(
@@ -73,7 +73,7 @@ def files_of(source: str) -> list[Path]:
         if file.suffix in known and file.is_file() and not any(part.startswith(".") for part in file.parts[1:])
     )
     if not found:
-        raise SpdError(f"data.stream: {path} holds no text", f"its files end in none of {', '.join(known)}")
+        raise SpdError(f"{path} holds no text", f"its files end in none of {', '.join(known)}")
     return found
 
 
@@ -102,7 +102,7 @@ def _opened(path: Path) -> Any:
     try:
         return path.open("rb")
     except OSError as error:
-        raise SpdError(f"data.stream: {path}: cannot be read: {error.strerror}") from error
+        raise SpdError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _pieces(path: Path) -> Document:
@@ -123,12 +123,12 @@ def _decoded(path: Path) -> Iterator[tuple[int, str]]:
     with _opened(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
             if len(line) > LONGEST:
-                raise SpdError(f"data.stream: {path}: line {number} is longer than {LONGEST / 2**20:g} MiB")
+                raise SpdError(f"{path}: line {number} is longer than {LONGEST / 2**20:g} MiB")
             try:
                 yield number, line.decode()
             except UnicodeDecodeError as error:
                 raise SpdError(
-                    f"data.stream: {path}: line {number}: cannot be read: not text in UTF-8: {error.reason}",
+                    f"{path}: line {number}: cannot be read: not text in UTF-8: {error.reason}",
                     "name a text file, or a directory of them",
                 ) from error
 
@@ -139,7 +139,7 @@ def _lines(path: Path, field: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise SpdError(f"data.stream: {path}: line {number}: not JSON: {error}", "one object a line") from error
+                raise SpdError(f"{path}: line {number}: not JSON: {error}", "one object a line") from error
             yield _text_of(row, field, f"{path}: line {number}")
 
 
@@ -152,7 +152,7 @@ def _rows(path: Path, field: str) -> Iterator[str]:
         table = ParquetFile(path)
         columns: list[str] = table.schema_arrow.names
     except (OSError, ValueError) as error:
-        raise SpdError(f"data.stream: {path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise SpdError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if field not in columns:
         raise _no_field(field, columns, str(path))
     number = 0
@@ -166,10 +166,10 @@ def _text_of(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or field not in row:
         raise _no_field(field, list(row) if isinstance(row, dict) else [], where)
     if not isinstance(row[field], str):
-        raise SpdError(f"data.stream: {where}: {field} is {type(row[field]).__name__}, not text")
+        raise SpdError(f"{where}: {field} is {type(row[field]).__name__}, not text")
     return row[field]
 
 
 def _no_field(field: str, fields: list[str], where: str) -> SpdError:
     has = f"it has {', '.join(map(str, fields[:10]))}" if fields else "it is no object"
-    return SpdError(f"data.stream: {where}: no field '{field}'; {has}", "data.stream_field names the one with the text")
+    return SpdError(f"{where}: no field '{field}'; {has}", "data.stream_field names the one with the text")
