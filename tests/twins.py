@@ -318,18 +318,20 @@ def one_by_one(
                 if variant.hidden:
                     outputs, states = heard(subject, tokens, variant.matrices)
                     if settings.hidden_at == "matrix":
-                        gaps = {name: (outputs[name] - clean_outputs[name]).norm(dim=-1) for name in masks}
-                        errors = [
-                            (gaps[name] / clean_outputs[name].norm(dim=-1))[where]
+                        gaps = [
+                            ((outputs[name] - clean_outputs[name])[where], clean_outputs[name][where])
                             for name, (_, _, where) in masks.items()
                         ]
                     else:
-                        errors = [
-                            (states[at + 1] - clean_states[at + 1]).norm(dim=-1)
-                            / (clean_states[at + 1] - clean_states[variant.entry]).norm(dim=-1)
+                        gaps = [
+                            (states[at + 1] - clean_states[at + 1], clean_states[at + 1] - clean_states[variant.entry])
                             for at in {target.matrices[name].block for name in variant.matrices}
                         ]
-                    hidden_errors[variant].append(torch.cat(errors).square())
+                    for gap, scale in gaps:
+                        sizes = scale.norm(dim=-1).square()
+                        if settings.hidden_scale == "sequence" and len(sizes):
+                            sizes = torch.full_like(sizes, sizes.mean())
+                        hidden_errors[variant].append(gap.norm(dim=-1).square() / sizes)
             if target.output_loss == "mse":
                 divergence = ((changed - logits) ** 2).mean(-1)
             else:

@@ -10,20 +10,22 @@ where a is the target's activation on the same sequence, a' the variant's and r 
     block    a is the hidden state after a block that holds a replaced matrix, at every real position, and r is what the
              target has written since the variant left it: a less the hidden state at the variant's entry
 
-so that every place counts alike, however long its activation. A variant's error is the mean over its places. Nothing
-after the last such block is needed for it, nor is the unembedding: `last_block` says where a pass may stop.
+so that every place counts alike, however long its activation. Where the target writes nothing, as at most positions of
+a matrix whose slices are needed at a few, any error is then without bound: with the scale "sequence" ‖r‖² is instead
+its mean over the sequence's positions at that site. A variant's error is the mean over its places. Nothing after the
+last such block is needed for it, nor is the unembedding: `last_block` says where a pass may stop.
 R rows of a chunk, B sequences, T positions, D width of the residual stream, O d_out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import HIDDEN_SITES
+from spdcli.engine.tables import HIDDEN_SCALES, HIDDEN_SITES
 from spdcli.engine.target import Matrix, Target, at_least_float32, sent
 from spdcli.engine.variants import Piece, Variant
 
@@ -41,7 +43,7 @@ class HiddenWatch:
 
     `inputs[m]` `[B, T, I]` and `states[b]` `[B, T, D]`, the hidden state that enters block b, or leaves the last one,
     are those of the clean pass; `valid` `[B, T]` is False at padding. `whole` is that of the whole batch, where these
-    are a part of its sequences.
+    are a part of its sequences. `scale` is a key of `tables.HIDDEN_SCALES`.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class HiddenWatch:
         valid: Tensor,
         chunk: Sequence[Piece],
         whole: Tensor | None = None,
+        scale: str = "position",
     ) -> None:
         self.target, self.inputs, self.states, self.valid = target, inputs, states, valid
+        self.scale: Callable[[Tensor, Tensor], Tensor] = HIDDEN_SCALES[scale].load()
         self.whole = valid if whole is None else whole
         firsts = accumulate((len(piece) for piece in chunk), initial=0)
         self.pieces = [(first, piece) for first, piece in zip(firsts, chunk, strict=False) if piece.variant.hidden]
@@ -80,7 +84,7 @@ class HiddenWatch:
 
     def _add(self, piece: Piece, actual: Tensor, clean: Tensor, scale: Tensor, counted: Tensor) -> None:
         """Add ‖actual - clean‖² / ‖scale‖² `[n, T]`, where `counted` is True, to the piece's sums over positions."""
-        size = at_least_float32(scale).square().sum(-1)
+        size = self.scale(at_least_float32(scale).square().sum(-1), counted)
         error = (actual.to(size.dtype) - clean).square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)
         self.sums[piece] = self.sums[piece] + torch.where(counted, error, 0.0).sum(1)
 
@@ -122,6 +126,16 @@ class BlockWatch(HiddenWatch):
         return {self.target.matrices[name].block for name in variant.matrices}
 
 
+def by_position(size: Tensor, counted: Tensor) -> Tensor:
+    """The squared lengths `size` `[n, T]`, each the scale of its own position."""
+    return size
+
+
+def by_sequence(size: Tensor, counted: Tensor) -> Tensor:
+    """The mean `[n, 1]` of the squared lengths `size` `[n, T]` over a sequence's `counted` positions."""
+    return torch.where(counted, size, 0.0).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+
+
 def _replaced(valid: Tensor, variant: Variant, name: str) -> Tensor:
     """Of the `valid` positions `[B, T]` those at which the variant replaces matrix `name`."""
     return valid if variant.routed is None else valid & sent(variant.routed[name], valid.device)
@@ -135,6 +149,7 @@ def hidden_watch(
     valid: Tensor,
     chunk: Sequence[Piece],
     whole: Tensor | None = None,
+    scale: str = "position",
 ) -> HiddenWatch:
     """What listens to a chunk at `site`, a key of `tables.HIDDEN_SITES`; the other arguments as in `HiddenWatch`."""
-    return HIDDEN_SITES[site].load()(target, inputs, states, valid, chunk, whole)
+    return HIDDEN_SITES[site].load()(target, inputs, states, valid, chunk, whole, scale)

@@ -43,6 +43,7 @@ class LossSettings:
     faithfulness_probes: int | None = None
     half: bool = False
     hidden_at: str = "matrix"
+    hidden_scale: str = "position"
     delta_mask: float | None = None
     delta_masks: str = "position"
     attack: Attack = field(default_factory=Attack)

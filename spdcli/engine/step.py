@@ -61,6 +61,7 @@ def reconstruction(
     half: bool = False,
     look: Callable[[Variant, slice, Tensor], Tensor | None] | None = None,
     hidden_at: str = "matrix",
+    hidden_scale: str = "position",
     portion: Portion | None = None,
 ) -> None:
     """Run all `variants` on the batch of a clean pass, in chunks of at most `budget` bytes, and hand over their KLs, or
@@ -75,9 +76,10 @@ def reconstruction(
 
     `attend(variant, error)` gets likewise the attention errors of the variants of ATTENDED losses (see
     `attention_errors`), and `look(variant, sequences, errors)` the errors `[n]` of hidden activations at `hidden_at`, a
-    key of `tables.HIDDEN_SITES`, of the variants of hidden losses (see `hidden.HiddenWatch.errors`), which need no KL.
-    With `half` the blocks multiply in bfloat16. Of the variants this process's `portion` is run: the clean pass and g
-    are of its sequences then, `variants` and their random numbers of the whole batch.
+    key of `tables.HIDDEN_SITES`, by `hidden_scale`, one of `tables.HIDDEN_SCALES`, of the variants of hidden losses
+    (see `hidden.HiddenWatch.errors`), which need no KL. With `half` the blocks multiply in bfloat16. Of the variants
+    this process's `portion` is run: the clean pass and g are of its sequences then, `variants` and their random numbers
+    of the whole batch.
     """
     portion = portion or Portion(clean.batch)
     order = {variant: number for number, variant in enumerate(variants)}
@@ -93,7 +95,8 @@ def reconstruction(
         watch = None
         if look is not None:
             valid = clean.batch.valid
-            watch = hidden_watch(hidden_at, target, clean.inputs, states, valid, chunk, portion.whole.valid)
+            whole_valid = portion.whole.valid
+            watch = hidden_watch(hidden_at, target, clean.inputs, states, valid, chunk, whole_valid, hidden_scale)
         narrow = torch.autocast(target.device.type, torch.bfloat16) if half else nullcontext()
         with recording(target, attend is not None) as patterns, narrow:
             ends = clean.at.ends and attend is None and look is None
@@ -270,6 +273,7 @@ def _plan_terms(
         settings.half,
         look if any(variant.hidden for variant in variants) else None,
         settings.hidden_at,
+        settings.hidden_scale,
         portion,
     )
     return sums

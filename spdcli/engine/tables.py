@@ -279,6 +279,13 @@ HIDDEN_SITES: dict[str, Choice] = {
     "matrix": Choice("what each replaced matrix gives, x W and its bias", "spdcli.engine.hidden:MatrixWatch"),
     "block": Choice("the hidden state after each block that holds one", "spdcli.engine.hidden:BlockWatch"),
 }
+# What a squared error of hidden activations is divided by.
+HIDDEN_SCALES: dict[str, Choice] = {
+    "position": Choice(
+        "the squared length of the target's own, position by position", "spdcli.engine.hidden:by_position"
+    ),
+    "sequence": Choice("the mean of that over the sequence", "spdcli.engine.hidden:by_sequence"),
+}
 
 
 def losses_where(condition: Callable[[Loss], bool]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, create_model
 
-from spdcli.engine.tables import DELTA_MASKS, HIDDEN_SITES, LOSSES, PENALTIES, SUBSETS
+from spdcli.engine.tables import DELTA_MASKS, HIDDEN_SCALES, HIDDEN_SITES, LOSSES, PENALTIES, SUBSETS
 from spdcli.recipe.choices import DIVERGENCES, USUAL_DELTA_MASKS
 from spdcli.recipe.section import Coefficient, Few, OneOf, Positive, Rate, Section, Size
 
@@ -50,6 +50,9 @@ class Losses(Coefficients):
     )
     hidden_at: Annotated[str, OneOf(HIDDEN_SITES)] = Field(
         "matrix", description="Where the hidden losses compare a variant with the target. Not in the paper."
+    )
+    hidden_scale: Annotated[str, OneOf(HIDDEN_SCALES)] = Field(
+        "position", description="What the squared errors of the hidden losses are divided by. Not in the paper."
     )
     last_token_only: bool = Field(
         False,

@@ -47,6 +47,7 @@ def loss_settings(recipe: Recipe) -> LossSettings:
         frequency_tokens=section.frequency_tokens,
         subset=section.subset,
         hidden_at=section.hidden_at,
+        hidden_scale=section.hidden_scale,
         reverse_kl=section.kl == "variant_to_target",
         layerwise_matrices=section.layerwise_matrices,
         faithfulness_probes=section.faithfulness_probes,

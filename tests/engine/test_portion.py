@@ -119,7 +119,15 @@ TARGETED = {"recon": 0.5, "stochastic_recon_partial": 2.0, "minimality": 0.1, "f
 CASES = {  # target, gates, losses, processes, by rows, bytes, targeted
     "toy": ("toy", "attention", EVERY_LOSS, 5, False, LITTLE, 0),
     "toy, uneven": ("toy", "scalar", replace(EVERY_LOSS, subset="position", hidden_at="block"), 3, False, PLENTY, 0),
-    "toy, rows": ("toy", "attention", replace(EVERY_LOSS, subset="position"), 3, True, LITTLE, 0),
+    "toy, rows": (
+        "toy",
+        "attention",
+        replace(EVERY_LOSS, subset="position", hidden_scale="sequence"),
+        3,
+        True,
+        LITTLE,
+        0,
+    ),
     "llama": ("llama", "shared", replace(EVERY_LOSS, delta_masks="corner", faithfulness_probes=2), 2, False, PLENTY, 0),
     "llama, rows": ("llama", "scalar", replace(EVERY_LOSS, layerwise_matrices=2), 4, True, PLENTY, 0),
     "llama, joint gates": ("llama", "global", replace(EVERY_LOSS, penalty="smooth_l0"), 2, True, PLENTY, 0),
