@@ -90,7 +90,7 @@ def effects_table(title: str, effects: AnswerChanges) -> RenderableType:
 
     caption = ACTIVE_MARK if any(effect.active for effect in effects) else None
     table = Table(title=title, caption=caption, expand=True)
-    table.add_column("prompt", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("prompt", ratio=1)
     table.add_column("*")
     for name in ("answer", "before", "after", "change", "rank", "KL"):
         table.add_column(name, justify="left" if name == "answer" else "right", no_wrap=True)

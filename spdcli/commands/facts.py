@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -173,7 +173,8 @@ def listing(facts: Facts) -> list[RenderableType]:
 
     table = Table(title=f"{len(facts.fact)} facts", expand=True)
     for column in ("category", "prompt", "pair", "related", "known by"):
-        table.add_column(column, ratio=1 if column == "prompt" else None, no_wrap=True, overflow="ellipsis")
+        justify: Literal["left", "right"] = "right" if column == "related" else "left"
+        table.add_column(column, ratio=1 if column == "prompt" else None, justify=justify)
     for fact in facts.fact:
         related = len(facts.related_to(fact.prompt))
         table.add_row(fact.category, fact.prompt, fact.pair or "", str(related or ""), ", ".join(fact.known_by))

@@ -21,6 +21,7 @@ from spdcli.commands.options import (
     make_console,
 )
 from spdcli.commands.prompt_option import prompt_option, read_prompts
+from spdcli.console.fitting import Cut
 from spdcli.records import plain
 
 if TYPE_CHECKING:
@@ -186,15 +187,15 @@ def occurrence_table(occurrence: Occurrence) -> RenderableType:
     table.add_column("*")
     table.add_column("importance", justify="right")
     table.add_column("activation", justify="right")
-    table.add_column("promotes", ratio=1, no_wrap=True, overflow="ellipsis")
-    table.add_column("reads", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("promotes", ratio=1, no_wrap=True)
+    table.add_column("reads", ratio=1, no_wrap=True)
     for entry in occurrence.slices:
         table.add_row(
             entry.slice,
             "*" if entry.unique else "",
             f"{entry.importance:.3f}",
             f"{entry.activation:.2f}",
-            " ".join(repr(token) for token in entry.promotes),
-            " ".join(repr(token) for token in entry.reads),
+            Cut([repr(token) for token in entry.promotes]),
+            Cut([repr(token) for token in entry.reads]),
         )
     return table

@@ -66,7 +66,7 @@ def table(costs: Estimate) -> Table:
     title = f"{costs.recipe}: {costs.matrices} matrices, {costs.tokens} tokens a step{each}"
     from spdcli.costs.estimate import amount
 
-    rows = Table(title=title, min_width=len(title), show_header=False)
+    rows = Table(title=title, show_header=False)
     rows.add_column("")
     rows.add_column("", justify="right")
     for name, count in vars(costs.parameters).items():

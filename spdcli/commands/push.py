@@ -43,5 +43,5 @@ def push(
 
     loaded = load(run, "cpu")
     place = sharing.write_shared(loaded, out, force) if out else sharing.push(loaded, str(repo), private)
-    console.show({"schema": "spd.push/1", "run": run, "place": str(place)}, "")
+    console.show({"schema": "spd.push/1", "run": run, "place": str(place)})
     console.result(place)

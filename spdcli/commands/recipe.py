@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,12 +43,16 @@ def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fa
     console = make_console(json, quiet, verbose)
     recipes = [{"name": name, "about": _about(path), "path": path} for name, path in shipped().items()]
     console.debug(f"{len(recipes)} recipes")
-    width = max((len(str(recipe["name"])) for recipe in recipes), default=0)
-    lines = [f"{recipe['name']:<{width}}  {recipe['about']}" for recipe in recipes]
-    console.show({"schema": "spd.recipe.ls/1", "recipes": recipes}, *lines)
+    console.show({"schema": "spd.recipe.ls/1", "recipes": recipes}, *listing(shipped()))
     if quiet:
         for recipe in recipes:
             console.result(recipe["name"])
+
+
+def listing(recipes: Mapping[str, Path]) -> list[str]:
+    """A line a recipe: its name, and what it says of itself."""
+    width = max(map(len, recipes), default=0)
+    return [f"{name:<{width}}  {_about(path)}" for name, path in recipes.items()]
 
 
 @app.command("show", epilog="spd recipe show gpt2\nspd recipe show induction-quick > mine.toml")
@@ -111,7 +116,7 @@ def check_recipes(
         else:
             reports.append({"file": file, "ok": True, "problems": [], "recipe": recipe.model_dump()})
             console.debug(f"{file} is {find_recipe(file)}")
-            lines += [f"{file}: ok", *(f"  {line}" for line in summary(recipe))]
+            lines += summary(file, recipe)
     console.show({"schema": "spd.recipe.check/1", "files": reports}, *lines)
     if not all(report["ok"] for report in reports):
         raise typer.Exit(2)
@@ -125,8 +130,8 @@ def _data(data: Data) -> str:
     return f"{len(data.prompts)} prompts{beside}"
 
 
-def summary(recipe: Recipe) -> list[str]:
-    """What a recipe comes to, one line a section."""
+def summary(file: str, recipe: Recipe) -> list[str]:
+    """That a recipe is without mistakes, and what it comes to, one line a section."""
     terms = [f"{name} {size:g}" for name, size in recipe.losses.coefficients.items() if size]
     losses = recipe.losses
     penalty = f"p {losses.p_start:g}" + (f" to {losses.p_final:g}" if losses.anneal_p else "")
@@ -142,7 +147,7 @@ def summary(recipe: Recipe) -> list[str]:
         "losses": f"{', '.join(terms)}; {penalty}",
         "decompose": _steps(recipe.decompose),
     }
-    return [f"{name:<11} {text}" for name, text in rows.items() if text]
+    return [f"{file}: ok", *(f"  {name:<10}  {text}" for name, text in rows.items() if text)]
 
 
 def _target(recipe: Recipe) -> str:

@@ -48,8 +48,10 @@ def induction_tables(experiment: InductionExperiment) -> list[Table | str]:
         "Bounds in brackets are not stated ones: they say what counts as agreeing.",
     ]
     for seed in experiment.seeds:
-        ranks = ", ".join(f"{name} {'never' if r is None else f'{r:g}'}" for name, r in seed.svd.rank.items())
-        verdict = "meets every bound" if seed.passed else f"breaks {len(seed.broken)} bounds"
+        ranks = ", ".join(f"{name} {'never' if r is None else f'{r:.4g}'}" for name, r in seed.svd.rank.items())
+        verdict = (
+            "meets every bound" if seed.passed else f"breaks {len(seed.broken)} bound{'s' * (len(seed.broken) > 1)}"
+        )
         parts.append(f"seed {seed.seed} {verdict}; rank left at a KL of {seed.svd.tolerance:g}: {ranks}")
     if experiment.stability is not None:
         means = ", ".join(f"{name} {one.mean:.2f}" for name, one in experiment.stability.matrices.items())
@@ -64,7 +66,8 @@ def parts_tables(experiment: PartsExperiment) -> list[Table | str]:
     seeds = len(experiment.seeds) // len(experiment.recipes)
     parts: list[Table | str] = [claim_table("Known parts", experiment.rows, seeds), parts_methods(experiment)]
     for seed in experiment.seeds:
-        verdict = "meets every bound" if seed.passed else f"breaks {', '.join(seed.broken)}"
+        broken = [name.removeprefix(f"{seed.recipe}: ") for name in seed.broken]
+        verdict = "meets every bound" if seed.passed else f"breaks {' and '.join(broken)}"
         own = ", ".join(f"{count} in {name}" for name, count in seed.own.items())
         parts.append(f"{seed.recipe}, seed {seed.seed}, {verdict}; features with a slice of their own: {own}")
     return parts
@@ -79,7 +82,7 @@ def parts_methods(experiment: PartsExperiment) -> Table:
         table.add_column(heading, justify="left" if heading in ("recipe", "matrix", "method") else "right")
     for row in experiment.methods:
         numbers = ["none" if value is None else number(value) for value in (row.mean_max_cosine, row.l2_ratio)]
-        table.add_row(row.recipe, row.matrix, row.method, *numbers, f"{row.own:g}")
+        table.add_row(row.recipe, row.matrix, row.method, *numbers, number(row.own))
     return table
 
 
@@ -130,7 +133,7 @@ def drawn_tables(experiment: DrawnExperiment) -> list[Table | str]:
         counts.add_column(heading, justify="left" if heading == "method" else "right")
     for row in experiment.methods:
         spared = f"{row.cut_and_spared} ({row.cut_and_spared / total:.0%})"
-        counts.add_row(row.method, str(row.edits), str(row.cut), spared, str(row.cut_and_tail_spared))
+        counts.add_row(NAMES[row.method], str(row.edits), str(row.cut), spared, str(row.cut_and_tail_spared))
     each = Table(title="By rule: relative changes, of other facts the mean, the 99th percentile and the largest")
     for heading in (
         "fact",

@@ -49,7 +49,7 @@ def table(matches: list[Match]) -> Table:
     table.add_column("at the words", justify="right")
     table.add_column("contexts", justify="right")
     table.add_column("density", justify="right")
-    table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("", ratio=1)
     for match in matches:
         text = " ".join(match.examples[0].marked.split())
         table.add_row(match.slice, str(match.at_words), str(match.contexts), f"{match.density:.2%}", text)

@@ -61,9 +61,9 @@ class Console:
             for renderable in renderables:
                 with _delivered():
                     if isinstance(renderable, str):
-                        self._out.print(escaped(renderable), soft_wrap=True)
+                        self._out.print(self._fitted(escaped(renderable)), soft_wrap=True)
                     else:
-                        self._out.print(_Escaped(renderable))
+                        self._out.print(_Escaped(renderable), crop=False)
 
     def result(self, text: object) -> None:
         """The one line that a script wants, last on stdout: the path of a run, as a rule. Not in JSON mode.
@@ -126,8 +126,19 @@ class Console:
     def _out(self) -> RichConsole:
         from rich.console import Console as RichConsole
 
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+        width = None if self._has_width else PIPE_WIDTH
         return RichConsole(width=width, markup=False, emoji=False, highlight=False)
+
+    @property
+    def _has_width(self) -> bool:
+        """Whether somebody looks at standard output in a width of their own: a terminal's, or that of COLUMNS."""
+        return sys.stdout.isatty() or "COLUMNS" in os.environ
+
+    def _fitted(self, text: str) -> str:
+        """Lines for who looks at them, broken between words; a file or a pipe gets them whole."""
+        from spdcli.console.fitting import folded
+
+        return "\n".join(folded(text, self._out.width)) if self._has_width else text
 
     @cached_property
     def _err(self) -> RichConsole:

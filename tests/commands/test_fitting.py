@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 
 from spdcli.commands.inspect import occurrence_table
-from spdcli.console.fitting import Fitted, fits
+from spdcli.console.fitting import Cut, Fitted, fits, folded
 from spdcli.measures.inspection import Occurrence, SliceActivity
 
 LABELS = [f"' token-{number}'" for number in range(5)]
@@ -96,7 +96,7 @@ def test_records_by_hand() -> None:
         "a bridge  *",
         "  how long 1234.5",
         "  kind of stone and",
-        "  iron",
+        "    iron",
         "a cart  how long 2.0",
         "in metres",
     ]
@@ -108,6 +108,38 @@ def test_a_table_without_headings_has_none_in_its_records() -> None:
     table.add_column(justify="right")
     table.add_row("memory", "1.11 GiB")
     assert printed(table, 12) == ["memory", "  1.11 GiB"]
+
+
+def test_sections_stay_apart_in_records() -> None:
+    table = Table("what", "how long")
+    for name in ("a bridge", "a cart"):
+        table.add_row(name, "1", end_section=True)
+    assert printed(table, 12) == ["a bridge", "  how long 1", "────────────", "a cart", "  how long 1"]
+
+
+def test_a_title_that_is_wider_than_its_table_stands_alone() -> None:
+    table = Table("m", title="lengths of 12 bridges", caption="and of 1234 carts")
+    table.add_row("1.5")
+    assert printed(table, 40)[0] == "lengths of 12 bridges"
+    assert printed(table, 40)[-1] == "and of 1234 carts"
+    assert printed(table, 16)[:2] == ["lengths of 12", "  bridges"]
+
+
+def test_text_is_folded_by_hand() -> None:
+    assert folded("one two three", 7) == ["one two", "  three"]
+    assert folded("/a/path/that/is/long and 12", 9) == ["/a/path/that/is/long", "  and 12"]
+    assert folded("name  one two three", 13) == ["name  one two", "      three"]
+    assert folded("long-name  one two", 14) == ["long-name  one", "  two"]
+    assert folded("sizes: K 0.94, V 0.12", 16) == ["sizes: K 0.94,", "  V 0.12"], "a number stays with its name"
+    assert folded("two, three of them", 12) == ["two, three", "  of them"]
+    assert folded("  a\n\nb", 9) == ["  a", "", "b"]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(11, "' 12' ' 34'"), (10, "' 12' …"), (7, "' 12' …"), (6, "…")])
+def test_no_word_of_a_list_is_cut_in_two(width: int, shown: str) -> None:
+    screen = rich.console.Console(file=io.StringIO(), width=width)
+    screen.print(Cut(["' 12'", "' 34'"]))
+    assert screen.file.getvalue() == f"{shown}\n"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
