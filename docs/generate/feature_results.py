@@ -67,6 +67,6 @@ def seeds(data: Data) -> str:
         own = ", ".join(f"{count} in {name}" for name, count in seed["own"].items())
         broken = ", ".join(name.partition(": ")[2] for name in seed["broken"]) or "none"
         loss = number(seed["metrics"]["stochastic_recon"])
-        rows.append([seed["recipe"], seed["seed"], own, loss, size(seed["minutes"], 1), broken])
+        rows.append([seed["recipe"], seed["seed"], own, loss, f"{seed['minutes']:.1f}", broken])
     heads = ["recipe", "seed", "features with a slice of their own", "stochastic recon", "minutes", "bounds broken"]
     return table(heads, rows)
