@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from generate.markdown import joined, number, size, table
+from generate.markdown import joined, number, table
 from generate.planted_results import METHODS
 
 Data = Mapping[str, Any]
