@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -114,15 +114,31 @@ def page(title: str, parts: Mapping[str, Sequence[str]]) -> str:
         for place in places:
             rows = [[code(one.name), code(one.signature) if one.signature else "", one.about] for one in names(place)]
             heads = ["name", "signature", "what it is"]
-            texts += [f"**{code(place)}**", table(heads, rows, words=3), f"::: {place}"]
+            options = "\n    options:\n      inherited_members: true" if bases(place) else ""
+            texts += [f"**{code(place)}**", table(heads, rows, words=3), f"::: {place}{options}"]
     return joined(texts) + "\n"
 
 
 def names(place: str) -> list[Name]:
-    """What a module or a class or function of one (by its dotted path) offers, in the order of the source."""
+    """What a module or a class or function of one (by its dotted path) offers, in the order of the source.
+
+    After a class's own methods come those of its bases in the same room, as its own.
+    """
     module, name = source_of(place)
     nodes = [node for node in parsed(module).body if isinstance(node, FUNCTIONS | ast.ClassDef)]
-    return [one for node in nodes if name in ("", node.name) for one in of_node(node)]
+    own = [one for node in nodes if name in ("", node.name) for one in of_node(node)]
+    inherited = [one for base in bases(place) for one in names(base)[1:]]
+    return own + [replace(one, name=f"{name}.{one.name.partition('.')[2]}") for one in inherited]
+
+
+def bases(place: str) -> list[str]:
+    """The dotted paths of what a class inherits from within its own room: to a reader it is one class with these."""
+    module, name = source_of(place)
+    room, body = place.rpartition(".")[0], parsed(module).body
+    homes = {each.name: f"{one.module}" for one in body if isinstance(one, ast.ImportFrom) for each in one.names}
+    classes = [one for one in body if isinstance(one, ast.ClassDef) and one.name == name]
+    inherited = [ast.unparse(base) for one in classes for base in one.bases]
+    return [f"{homes[base]}.{base}" for base in inherited if homes.get(base, "").startswith(f"{room}.")]
 
 
 def source_of(place: str) -> tuple[Path, str]:
@@ -130,7 +146,8 @@ def source_of(place: str) -> tuple[Path, str]:
     path = ROOT.joinpath(*place.split("."))
     if path.with_suffix(".py").exists():
         return path.with_suffix(".py"), ""
-    return path.parent.with_suffix(".py"), path.name
+    room = path.parent / "__init__.py"
+    return room if room.exists() else path.parent.with_suffix(".py"), path.name
 
 
 @cache

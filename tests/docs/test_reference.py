@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Generic, Literal, TypeVar
 
 import pytest
@@ -224,10 +225,21 @@ def test_a_name_of_the_door_is_in_the_python_reference(name: str) -> None:
     assert name in shown_names()
 
 
+def methods_of_a_run() -> list[FunctionType]:
+    """The public methods of `Run` and of its bases in the same room."""
+    methods = [one for _, one in inspect.getmembers(Run, inspect.isfunction) if one.__module__.split(".")[1] == "run"]
+    return [one for one in methods if not one.__name__.startswith("_")]
+
+
+def test_a_run_has_one_table_of_its_methods_with_those_of_its_bases() -> None:
+    shown = {one.name for one in names_page.names("spdcli.run.Run")}
+    methods = {f"Run.{one.__name__}" for one in methods_of_a_run()}
+    assert {"Run.save", "Run.evaluate", "Run.suppress"} <= methods
+    assert methods <= shown
+
+
 def test_what_a_run_returns_is_in_the_python_reference() -> None:
-    methods = [one for _, one in inspect.getmembers(Run, inspect.isfunction) if one.__module__ == "spdcli.run"]
-    public = [one for one in methods if not one.__name__.startswith("_")]
-    returned = " ".join(str(one.__annotations__["return"]) for one in public)
+    returned = " ".join(str(one.__annotations__["return"]) for one in methods_of_a_run())
     names = {
         name
         for name in re.findall(r"\w+", returned)
