@@ -71,6 +71,7 @@ ENGINE = {
     "The method itself: plain functions over tensors that know no recipe, no file and no console.": (
         "spdcli.engine.part_tables",
         "spdcli.engine.tables",
+        "spdcli.engine.loss_choices",
         "spdcli.engine.target",
         "spdcli.engine.subcomponents",
         "spdcli.engine.importance",

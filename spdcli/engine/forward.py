@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.hidden import HiddenWatch, last_block
+from spdcli.engine.loss_choices import OUTPUT_LOSSES
 from spdcli.engine.product import MaskedRows
 from spdcli.engine.replacement import replaced
 from spdcli.engine.rows import by_sequence, hidden_of, rows_of
 from spdcli.engine.subcomponents import SliceSet
-from spdcli.engine.tables import OUTPUT_LOSSES
 from spdcli.engine.target import Batch, LookedAt, Target, at_least_float32, log_probabilities
 from spdcli.engine.variants import Piece, Variant
 

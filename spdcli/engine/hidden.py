@@ -1,6 +1,6 @@
 """How far hidden activations of variants are from the target's: what a plan pass compares on its way (hidden losses).
 
-At every place of a variant, a site (a row of `tables.HIDDEN_SITES`) and a position,
+At every place of a variant, a site (a row of `loss_choices.HIDDEN_SITES`) and a position,
 
     error = ‖a' - a‖² / ‖r‖²,
 
@@ -25,7 +25,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import HIDDEN_SCALES, HIDDEN_SITES
+from spdcli.engine.loss_choices import HIDDEN_SCALES, HIDDEN_SITES
 from spdcli.engine.target import Matrix, Target, at_least_float32, sent
 from spdcli.engine.variants import Piece, Variant
 
@@ -43,7 +43,7 @@ class HiddenWatch:
 
     `inputs[m]` `[B, T, I]` and `states[b]` `[B, T, D]`, the hidden state that enters block b, or leaves the last one,
     are those of the clean pass; `valid` `[B, T]` is False at padding. `whole` is that of the whole batch, where these
-    are a part of its sequences. `scale` is a key of `tables.HIDDEN_SCALES`.
+    are a part of its sequences. `scale` is a key of HIDDEN_SCALES.
     """
 
     def __init__(
@@ -151,5 +151,5 @@ def hidden_watch(
     whole: Tensor | None = None,
     scale: str = "position",
 ) -> HiddenWatch:
-    """What listens to a chunk at `site`, a key of `tables.HIDDEN_SITES`; the other arguments as in `HiddenWatch`."""
+    """What listens to a chunk at `site`, a key of HIDDEN_SITES; the other arguments as in `HiddenWatch`."""
     return HIDDEN_SITES[site].load()(target, inputs, states, valid, chunk, whole, scale)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from spdcli.engine.adversary import Attack
+from spdcli.engine.loss_choices import PENALTIES
 from spdcli.engine.losses import RECONSTRUCTION, annealed_value
-from spdcli.engine.tables import LOSSES, PENALTIES, losses_where
+from spdcli.engine.tables import LOSSES, losses_where
 
 ASCENDED = losses_where(lambda loss: loss.ascended)
 
@@ -17,14 +18,14 @@ class LossSettings:
     """Which losses a step has and how their masks are drawn: a recipe's [losses].
 
     `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
-    a key of `tables.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to `p_final`,
-    or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from `gamma_start` to
-    `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of `tables.SUBSETS`; `reverse_kl` is
-    KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
-    and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
-    plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; None
-    leaves it to the masks' source, whose masks of the delta are drawn as `delta_masks`, a key of `tables.DELTA_MASKS`,
-    says. `attack` finds adversarial masks.
+    a key of `loss_choices.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to
+    `p_final`, or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from
+    `gamma_start` to `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of
+    `loss_choices.SUBSETS`; `reverse_kl` is KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every
+    step, stand for all in the layerwise losses, and `faithfulness_probes` random vectors for the exact faithfulness;
+    None is exact. With `half` the blocks of the plan pass multiply in bfloat16; importances and losses stay as they
+    are. `delta_mask` is that of every variant; None leaves it to the masks' source, whose masks of the delta are drawn
+    as `delta_masks`, a key of `loss_choices.DELTA_MASKS`, says. `attack` finds adversarial masks.
     """
 
     coefficients: Mapping[str, float]

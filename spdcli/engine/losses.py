@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdcli.engine.tables import PENALTIES, losses_where
+from spdcli.engine.loss_choices import PENALTIES
+from spdcli.engine.tables import losses_where
 from spdcli.engine.target import AS_THEY_ARE, LogitMap, at_least_float32, log_probabilities
 
 CACHED_ELEMENTS = 1 << 17  # logits worked on at once on a processor: 512 KiB in float32
@@ -116,7 +117,7 @@ def smooth_l0(g: Tensor, gamma: float, epsilon: float) -> Tensor:
 
 
 def penalties(importances: Mapping[str, Tensor], penalty: str, annealed: float, epsilon: float) -> dict[str, Tensor]:
-    """What each importance costs, `[B, T, C]` a matrix: `penalty`, a key of `tables.PENALTIES`, at its parameter
+    """What each importance costs, `[B, T, C]` a matrix: `penalty`, a key of `loss_choices.PENALTIES`, at its parameter
     `annealed` (p or gamma). `importances[m]` is g_upper `[B, T, C]`."""
     function = PENALTIES[penalty].load()
     return {name: function(g, annealed, epsilon) for name, g in importances.items()}

@@ -76,8 +76,8 @@ def reconstruction(
 
     `attend(variant, error)` gets likewise the attention errors of the variants of ATTENDED losses (see
     `attention_errors`), and `look(variant, sequences, errors)` the errors `[n]` of hidden activations at `hidden_at`, a
-    key of `tables.HIDDEN_SITES`, by `hidden_scale`, one of `tables.HIDDEN_SCALES`, of the variants of hidden losses
-    (see `hidden.HiddenWatch.errors`), which need no KL. With `half` the blocks multiply in bfloat16. Of the variants
+    key of `loss_choices.HIDDEN_SITES`, by `hidden_scale`, one of `loss_choices.HIDDEN_SCALES`, of the variants of hidden
+    losses (see `HiddenWatch.errors`), which need no KL. With `half` the blocks multiply in bfloat16. Of the variants
     this process's `portion` is run: the clean pass and g are of its sequences then, `variants` and their random numbers
     of the whole batch.
     """

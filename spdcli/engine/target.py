@@ -209,8 +209,8 @@ class Target:
     is the final norm, `[..., D]` to the same (identity where there is none); logits are what it gives, times
     `unembedding` `[N, D]` transposed, plus `unembedding_bias` `[N]`, through `logit_map`. `embedding` `[N, D]` has a
     row a token.
-    `output_loss`, a key of `tables.OUTPUT_LOSSES`, says how variants are compared with it: a target whose outputs are
-    vectors of N features, and no logits, has `mse`, and reads such vectors in place of tokens.
+    `output_loss`, a key of `loss_choices.OUTPUT_LOSSES`, says how variants are compared with it: a target whose outputs
+    are vectors of N features, and no logits, has `mse`, and reads such vectors in place of tokens.
 
     `matrices` holds every matrix that can be decomposed, by name, in the order of execution; parts of one module are
     neighbours and together cover all its columns. While `record_patterns()` is open, every block that runs appends its

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spdcli.engine.tables import DELTA_MASKS, LOSSES, SCOPES
+from spdcli.engine.loss_choices import DELTA_MASKS
+from spdcli.engine.tables import LOSSES, SCOPES
 
 
 class Numbers(NamedTuple):
@@ -143,7 +144,7 @@ def draw_variants(
     `blocks[m]` is the block of matrix m; all L matrices in it may be replaced. `shape` is (B, T). A loss whose source
     is sampled has `samples` times as many variants. `subset` and `layerwise` are for the scopes: see `random_subset`
     and `each_alone`. `delta` becomes that of every variant; where it is None, `delta_masks`, a key of
-    `tables.DELTA_MASKS`, says which have one drawn, and how. A hidden loss has no
+    `loss_choices.DELTA_MASKS`, says which have one drawn, and how. A hidden loss has no
     variants of its own beside the loss of outputs that it belongs to.
     """
     drawing, draws = Drawing(subset, layerwise, shape, generator), DELTA_MASKS[delta_masks]

@@ -54,4 +54,4 @@ COLLAPSES: dict[str, Choice] = {
     "rewind": Choice("go on from the last checkpoint before it, at half the learning rate"),
 }
 
-USUAL_DELTA_MASKS = "corner"  # of `tables.DELTA_MASKS`: the only ones that train a delta that is all on, or all off
+USUAL_DELTA_MASKS = "corner"  # of DELTA_MASKS: the only ones that train a delta that is all on, or all off

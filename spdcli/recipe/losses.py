@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, create_model
 
-from spdcli.engine.tables import DELTA_MASKS, HIDDEN_SCALES, HIDDEN_SITES, LOSSES, PENALTIES, SUBSETS
+from spdcli.engine.loss_choices import DELTA_MASKS, HIDDEN_SCALES, HIDDEN_SITES, PENALTIES, SUBSETS
+from spdcli.engine.tables import LOSSES
 from spdcli.recipe.choices import DIVERGENCES, USUAL_DELTA_MASKS
 from spdcli.recipe.section import Coefficient, Few, OneOf, Positive, Rate, Section, Size
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from spdcli.engine.loss_choices import ADVERSARIES
 from spdcli.engine.part_tables import OPTIMIZERS, SCHEDULES
-from spdcli.engine.tables import ADVERSARIES
 from spdcli.recipe.choices import COLLAPSES, PRECISIONS
 from spdcli.recipe.section import Coefficient, Few, OneOf, Positive, Rate, Section, Share, Size
 

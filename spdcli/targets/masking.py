@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from spdcli.engine.forward import clean_pass
+from spdcli.engine.loss_choices import OUTPUT_LOSSES
 from spdcli.engine.product import MaskedRows
 from spdcli.engine.replacement import replaced
 from spdcli.engine.subcomponents import Decomposition
-from spdcli.engine.tables import OUTPUT_LOSSES
 from spdcli.engine.target import Batch, Target
 from spdcli.errors import UsageError
 

@@ -8,11 +8,16 @@ from inspect import signature
 
 import pytest
 
-from spdcli.engine import masks, tables, variants
+from spdcli.engine import loss_choices, masks, tables, variants
 from spdcli.engine.gates import Activation
 from spdcli.engine.tables import LOSSES, SCOPES, SOURCES, Choice, losses_where
 
-TABLES = {name: table for name, table in vars(tables).items() if name.isupper() and name != "LOSSES"}
+TABLES = {
+    name: table
+    for module in (tables, loss_choices)
+    for name, table in vars(module).items()
+    if name.isupper() and name != "LOSSES"
+}
 CODED = [(name, key) for name, table in TABLES.items() for key, row in table.items() if row.code]
 
 
