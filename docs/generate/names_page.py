@@ -79,6 +79,7 @@ ENGINE = {
         "spdcli.engine.variants",
         "spdcli.engine.masks",
         "spdcli.engine.forward",
+        "spdcli.engine.reconstruction",
         "spdcli.engine.step",
         "spdcli.engine.fit",
     ),

@@ -17,7 +17,7 @@ from spdcli.edits.prompts_and_answers import Questions, answer_tokens, question_
 from spdcli.edits.suppression import Address, Edit, by_matrix, edit_variants
 from spdcli.engine.forward import Clean, clean_pass, plan_pass
 from spdcli.engine.masks import chunk_masks
-from spdcli.engine.step import row_costs
+from spdcli.engine.reconstruction import row_costs
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, chunks

@@ -15,7 +15,7 @@ from spdcli.edits.choices import TEXT_MEASURES
 from spdcli.edits.suppression import Edit, edit_variants
 from spdcli.engine.forward import clean_pass, plan_pass, row_divergences
 from spdcli.engine.masks import chunk_masks
-from spdcli.engine.step import row_costs
+from spdcli.engine.reconstruction import row_costs
 from spdcli.engine.target import Batch, Target
 from spdcli.engine.variants import chunks
 from spdcli.errors import UsageError

@@ -14,7 +14,7 @@ A worst case of several starts is so one call, in evaluation as in training:
     ascend(attacked, run, steps=20, size=0.1)
     run(attacked, consume)                                             # without a gradient: the KL of each
 
-where `variant` is an ordinary one of the source "adversarial" and `run(variants, consume)` is `step.reconstruction`
+where `variant` is an ordinary one of the source "adversarial" and `run(variants, consume)` is `reconstruction`
 with the rest of its arguments bound: slices that get no gradient (`subcomponents.detached`), importances g without one.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from spdcli.engine.forward import Clean
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise
-from spdcli.engine.step import reconstruction
+from spdcli.engine.reconstruction import reconstruction
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.tables import LOSSES
 from spdcli.engine.target import Target

@@ -177,23 +177,7 @@ def fit(
             patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
             clean = clean_pass(target, portion.batch, decomposition.names, patterns, settings.losses.compares_outputs)
         annealed = settings.losses.annealed(state.step, settings.steps)
-        for parameter in (parameter for group in state.groups for parameter in group):
-            parameter.grad = None
-        backward = partial(
-            backward_step,
-            annealed=annealed,
-            generator=state.generators["plan"],
-            noise=noise,
-            budget=settings.plan_bytes,
-            kept=state.adversary,
-        )
-        step = backward(target, decomposition, clean, settings.losses, portion=portion)
-        if stream is not None and settings.targeted > 0:
-            broad = stream(state.generators["data"], state.step)
-            losses, beside = settings.losses.on_stream(settings.targeted), portion_of(broad, processes)
-            passed = clean_pass(target, beside.batch, decomposition.names, outputs=losses.compares_outputs)
-            also = backward(target, decomposition, passed, losses, portion=beside)
-            step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}
+        step = _backward(target, decomposition, clean, portion, settings, state, noise, annealed, stream)
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
         _add_up(processes, state.groups, step, due)
         norms = _clipped(state.groups, settings)
@@ -206,11 +190,41 @@ def fit(
             state.ownership.spread()
         state.step += 1
         if state.step == settings.prune_step:
-            to_come = lambda generator, number: batches(generator, state.step + number)  # noqa: E731
-            frequent = frequent_slices(target, decomposition, to_come, state.generators["data"], settings.prune_below)
-            decomposition.importances.prune(frequent)
+            _prune(target, decomposition, batches, state, settings.prune_below)
         state.seconds = time.monotonic() - begun
         yield _record(state, step, norms, settings, rate, annealed) if due else None
+
+
+def _backward(
+    target: Target,
+    decomposition: Decomposition,
+    clean: Clean,
+    portion: Portion,
+    settings: FitSettings,
+    state: FitState,
+    noise: Noise,
+    annealed: float,
+    stream: Batches | None,
+) -> Step:
+    """The gradients of a step, in place of those of the last, and its losses, with those on the broad `stream`."""
+    for parameter in (parameter for group in state.groups for parameter in group):
+        parameter.grad = None
+    backward = partial(
+        backward_step,
+        annealed=annealed,
+        generator=state.generators["plan"],
+        noise=noise,
+        budget=settings.plan_bytes,
+        kept=state.adversary,
+    )
+    step = backward(target, decomposition, clean, settings.losses, portion=portion)
+    if stream is not None and settings.targeted > 0:
+        broad = stream(state.generators["data"], state.step)
+        losses, beside = settings.losses.on_stream(settings.targeted), portion_of(broad, portion.processes)
+        passed = clean_pass(target, beside.batch, decomposition.names, outputs=losses.compares_outputs)
+        also = backward(target, decomposition, passed, losses, portion=beside)
+        step.losses |= {f"{ON_STREAM}{name}": loss for name, loss in also.losses.items()}
+    return step
 
 
 def portion_of(broad: Batch, processes: Processes) -> Portion:
@@ -235,6 +249,16 @@ def _clipped(groups: list[list[Tensor]], settings: FitSettings) -> dict[str, Ten
         name: torch.nn.utils.clip_grad_norm_(group, limit or math.inf, foreach=True)
         for (name, limit), group in zip(limits.items(), groups, strict=True)
     }
+
+
+def _prune(target: Target, decomposition: Decomposition, batches: Batches, state: FitState, share: float) -> None:
+    """Switch off the slices that are active in fewer than `share` of the sequences to come."""
+
+    def to_come(generator: torch.Generator, number: int) -> Batch:
+        return batches(generator, state.step + number)
+
+    frequent = frequent_slices(target, decomposition, to_come, state.generators["data"], share)
+    decomposition.importances.prune(frequent)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torch import Tensor
 from spdcli.engine.adversary import Consume, Fill, ascend, begin, corner
 from spdcli.engine.forward import Clean, masked_logits
 from spdcli.engine.masks import Noise, chunk_masks
-from spdcli.engine.step import reconstruction
+from spdcli.engine.reconstruction import reconstruction
 from spdcli.engine.subcomponents import SliceSet, detached
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Piece, Variant

@@ -13,7 +13,7 @@ from torch import Tensor
 from spdcli.engine.direct_losses import exact_faithfulness, exact_relative_faithfulness
 from spdcli.engine.forward import Clean
 from spdcli.engine.masks import Noise
-from spdcli.engine.step import reconstruction
+from spdcli.engine.reconstruction import reconstruction
 from spdcli.engine.subcomponents import Decomposition
 from spdcli.engine.tables import losses_where
 from spdcli.engine.target import Target

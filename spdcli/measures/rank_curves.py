@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spdcli.engine.forward import Clean, clean_pass
 from spdcli.engine.masks import Noise
-from spdcli.engine.step import reconstruction
+from spdcli.engine.reconstruction import reconstruction
 from spdcli.engine.subcomponents import Decomposition, SliceSet
 from spdcli.engine.target import Target
 from spdcli.engine.variants import Variant, draw_variants, fixed_variant

@@ -25,7 +25,7 @@ from spdcli.engine.adversary import Attack, ascend, begin, corner
 from spdcli.engine.forward import clean_pass
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, chunk_masks
-from spdcli.engine.step import reconstruction
+from spdcli.engine.reconstruction import reconstruction
 from spdcli.engine.subcomponents import detached
 from spdcli.engine.tables import LOSSES as LOSSES_TABLE
 from spdcli.engine.variants import Numbers, Piece, Variant

@@ -29,7 +29,8 @@ from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.loss_settings import LossSettings
 from spdcli.engine.masks import Noise, importance_masks
 from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS
-from spdcli.engine.step import backward_step, reconstruction
+from spdcli.engine.reconstruction import reconstruction
+from spdcli.engine.step import backward_step
 from spdcli.engine.subcomponents import SliceSet
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.engine.variants import Piece, Variant, draw_variants, fixed_variant
