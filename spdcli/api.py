@@ -146,9 +146,7 @@ def decompose(
             raise UsageError(
                 "nproc= is about a run directory of a target that its recipe names", "torchrun starts a program's own"
             )
-        request = {"recipe": loaded.recipe.model_dump(mode="json", exclude_none=True), "out": str(out)}
-        launch(nproc, "spdcli.api:decompose_as_told", request | {"force": force, "resume": resume}, report)
-        return load(Path(str(out)), device)
+        return _launched(nproc, Path(out), loaded, device, report, force, resume)
     subject = None if target is None else own_subject(loaded.recipe, target, own_data, tokenizer)
     if out is None and (resume or force):
         raise UsageError("resume and force are about a run directory", "give out=")
@@ -156,6 +154,15 @@ def decompose(
     require_tensorboard(loaded.recipe.decompose.tensorboard, directory or MemoryRun())
     with _told_to_stop(directory), met(loaded.recipe.device) as meeting:
         return _decomposed(directory, loaded, subject, report, force, resume, meeting)
+
+
+def _launched(
+    nproc: int, out: Path, loaded: LoadedRecipe, device: str | None, report: Report, force: bool, resume: bool
+) -> Run:
+    """The run at `out`, made by so many processes that are started for it."""
+    request = {"recipe": loaded.recipe.model_dump(mode="json", exclude_none=True), "out": str(out)}
+    launch(nproc, "spdcli.api:decompose_as_told", request | {"force": force, "resume": resume}, report)
+    return load(out, device)
 
 
 def decompose_as_told(request: Mapping[str, Any], report: Report) -> None:

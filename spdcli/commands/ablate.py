@@ -17,8 +17,10 @@ from spdcli.edits.choices import OTHERS, USUAL_OTHERS, in_words
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from spdcli.console import Console
-    from spdcli.edits.ablation import Masking
+    from spdcli.edits.ablation import AblationReport, Masking
     from spdcli.edits.answer_changes import AnswerChanges
     from spdcli.edits.suppression import Address
     from spdcli.edits.zeroing import Zeroed
@@ -104,13 +106,19 @@ def ablate(
     with console.progress("measuring what is lost") as progress:
         report = ablate_run(loaded.subject, loaded.decomposition, exam, slices, zeroed, masking, progress)
     drawings = draw_layers(report.alone, run) if figure else []
-    title = f"Without {in_title([*report.slices, *report.zeroed])}" + (f" (others {masking.others})" if slices else "")
-    whole = [] if each_mlp else [effects_table(title, prompts_only(report.effects))]
     data = {"schema": "spd.suppress/1", "run": str(run), **plain(report), "saved": None, "figures": drawings}
-    console.show(data, *whole, *alone_table(report.alone), *facts_tables(report.facts, report.effects, verbose))
+    console.show(data, *tables(report, each_mlp, verbose))
     quiet_lines(console, report.effects)
     for path in drawings[:1]:
         console.result(path)
+
+
+def tables(report: AblationReport, each_mlp: bool, verbose: bool) -> list[RenderableType]:
+    """The effects of all together, unless that is each MLP layer; of each alone; and what becomes of the facts."""
+    others = f" (others {report.others})" if report.others else ""
+    title = f"Without {in_title([*report.slices, *report.zeroed])}{others}"
+    whole = [] if each_mlp else [effects_table(title, prompts_only(report.effects))]
+    return [*whole, *alone_table(report.alone), *facts_tables(report.facts, report.effects, verbose)]
 
 
 def check_usage(

@@ -82,9 +82,7 @@ def certify(
     fails, each with its line. Writes RUN/certificate.json.
     """
     console = make_console(json, quiet, verbose)
-    for setting in set_ or ():
-        if not setting.strip().startswith("certify."):
-            raise UsageError(f"--set {setting}: the run is there already", "only bounds can be set: certify.NAME=VALUE")
+    require_bounds(set_ or [])
     from spdcli.certification.certify import Certifying
     from spdcli.certification.certify import certify as measure
     from spdcli.edits.script import load_script
@@ -111,6 +109,13 @@ def certify(
     console.result(run / CERTIFICATE)
     if not certificate.passed:
         raise SpdError("\n".join(failure(row, held, bounds) for row in certificate.failures))
+
+
+def require_bounds(settings: list[str]) -> None:
+    """UsageError for a `--set` of anything but a bound."""
+    for setting in settings:
+        if not setting.strip().startswith("certify."):
+            raise UsageError(f"--set {setting}: the run is there already", "only bounds can be set: certify.NAME=VALUE")
 
 
 def table(certificate: Certificate) -> Table:

@@ -98,17 +98,8 @@ def locate(
     search = Search(tuple(patterns), top, paired, pairs, collateral, others_limit, threshold)
     with console.progress() as report:
         kept = None if text is None else text_to_keep(loaded.recipe, loaded.subject, text, text_tokens, report)
-        searches = locate_slices(
-            loaded.subject,
-            loaded.decomposition,
-            prompts,
-            token,
-            file,
-            search,
-            loaded.seed_or(seed),
-            kept,
-            report,
-        )
+        own, seed = (loaded.subject, loaded.decomposition), loaded.seed_or(seed)
+        searches = locate_slices(*own, prompts, token, file, search, seed, kept, report)
     data = {"schema": "spd.locate/1", "run": run, **plain(searches[0]), "located": searches}
     console.show(data, *[part for one in searches for part in render(one)])
     if quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,13 +91,10 @@ def report(
     """
     console = make_console(json, quiet, verbose)
     file = read_facts(facts, no_facts)
-    from spdcli.disk import write_json, write_text
     from spdcli.location.report import ReportSettings
-    from spdcli.location.report_markdown import markdown as in_markdown
     from spdcli.location.tracing import TraceSettings
     from spdcli.page.assemble import write_page
     from spdcli.paper.table1 import PAPER_ACTIVE
-    from spdcli.records import plain
 
     loaded = opened(console, run, device)
     seed, layers, recipe = loaded.seed_or(seed), len(loaded.subject.target.blocks), loaded.recipe
@@ -114,12 +111,7 @@ def report(
     about = None if asked is None else about_facts(console, loaded, asked, subject or [], settings, beside)
     with console.progress("the page") as tell:
         page, figures = write_page(loaded, folder, about, PAPER_ACTIVE, seed, tell)
-    said = {"noise": noise, "samples": samples, "window": window, "random": random, "seed": seed, "layers": layers}
-    told = {"prompts": []} if about is None else plain(about)
-    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **told, "figures": figures}
-    write_json(folder / DATA, data)
-    if markdown and about is not None:
-        write_text(folder / TEXT, in_markdown(str(run), about, settings, layers, figures))
+    data = write_files(folder, run, about, settings, layers, figures, markdown)
     console.show(data, *([] if about is None else render(about)))
     console.result(page)
 
@@ -140,6 +132,30 @@ def about_facts(
     with console.progress("which facts the model knows") as tell:
         kept = None if source is None else text_to_keep(recipe, run.subject, source, tokens, tell)
         return report_facts(*own, recipe.data, recipe.slices.ridge, facts, subjects, settings, kept, tell)
+
+
+def write_files(
+    folder: Path,
+    run: Path,
+    about: RunReport | None,
+    settings: ReportSettings,
+    layers: int,
+    figures: list[Path],
+    markdown: bool,
+) -> dict[str, Any]:
+    """Write report.json, and with `markdown` the part about facts as report.md; what is in report.json."""
+    from spdcli.disk import write_json, write_text
+    from spdcli.location.report_markdown import markdown as in_markdown
+    from spdcli.records import plain
+
+    drawn = {"noise": settings.trace.noise, "samples": settings.trace.samples, "window": settings.trace.window}
+    said = {**drawn, "random": settings.random, "seed": settings.seed, "layers": layers}
+    facts = {"prompts": []} if about is None else plain(about)
+    data = {"schema": "spd.report/1", "run": str(run), "settings": said, **facts, "figures": figures}
+    write_json(folder / DATA, data)
+    if markdown and about is not None:
+        write_text(folder / TEXT, in_markdown(str(run), about, settings, layers, figures))
+    return data
 
 
 def draw_alone(console: Console, run: LoadedRun, numbers: list[int], folder: Path, facts: Facts | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,15 +85,8 @@ def reproduce(
     after an interruption. Exit code 1 when fewer than 80 % of the seeds meet every stated bound.
     """
     console = make_console(json, quiet, verbose)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a directory", "name another with --out")
+    check_usage(experiment, out, seeds, same_toy, pair)
     common = (list(set_ or []), device, force)
-    if experiment == "variants" and (pair or same_toy or seeds != 1):
-        raise UsageError("variants has no --pair, --same-toy or --seeds", "--set seed=1 is another seed")
-    if same_toy and experiment != "induction":
-        raise UsageError("--same-toy is for the induction experiment")
-    if pair and experiment != "facts":
-        raise UsageError("--pair is for the facts experiment")
     if experiment == "drawn-facts":
         failure = drawn_facts(console, recipe or "smollm2-prompts", out, count, skip, *common)
     elif experiment in ("tms", "resid-mlp"):
@@ -109,6 +103,18 @@ def reproduce(
     console.result(out)
     if failure is not None:
         raise failure
+
+
+def check_usage(experiment: str, out: Path, seeds: int, same_toy: bool, pair: Sequence[str] | None) -> None:
+    """UsageError for an `--out` that is a file, and for options that the experiment does not have."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a directory", "name another with --out")
+    if experiment == "variants" and (pair or same_toy or seeds != 1):
+        raise UsageError("variants has no --pair, --same-toy or --seeds", "--set seed=1 is another seed")
+    if same_toy and experiment != "induction":
+        raise UsageError("--same-toy is for the induction experiment")
+    if pair and experiment != "facts":
+        raise UsageError("--pair is for the facts experiment")
 
 
 def facts(

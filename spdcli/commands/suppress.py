@@ -19,7 +19,7 @@ from spdcli.commands.edit_options import (
     TextTokens,
     exam_options,
 )
-from spdcli.commands.edit_outcomes import RunOptions, suppress_script, suppress_slices, use_patch, write
+from spdcli.commands.edit_outcomes import Outcome, RunOptions, suppress_script, suppress_slices, use_patch, write
 from spdcli.commands.effect_tables import (
     alone_table,
     effects_table,
@@ -136,8 +136,8 @@ def suppress(
     check_usage(instead, script, dry_run, {"--apply": apply, "--revert": revert}, base, outputs)
     check_outputs(patch, save, force)
     kept = None if text is None else (text, text_tokens)
-    asked = exam_options(prompt, answer, facts, no_facts, sequences, counterfact=counterfact, text=kept)
-    options = RunOptions(run, device, seed, asked)
+    exam = exam_options(prompt, answer, facts, no_facts, sequences, counterfact=counterfact, text=kept)
+    options = RunOptions(run, device, seed, exam)
     if script is not None:
         sections = check_script(script, "--save" if save else "--patch" if patch else None, no_facts)
         outcome = suppress_script(console, options, sections, dry_run)
@@ -145,13 +145,27 @@ def suppress(
         outcome = suppress_slices(console, options, slice, together or USUAL_TOGETHER, strength or 1.0)
     else:
         outcome = use_patch(console, options, apply, revert, base)
+    conclude(console, run, outcome, save, patch, apply or revert, dry_run, force)
+
+
+def conclude(
+    console: Console,
+    run: Path,
+    outcome: Outcome,
+    save: Path | None,
+    patch: Path | None,
+    patch_read: Path | None,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Write the edit and show the report; if an expectation failed, nothing is written, and the exit code is 1."""
+    from spdcli.records import plain
+
     expectations = outcome.report.expectations
     failures = sum(one.passed is False for one in expectations)
     if dry_run or failures:
         save = patch = None
-    from spdcli.records import plain
-
-    files = {"saved": save, "patch": patch or apply or revert}
+    files = {"saved": save, "patch": patch or patch_read}
     data = {"schema": "spd.suppress/1", "run": str(run), **plain(outcome.report), **plain(files)}
     write(outcome, data, save, patch, force)
     show(console, outcome.report, data, [path for path in (patch, save) if path is not None])

@@ -23,6 +23,7 @@ from spdcli.commands.options import (
     make_console,
 )
 from spdcli.commands.prompt_option import read_prompts
+from spdcli.console import Console
 from spdcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,22 +91,10 @@ def trace(
         console.warn(
             f"a window of {window} blocks of {blocks} is nearly the same one everywhere; --window 3 tells more apart"
         )
+    model_and_texts = (source.target, source.tokenizer, source.texts)
     with console.progress() as report:
-        traces = trace_texts(
-            source.target,
-            source.tokenizer,
-            source.texts,
-            subject or [],
-            settings,
-            source.begin_token,
-            report,
-        )
-    for one in traces:
-        if one.raised:
-            console.warn(
-                f"{one.prompt!r}: noise raises P({one.answer!r}) from {one.clean:.4f} to {one.corrupted:.4f}, so that "
-                "there is nothing to restore; try more or less --noise, or another --subject"
-            )
+        traces = trace_texts(*model_and_texts, subject or [], settings, source.begin_token, report)
+    warn_of_raised(console, traces)
     head = {"schema": "spd.trace/1", "model": model, "noise": noise, "samples": samples, "window": window}
     figures = draw(traces, out or source.figures)
     data = head | {"seed": settings.seed, "layers": blocks, "prompts": traces, "figures": figures}
@@ -113,6 +102,16 @@ def trace(
     for path in figures:
         if path.suffix == ".png":
             console.result(path)
+
+
+def warn_of_raised(console: Console, traces: Sequence[Trace]) -> None:
+    """A warning for every prompt whose answer noise makes likelier."""
+    for one in traces:
+        if one.raised:
+            console.warn(
+                f"{one.prompt!r}: noise raises P({one.answer!r}) from {one.clean:.4f} to {one.corrupted:.4f}, so that "
+                "there is nothing to restore; try more or less --noise, or another --subject"
+            )
 
 
 @dataclass(frozen=True, eq=False)
