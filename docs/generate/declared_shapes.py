@@ -54,6 +54,7 @@ def _looking() -> dict[str, Keys]:
     from spdcli.certification.certificate import Certificate
     from spdcli.certification.certify import Certifying
     from spdcli.explorer.exploration import TextMap
+    from spdcli.explorer.features import FeatureMap
     from spdcli.location.locate import PromptSearch
     from spdcli.location.report import RunReport
     from spdcli.location.tracing import Trace
@@ -76,6 +77,7 @@ def _looking() -> dict[str, Keys]:
         "spd eval, sparse features": _said("eval/2", RUN, target, keys_of(FeatureEvaluation), KEPT),
         "spd inspect": _said("inspect/2", RUN, keys_of(Inspection)),
         "spd explore": _said("explore/2", RUN, keys_of(TextMap)),
+        "spd explore, sparse features": _said("explore.features", RUN, keys_of(FeatureMap)),
         "spd inspect --slice": _said("inspect/2", RUN, nothing, {"slices": [one_slice]}),
         "spd harvest": _said("harvest", RUN, {"tokens": int, "slices": [SliceInText]}),
         "spd search": _said("search", RUN, {"text": str, "matches": [Match]}),

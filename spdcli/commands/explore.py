@@ -49,6 +49,9 @@ def explore(
     the slices of the cell with what they read and promote. Tab goes there, space
     switches a slice off or on, m changes what off means, t takes another text,
     and w adds what is off to an edit script. With --json it prints the map.
+
+    Of a toy of sparse features the map has inputs by matrices, and what changes
+    are the outputs for the input that the cursor is on.
     """
     console = make_console(json, quiet, verbose)
     if not json:
@@ -57,14 +60,18 @@ def explore(
 
     loaded = opened(console, run, device)
     from spdcli.edits.suppression import find_slices
-    from spdcli.explorer.exploration import Exploration
+    from spdcli.explorer.features import FeatureExploration, exploration_of
     from spdcli.records import plain
 
     off = [str(address) for address in find_slices(loaded.decomposition, slice or [])]
-    exploration = Exploration(loaded, threshold, seed=seed)
+    exploration = exploration_of(loaded, threshold, seed=seed)
     view = exploration.chosen(which)
     if json:
-        console.show({"schema": "spd.explore/2", "run": run, **plain(exploration.text_map(view, off))})
+        if isinstance(exploration, FeatureExploration):
+            data = {"schema": "spd.explore.features/1", "run": run, **plain(exploration.feature_map(view, off))}
+        else:
+            data = {"schema": "spd.explore/2", "run": run, **plain(exploration.text_map(view, off))}
+        console.show(data)
         return
     from spdcli.explorer.app import Explorer
 

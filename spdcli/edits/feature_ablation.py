@@ -6,7 +6,7 @@ without slices it is the target that loses matrices. F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,14 +62,11 @@ def ablate_features(
     target = subject.target
     batch = single_features(subject.feature_toy.features).to(target.device)
     clean = clean_pass(target, batch, ())
-    masks: list[Masks] = [{}]
     if slices:
         g = importances_of(subject, decomposition, batch)[0] if masking.others != "on" else {}
-        masks = draw_masks(decomposition, g, len(batch.tokens), masking)
-        if masking.others == "on" and decomposition.delta:  # matrices that lose nothing are the target's own, exactly
-            masks = [{name: one[name] for name in by_matrix(slices)} for one in masks]
-    before = mean_outputs(target, decomposition, clean, masks, ((), ()))
-    after = mean_outputs(target, decomposition, clean, masks, (slices, zeroed))
+        before, after = outputs_without(target, decomposition, clean, g, (slices, zeroed), masking)
+    else:
+        before, after = clean.outputs, mean_outputs(target, decomposition, clean, [{}], ((), zeroed))
     changes = feature_changes(before, after)
     return FeatureAblation(
         slices=[str(address) for address in slices],
@@ -80,10 +77,23 @@ def ablate_features(
     )
 
 
+def outputs_without(
+    target: Target, decomposition: Decomposition, clean: Clean, g: Mapping[str, Tensor], cut: Cut, masking: Masking
+) -> tuple[Tensor, Tensor]:
+    """Output vectors `[B, F]` of the decomposed model on the inputs of `clean`, before and after `cut` is taken away;
+    `g` are importances there, for masks that need them."""
+    slices, _ = cut
+    masks = draw_masks(decomposition, g, len(clean.batch.tokens), masking)
+    if masking.others == "on" and decomposition.delta:  # matrices that lose nothing are the target's own, exactly
+        masks = [{name: one[name] for name in by_matrix(slices)} for one in masks]
+    before = mean_outputs(target, decomposition, clean, masks, ((), ()))
+    return before, mean_outputs(target, decomposition, clean, masks, cut)
+
+
 def mean_outputs(
     target: Target, decomposition: Decomposition, clean: Clean, masks: Sequence[Masks], cut: Cut
 ) -> Tensor:
-    """Output vectors `[F, F]` without what `cut` takes away, a mean over the draws in `masks`."""
+    """Output vectors `[B, F]` without what `cut` takes away, a mean over the draws in `masks`."""
     slices, zeroed = cut
     draws = []
     for draw in masks:

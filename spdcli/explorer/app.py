@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
@@ -20,8 +21,19 @@ from textual.worker import get_current_worker
 
 from spdcli.edits.script import add_edit
 from spdcli.errors import SpdError
-from spdcli.explorer.exploration import USUAL_WAY, WAYS, Exploration, NextTokens, TextView
-from spdcli.explorer.rendering import OFF, ON, candidates, cut_to, heat_cell, matrix_label, quoted, shown_token
+from spdcli.explorer.exploration import Exploration, NextTokens, TextView
+from spdcli.explorer.features import FeatureExploration, OutputChanges
+from spdcli.explorer.rendering import (
+    OFF,
+    ON,
+    candidates,
+    changed_outputs,
+    cut_to,
+    heat_cell,
+    matrix_label,
+    quoted,
+    shown_token,
+)
 from spdcli.measures.inspection import SliceActivity
 
 SCRIPT = "edits.toml"
@@ -40,7 +52,9 @@ class NextPanel(Static):
 
 class Explorer(App[None]):
     """`spd explore`: `exploration` is what is looked at, `start` the first text, `script` where edits are written,
-    `off` the addresses of slices that are off at first."""
+    `off` the addresses of slices that are off at first.
+
+    Of a toy of sparse features the map has a row an input, and what follows the cursor are the toy's outputs."""
 
     CSS_PATH = "explorer.tcss"
     TITLE = "spd explore"
@@ -66,11 +80,11 @@ class Explorer(App[None]):
         self.exploration = exploration
         self.view = start
         self.script = script
-        self.way = USUAL_WAY
+        self.way = next(iter(exploration.ways))
         self.off = list(off)
         self.purpose = TYPE
         self.listed: list[SliceActivity] = []
-        self.next_tokens: NextTokens | None = None
+        self.next_tokens: NextTokens | OutputChanges | None = None
         self._model = Lock()
 
     def compose(self) -> ComposeResult:
@@ -99,24 +113,33 @@ class Explorer(App[None]):
 
     @property
     def place(self) -> tuple[int, int]:
-        """The matrix and the position that the cursor is on, as rows and columns of the map."""
-        return self.map.cursor_row, self.map.cursor_column
+        """The matrix and the position (or input) that the cursor is on."""
+        row, column = self.map.cursor_row, self.map.cursor_column
+        return (column, row) if self.of_features else (row, column)
+
+    @property
+    def of_features(self) -> bool:
+        return isinstance(self.exploration, FeatureExploration)
 
     # --- a text ------------------------------------------------------------------------------------
 
     def show_text(self, view: TextView) -> None:
-        """Fill the map; the cursor goes to its hottest cell."""
+        """Fill the map; the cursor goes to its hottest cell, of a toy of sparse features in the row of its input."""
         self.view = view
         of = f"prompt {view.number} of {len(self.exploration.own.texts)}" if view.number else "your text"
-        self.query_one("#title", Static).update(f"{of}: {view.text}")
+        self.query_one("#title", Static).update(view.text if self.of_features else f"{of}: {view.text}")
         if view.note:
             self.notify(view.note, severity="warning")
         table, most = self.map, view.heat.max().item() or 1.0
         table.clear(columns=True)
-        table.add_columns(*(shown_token(piece) for piece in view.pieces))
-        for name, values in zip(view.matrices, view.heat.tolist(), strict=True):
-            table.add_row(*(heat_cell(value, math.sqrt(value / most)) for value in values), label=matrix_label(name))
-        row, column = divmod(int(view.heat.argmax()), len(view.pieces))
+        heat, labels, heads = view.heat, list(map(matrix_label, view.matrices)), list(map(shown_token, view.pieces))
+        row, column = divmod(int(heat.argmax()), len(heads))
+        if self.of_features:
+            heat, labels, heads = heat.T, heads, labels
+            row, column = view.position, int(heat[view.position].argmax())
+        table.add_columns(*heads)
+        for label, values in zip(labels, heat.tolist(), strict=True):
+            table.add_row(*(heat_cell(value, math.sqrt(value / most)) for value in values), label=label)
         table.move_cursor(row=row, column=column)
         self.call_after_refresh(table.move_cursor, row=row, column=column)  # now that the table knows its height
         self.show_place()
@@ -151,12 +174,16 @@ class Explorer(App[None]):
         matrix, position = self.place
         self.listed = self.exploration.slices(self.view, matrix, position)
         token = quoted(self.view.pieces[position])
+        where = f"on input {self.view.pieces[position]}" if self.of_features else f"at {token}, position {position}"
         count = len(self.listed)
         said = f"{count} active slice{'' if count == 1 else 's'}" if count else "no slice is active"
-        self.query_one("#place", Static).update(f"{self.view.matrices[matrix]} at {token}, position {position}: {said}")
+        self.query_one("#place", Static).update(f"{self.view.matrices[matrix]} {where}: {said}")
         self.list_slices(keep=False)
         if self.listed:
             self.label(list(self.listed))
+        if self.of_features and position != self.view.position:
+            self.view = replace(self.view, position=position)
+            self.ask()
 
     @work(thread=True, exclusive=True, group="labels")
     def label(self, slices: list[SliceActivity]) -> None:
@@ -220,36 +247,40 @@ class Explorer(App[None]):
 
     def action_way(self) -> None:
         """The next meaning of off."""
-        ways = list(WAYS)
+        ways = list(self.exploration.ways)
         self.way = ways[(ways.index(self.way) + 1) % len(ways)]
         self.ask()
 
     def ask(self) -> None:
-        """Say what is off, and ask the model for its next tokens."""
+        """Say what is off, and ask the model for its next tokens, or outputs."""
         off = f"off ({len(self.off)}): {', '.join(self.off)}" if self.off else "all slices are on"
         self.query_one("#off", Static).update(off)
         self.answer(self.view, list(self.off), self.way)
 
     @work(thread=True, exclusive=True, group="answer")
     def answer(self, view: TextView, off: list[str], way: str) -> None:
-        """The next tokens without the slices `off`."""
+        """The next tokens, or outputs, without the slices `off`."""
         worker = get_current_worker()
         try:
             with self._model:
                 if worker.is_cancelled:
                     return
-                said = self.exploration.next_tokens(view, off, way)
+                said = self.exploration.said(view, off, way)
         except SpdError as error:
             self.call_from_thread(self.complain, error)
         else:
             if not worker.is_cancelled:
                 self.call_from_thread(self.show_answer, said)
 
-    def show_answer(self, said: NextTokens) -> None:
+    def show_answer(self, said: NextTokens | OutputChanges) -> None:
         self.next_tokens = said
         panel = self.query_one("#next", Static)
-        after, size = quoted(self.view.pieces[self.view.position]), panel.content_size
-        panel.update(candidates(said, after, WAYS[said.way].about, size.width, size.height - 2))
+        meaning, size = self.exploration.ways[said.way].about, panel.content_size
+        if isinstance(said, OutputChanges):
+            panel.update(changed_outputs(said, meaning, size.width, size.height - 2))
+        else:
+            after = quoted(self.view.pieces[self.view.position])
+            panel.update(candidates(said, after, meaning, size.width, size.height - 2))
 
     def on_resize(self) -> None:
         self.call_after_refresh(self.list_slices, keep=True)
@@ -258,13 +289,20 @@ class Explorer(App[None]):
 
     def action_prompt(self, step: int) -> None:
         """Another of the run's prompts; from a text of the user's own, the first."""
-        self.read_text(1 if self.view.number is None else self.view.number + step)
+        here = self.view.position + 1 if self.of_features else self.view.number
+        self.read_text(1 if self.view.number is None or here is None else here + step)
 
     def action_type(self) -> None:
-        self.open_line(TYPE, "", f"a text, fed whole, as in {self.exploration.own.texts[0]}")
+        what = "features that are on" if self.of_features else "a text, fed whole"
+        self.open_line(TYPE, "", f"{what}, as in {self.exploration.own.texts[0]}")
 
     def action_write(self) -> None:
-        if self.off:
+        if self.of_features:
+            off = " ".join(f"--slice {one}" for one in self.off)
+            self.notify(
+                f"spd ablate {self.exploration.run.directory or 'RUN'} {off}", title="a toy has no edit scripts"
+            )
+        elif self.off:
             self.open_line(WRITE, str(self.script), "an edit script, to add this edit to")
         else:
             self.notify("switch slices off first: they are what an edit script suppresses", severity="warning")

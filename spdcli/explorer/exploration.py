@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from spdcli.measures.texts import Texts, find_prompt, own_texts, user_texts
 from spdcli.progress import Progress
 from spdcli.runs.loading import LoadedRun
 from spdcli.runs.subject import require_tokens
+
+if TYPE_CHECKING:
+    from spdcli.explorer.features import OutputChanges
 
 # What a slice that is switched off means.
 WAYS: dict[str, Choice] = {
@@ -98,8 +102,10 @@ class Exploration:
     """The texts of a run, of a toy of sparse features every feature alone, and what its slices do in them.
 
     A slice is active where its importance is above `threshold`, and is labelled with so many tokens; `seed` draws the
-    toy's own sequences.
+    toy's own sequences. `ways` are what off may mean, the usual one first.
     """
+
+    ways: Mapping[str, Choice] = WAYS
 
     def __init__(self, run: LoadedRun, threshold: float = 0.0, labels: int = 6, seed: int | None = None) -> None:
         self.run = run
@@ -133,9 +139,13 @@ class Exploration:
 
     def slices(self, view: TextView, matrix: int, position: int) -> list[SliceActivity]:
         """The active slices of a matrix (a row of the view) at a position, the most important first, not labelled."""
+        return self.active_at(view, matrix, (view.row, position))
+
+    def active_at(self, view: TextView, matrix: int, place: tuple[int, int]) -> list[SliceActivity]:
+        """The active slices of a matrix at a sequence and position of what the view was made of, not labelled."""
         name = view.matrices[matrix]
         one = replace(view.active, g={name: view.active.g[name]})
-        return one.slices_at((view.row, position), self.query.top)
+        return one.slices_at(place, self.query.top)
 
     def labelled(self, slices: Sequence[SliceActivity]) -> list[SliceActivity]:
         """The same with the tokens that each one reads and promotes."""
@@ -147,8 +157,9 @@ class Exploration:
     ) -> NextTokens:
         """What follows the text with the slices `off` (addresses) switched off in a `way` of WAYS.
 
-        UsageError for a slice that is not there, or has no direction.
+        UsageError for a slice that is not there, or has no direction, and for a toy of sparse features.
         """
+        require_tokens(self.run.subject)
         if way not in WAYS:
             raise UsageError(f"{way!r}: expected one of {', '.join(WAYS)}")
         addresses = find_slices(self.run.decomposition, off)
@@ -160,6 +171,10 @@ class Exploration:
         p, q = before[0].exp(), after[0].exp()
         tokens = [NextToken(name(i), p[i].item(), q[i].item(), i == view.answer) for i in ids]
         return NextTokens(way, list(map(str, addresses)), tokens, divergence(before, after).item())
+
+    def said(self, view: TextView, off: Sequence[str], way: str) -> NextTokens | OutputChanges:
+        """What stands beside the map: the next tokens, or of a toy of sparse features its outputs."""
+        return self.next_tokens(view, off, way)
 
     def text_map(self, view: TextView, off: Sequence[str] = ()) -> TextMap:
         """The map of a text, and what follows it without the slices `off`, suppressed."""
@@ -206,9 +221,7 @@ class Exploration:
         answer: int | None,
         note: str,
     ) -> TextView:
-        """The view of one row of `texts`, whose next token is looked at after `position`; UsageError for a toy of
-        sparse features, which has none."""
-        require_tokens(self.run.subject)
+        """The view of one row of `texts`, whose next token is looked at after `position`."""
         length = len(texts.pieces[row])
         tokens, valid = texts.batch.tokens[row : row + 1, :length], texts.batch.valid[row : row + 1, :length]
         looked = torch.zeros_like(valid)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from rich.text import Text
 
 from spdcli.explorer.exploration import NextTokens
+from spdcli.explorer.features import OutputChanges
 
 ON, OFF = "●", "○"
 NOTHING = "·"
 LABEL_WIDTH, TOKEN_WIDTH, NAME_WIDTH = 24, 12, 14
+OUTPUT_COLUMNS = 23  # of an output's line, but for its bar
 KEPT, LOST, GAINED = "█", "░", "▓"
 # From dark blue over grey to yellow, ever lighter: told apart by the colour-blind, and in grey.
 RAMP = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56))
@@ -80,6 +82,23 @@ def candidates(said: NextTokens, after: str, meaning: str, width: int, most: int
         text.append(f"{one.before:.3f} ", style="dim")
         text.append(f"{one.after:.3f} ", style=style)
         text.append(bar(one.before, one.after, room) + "\n")
+    text.append(f"before, now {KEPT} lost {LOST} gained {GAINED} off: {meaning}", style="dim")
+    return text
+
+
+def changed_outputs(said: OutputChanges, meaning: str, width: int, most: int) -> Text:
+    """The outputs of a toy of sparse features, a line each, `most` of them: before and after, and a bar of what is
+    above 0; those of features that are on have an arrow."""
+    text = Text(no_wrap=True, overflow="ellipsis")
+    text.append(f"outputs for {said.input}", style="bold")
+    text.append(f"  squared change {said.squared:.3g}\n" if said.off else "\n")
+    room, most_of_all = max(width - OUTPUT_COLUMNS, 5), max(abs(v) for o in said.outputs for v in (o.before, o.after))
+    for one in said.outputs[: max(most, 2)]:
+        style = "bold" if one.on else ""
+        text.append(f"{'→' if one.on else ' '} {one.feature:>4} ", style=style)
+        text.append(f"{one.before:+.3f} ", style="dim")
+        text.append(f"{one.after:+.3f} ", style=style)
+        text.append(bar(*(max(v, 0) / (most_of_all or 1) for v in (one.before, one.after)), room) + "\n")
     text.append(f"before, now {KEPT} lost {LOST} gained {GAINED} off: {meaning}", style="dim")
     return text
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spdcli.edits.suppression import find_matrix
 from spdcli.errors import UsageError
 from spdcli.explorer.exploration import Exploration
+from spdcli.explorer.features import exploration_of
 from spdcli.files import save_tensors
 from spdcli.location.report import RunReport
 from spdcli.measures.importances import Ids, importances, text_ids
@@ -94,8 +95,9 @@ class Run(MeasurableRun, EditableRun):
 
     def explore(self, threshold: float = 0.0, labels: int = 6) -> Exploration:
         """What `spd explore` shows, without a screen: `prompt(1)` or `typed(text)` is a text's map of importance,
-        `slices` those of one of its cells, `next_tokens` what follows without some of them."""
-        return Exploration(self, threshold, labels)
+        `slices` those of one of its cells, `next_tokens` what follows without some of them; `outputs`, of a toy of
+        sparse features."""
+        return exploration_of(self, threshold, labels)
 
     def save_page(self, folder: str | Path, facts: RunReport | None = None, *, progress: Report = silent) -> Path:
         """Write the run's page, as `spd report`, with its figures into `folder`: one file of HTML that needs nothing

@@ -89,7 +89,7 @@ def require_tokens(subject: Subject) -> None:
     if subject.feature_toy is not None:
         raise UsageError(
             "a toy of sparse features has no tokens, so it has no prompts, answers or facts",
-            "spd eval, inspect, report, ablate and svd look at its features",
+            "spd eval, inspect, explore, report, ablate and svd look at its features",
         )
 
 

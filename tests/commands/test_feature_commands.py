@@ -198,13 +198,20 @@ def test_svd_compares_by_squared_error(run: Path, spd: Spd) -> None:
     assert "squared error" in spd("svd", run, "--sequences", 20)[1]
 
 
+def test_explore_prints_the_map_and_what_becomes_of_the_outputs(run: Path, spd: Spd) -> None:
+    name = MATRICES[kind_of(run)][0]
+    data = answer(spd, "explore", run, "--prompt", "3", "--slice", f"{name}:0")
+    assert (data["inputs"], list(data["importance"])) == (list("0123"), MATRICES[kind_of(run)])
+    assert (data["output"]["input"], data["output"]["off"]) == ("2", [f"{name}:0"])
+    assert len(data["output"]["outputs"]) == 4
+
+
 @pytest.mark.parametrize(
     "command",
     [
         ("suppress", "RUN", "--slice", "W:0"),
         ("suppress", "RUN", "--slice", "W_in0:0"),
         ("locate", "RUN"),
-        ("explore", "RUN", "--json"),
         ("trace", "RUN"),
         ("facts", "check", "--model", "RUN"),
     ],
