@@ -92,13 +92,14 @@ def changed_outputs(said: OutputChanges, meaning: str, width: int, most: int) ->
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(f"outputs for {said.input}", style="bold")
     text.append(f"  squared change {said.squared:.3g}\n" if said.off else "\n")
-    room, most_of_all = max(width - OUTPUT_COLUMNS, 5), max(abs(v) for o in said.outputs for v in (o.before, o.after))
+    room = max(width - OUTPUT_COLUMNS, 5)
+    whole = max(abs(value) for one in said.outputs for value in (one.before, one.after)) or 1.0
     for one in said.outputs[: max(most, 2)]:
         style = "bold" if one.on else ""
         text.append(f"{'→' if one.on else ' '} {one.feature:>4} ", style=style)
         text.append(f"{one.before:+.3f} ", style="dim")
         text.append(f"{one.after:+.3f} ", style=style)
-        text.append(bar(*(max(v, 0) / (most_of_all or 1) for v in (one.before, one.after)), room) + "\n")
+        text.append(bar(max(one.before, 0) / whole, max(one.after, 0) / whole, room) + "\n")
     text.append(f"before, now {KEPT} lost {LOST} gained {GAINED} off: {meaning}", style="dim")
     return text
 
