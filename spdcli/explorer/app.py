@@ -297,15 +297,15 @@ class Explorer(App[None]):
         self.open_line(TYPE, "", f"{what}, as in {self.exploration.own.texts[0]}")
 
     def action_write(self) -> None:
-        if self.of_features:
+        if not self.off:
+            self.notify("switch slices off first: they are what is taken away", severity="warning")
+        elif self.of_features:
             off = " ".join(f"--slice {one}" for one in self.off)
             self.notify(
                 f"spd ablate {self.exploration.run.directory or 'RUN'} {off}", title="a toy has no edit scripts"
             )
-        elif self.off:
-            self.open_line(WRITE, str(self.script), "an edit script, to add this edit to")
         else:
-            self.notify("switch slices off first: they are what an edit script suppresses", severity="warning")
+            self.open_line(WRITE, str(self.script), "an edit script, to add this edit to")
 
     def open_line(self, purpose: str, value: str, hint: str) -> None:
         self.purpose, line = purpose, self.query_one("#line", Input)

@@ -107,6 +107,8 @@ def test_the_screen(run, size):
         assert app.next_tokens == app.exploration.outputs(app.exploration.prompt(3))
         assert said(app, "#next").startswith("outputs for 2\n")
         assert said(app, "#place").startswith(f"{run.matrices[column]} on input 2: ")
+        await press(app, pilot, "w")
+        assert [one.message for one in app._notifications] == ["switch slices off first: they are what is taken away"]
         await press(app, pilot, "a")
         assert app.off == [one.slice for one in app.listed]
         assert app.next_tokens == app.exploration.outputs(app.exploration.prompt(3), app.off)

@@ -67,17 +67,14 @@ def taken(printed: str, words: list[str], folder: Path) -> Step:
     """One step in `folder`, with the programs of its environment, once there is one."""
     programs = os.pathsep.join((str(folder / ".venv" / "bin"), os.environ["PATH"]))
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    started = time.monotonic()
-    process = subprocess.Popen(
-        ["env", *words], cwd=folder, env=environment | {"PATH": programs}, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    lines = [line.strip() for line in process.stdout if line.strip()]
-    _, status, usage = os.wait4(process.pid, 0)  # with the time of all that it started
-    process.returncode = code = os.waitstatus_to_exitcode(status)
-    used = usage.ru_utime + usage.ru_stime
+    started, before = time.monotonic(), os.times()
+    command = ["env", *words]  # exit code 127 where there is no such program
+    ended = subprocess.run(command, cwd=folder, env=environment | {"PATH": programs}, stdout=subprocess.PIPE, text=True)
+    after = os.times()  # of children, with all that they started
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    lines = [line.strip() for line in ended.stdout.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
-    return Step(printed, round(time.monotonic() - started, 1), round(used, 1), code, last)
+    return Step(printed, round(time.monotonic() - started, 1), round(used, 1), ended.returncode, last)
 
 
 def main() -> int:
