@@ -23,6 +23,9 @@ class PlantedInductionTarget(Section):
     strength_ratio: Annotated[float, Field(ge=1)] = Field(
         4.0, description="The strongest slice of a matrix is so many times as strong as its weakest."
     )
+    sink: bool = Field(
+        True, description="Whether queries that find no key attend to nothing, in place of all keys alike."
+    )
 
 
 class PlantedLookupTarget(Section):

@@ -9,8 +9,10 @@ end. The slices, and where each is needed:
     Q1, K1   one a trigger: its query meets the key of its flag             Q1 at s2, K1 at m
     V1       one an ordinary token: reads it and writes it as the answer    at m
 
-Attention looks both ways. Were later keys hidden, what a query's slice does to them would not matter, and many
-decompositions would be as good as the planted one; likewise if a sequence held one trigger alone.
+Many decompositions must not be as good as the planted one. So attention looks both ways: were later keys hidden, what
+a query's slice does to them would not matter; likewise if a sequence held one trigger alone. And beside the keys there
+is a *sink*, which holds nothing: a query that finds no key attends to it. Without, that query attends to all keys alike,
+flags end up where no slice is needed that reads them, and what a slice adds to the scores there is nobody's.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
-# By layer, of the one key that a query looks for; all others are at 0. With 6 in the first layer too, half a query
-# would do as well as a whole one (a KL of 3e-5), and two slices could share what each of them does.
-SCORES = (4.0, 6.0)
-LOGIT = 6.0  # of the answer; all others are at 0
+SINK = 4.0  # its score; beside a key at 5.5 it leaves that four fifths of the attention, and more or less would show
+SCORES = {True: (5.5, 5.5), False: (4.0, 6.0)}  # with a sink and without, by layer: of the one key looked for
+LOGIT = 6.0  # of the answer; all others are at 0, as are the scores of keys that are not looked for
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class PlantedInductionShape:
     """`tokens` ordinary tokens are numbered from 0, the `triggers` come after them; sequences have `length` tokens.
 
     `skew` is how far directions are from orthogonal, `strength_ratio` that of the strongest slice of a matrix to its
-    weakest.
+    weakest. `sink` is whether attention has one.
     """
 
     tokens: int = 8
@@ -44,6 +46,7 @@ class PlantedInductionShape:
     d_model: int = 32
     skew: float = 0.3
     strength_ratio: float = 4.0
+    sink: bool = True
 
     @property
     def places(self) -> int:
@@ -54,15 +57,28 @@ class PlantedInductionShape:
 class PlantedBlock(nn.Module):
     """Attention of one head, both ways, without an output projection; positions are added to what Q and K read."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, sink: float | None) -> None:
         super().__init__()
+        self.sink = sink
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in "qkv")
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """`hidden` `[B, T, D]`, `positions` `[1, T, D]`."""
         read = hidden + positions
         scores = self.q(read) @ self.k(read).mT / math.sqrt(hidden.shape[-1])
-        return hidden + scores.softmax(-1) @ self.v(hidden)
+        return hidden + attention(scores, self.sink) @ self.v(hidden)
+
+
+def attention(scores: Tensor, sink: float | None) -> Tensor:
+    """The softmax of `scores` `[..., T, T]` over keys, beside which a sink of that score takes its share."""
+    if sink is None:
+        return scores.softmax(-1)
+    return F.pad(scores, (1, 0), value=sink).softmax(-1)[..., 1:]
+
+
+def found_share(score: float, length: int, sink: float | None) -> float:
+    """Of a query's attention, the share of the one key that it looks for; the other `length` - 1 are at 0."""
+    return float(attention(F.pad(torch.tensor([score]), (0, length - 1)), sink)[0])
 
 
 class PlantedInduction(nn.Module):
@@ -70,10 +86,10 @@ class PlantedInduction(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, tokens: int, length: int, width: int) -> None:
+    def __init__(self, tokens: int, length: int, width: int, sink: float | None) -> None:
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
-        self.blocks = nn.ModuleList(PlantedBlock(width) for _ in range(2))
+        self.blocks = nn.ModuleList(PlantedBlock(width, sink) for _ in range(2))
         self.unembed = nn.Linear(width, tokens, bias=False)
         self.register_buffer("positions", torch.zeros(length, width))
 
@@ -97,20 +113,22 @@ def planted_induction(shape: PlantedInductionShape, seed: int) -> Planted:
     )
     s1 = torch.arange(shape.places)
     read = stream.duals
-    first, second = ((score * width**0.5) ** 0.5 for score in SCORES)  # attention divides by the root of its width
+    sink, scores = SINK if shape.sink else None, SCORES[shape.sink]
+    flag_share, copied_share = (found_share(score, shape.length, sink) for score in scores)
+    first, second = ((score * width**0.5) ** 0.5 for score in scores)  # attention divides by the root of its width
     slices = {
         "Q0": planted_slices(read[:, place[s1 + 1]], keys.duals.t()[s1], first * place_strengths),
         "K0": planted_slices(read[:, place[s1]], keys.rows[s1], first / place_strengths),
         "V0": planted_slices(read[:, trigger], stream.rows[flag], trigger_strengths**0.5),
         "Q1": planted_slices(read[:, trigger], flagged.duals.t(), second * trigger_strengths**0.5),
-        "K1": planted_slices(read[:, flag], flagged.rows, second / trigger_strengths),
+        "K1": planted_slices(read[:, flag], flagged.rows, second / flag_share / trigger_strengths),
         "V1": planted_slices(read[:, ordinary], stream.rows[answer], token_strengths),
     }
-    model = PlantedInduction(tokens + triggers, shape.length, width)
+    model = PlantedInduction(tokens + triggers, shape.length, width, sink)
     with torch.no_grad():
         model.embed.weight.copy_(stream.rows[: tokens + triggers])
         model.unembed.weight.zero_()
-        model.unembed.weight[:tokens] = (LOGIT * read[:, answer] / token_strengths).t().float()
+        model.unembed.weight[:tokens] = (LOGIT / copied_share * read[:, answer] / token_strengths).t().float()
         model.positions.copy_(stream.rows[place])
     target = induction_target(model)
     set_weights(target, slices)
