@@ -11,8 +11,10 @@ end. The slices, and where each is needed:
 
 Many decompositions must not be as good as the planted one. So attention looks both ways: were later keys hidden, what
 a query's slice does to them would not matter; likewise if a sequence held one trigger alone. And beside the keys there
-is a *sink*, which holds nothing: a query that finds no key attends to it. Without, that query attends to all keys alike,
-flags end up where no slice is needed that reads them, and what a slice adds to the scores there is nobody's.
+is a *sink*, which holds nothing: a query that finds no key attends to it. Without, it attends to all keys alike,
+flags end up where no slice is needed that reads them, and what a slice adds to the scores there is nobody's. Nor is the
+softmax over keys, or that over answers, near its end: nothing would show there of a slice that is too long, or of one
+that lowers another answer.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from torch.nn import functional as F
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
-SINK = 4.0  # its score; beside a key at 5.5 it leaves that four fifths of the attention, and more or less would show
+SINK = 4.0  # its score; a key at 5.5 beside it has four fifths of the attention
 SCORES = {True: (5.5, 5.5), False: (4.0, 6.0)}  # with a sink and without, by layer: of the one key looked for
-LOGIT = 6.0  # of the answer; all others are at 0, as are the scores of keys that are not looked for
+LOGIT = 3.0  # of the answer; all others are at 0, as are the scores of keys that are not looked for
 
 
 @dataclass(frozen=True)

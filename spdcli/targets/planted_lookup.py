@@ -8,25 +8,29 @@ random. Each subject has a pair of neurons between Up and Down; it pushes one up
 
 What is looked up is taken out of the residual stream (`answer - link`): beside it, its reader would be as good.
 
-Neurons idle above 0, so that ReLU passes what pushes them down too: what a slice takes away where nothing is would not
-matter otherwise, and many decompositions would be as good as the planted one.
+A neuron passes what is above a *floor* below 0, and so what pushes it down too: what a slice takes away where nothing
+is would not matter otherwise, and many decompositions would be as good as the planted one. It is at 0 where nothing
+pushes it: a level that all neurons idle at would be one more thing that a slice of Down can read.
 
 A position needs the slices of the subjects that its token names, and no others. The first tokens name one subject
-each, and are the answers; the others name two.
+each, and are the answers; the others name two, every pair as often as another, or once less: a subject that is named
+beside the same other one mostly is as well served by a slice of both.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
-LOGIT = 6.0  # of an answer of strength 1; those of other tokens are at 0
-IDLE = 0.75  # what a neuron is at when no subject is there, times the strongest slice, which pushes it by 0.71 times it
+LOGIT = 3.0  # of an answer, others are at 0; a softmax sure of its answers would not show what lowers another one
+FLOOR = -0.75  # of a neuron, times the strongest slice, which pushes it by 0.71 times its strength
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,16 @@ class PlantedLookupShape:
 
 
 class LookupBlock(nn.Module):
-    """An MLP beside the residual stream: `hidden + Down(ReLU(Up(hidden)))`."""
+    """An MLP beside the residual stream: `hidden + Down(max(floor, Up(hidden)))`."""
 
-    def __init__(self, width: int, neurons: int, idle: float) -> None:
+    def __init__(self, width: int, neurons: int, floor: float) -> None:
         super().__init__()
-        self.up = nn.Linear(width, neurons)
-        nn.init.constant_(self.up.bias, idle)
+        self.floor = floor
+        self.up = nn.Linear(width, neurons, bias=False)
         self.down = nn.Linear(neurons, width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.down(torch.relu(self.up(hidden)))
+        return hidden + self.down(self.up(hidden).clamp(min=self.floor))
 
 
 class LookupModel(nn.Module):
@@ -64,8 +68,8 @@ class LookupModel(nn.Module):
     def __init__(self, shape: PlantedLookupShape) -> None:
         super().__init__()
         self.embed = nn.Embedding(shape.tokens, shape.d_model)
-        idle = IDLE * shape.strength_ratio**0.5
-        self.blocks = nn.ModuleList(LookupBlock(shape.d_model, 2 * shape.subjects, idle) for _ in range(2))
+        floor = FLOOR * shape.strength_ratio**0.5
+        self.blocks = nn.ModuleList(LookupBlock(shape.d_model, 2 * shape.subjects, floor) for _ in range(2))
         self.unembed = nn.Linear(shape.d_model, shape.tokens, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -109,19 +113,18 @@ def planted_lookup(shape: PlantedLookupShape, seed: int) -> Planted:
 
 
 def subjects_of_tokens(shape: PlantedLookupShape, generator: torch.Generator) -> Tensor:
-    """`[N, subjects]`: 1 where a token names a subject. One each first, then two at random."""
-    named = torch.zeros(shape.tokens, shape.subjects)
-    named[: shape.subjects] = torch.eye(shape.subjects)
-    for token in range(shape.subjects, shape.tokens):
-        some = torch.randperm(shape.subjects, generator=generator)[:2]
-        named[token, some] = 1
-    return named
+    """`[N, subjects]`: 1 where a token names a subject. One each first, then pairs in random order, again and again."""
+    pairs = torch.combinations(torch.arange(shape.subjects))
+    rounds = math.ceil((shape.tokens - shape.subjects) / len(pairs))
+    drawn = torch.cat([pairs[torch.randperm(len(pairs), generator=generator)] for _ in range(rounds)] or [pairs[:0]])
+    one, two = torch.eye(shape.subjects), F.one_hot(drawn, shape.subjects).sum(1).float()
+    return torch.cat([one, two])[: shape.tokens]
 
 
 def pairs_of_neurons(count: int) -> Tensor:
     """`[count, 2 count]`: each of `count` slices fires a pair of neurons of its own, one up and one down, with norm 1.
 
-    Reading a pair along the same direction gives what fired it, and 0 where it idles.
+    Reading a pair along the same direction gives what fired it.
     """
     up = torch.eye(count, dtype=torch.float64)
     return torch.stack([up, -up], dim=-1).flatten(1) / 2**0.5
