@@ -13,6 +13,7 @@ from spdcli.measures.active_counts import active_per_position
 from spdcli.measures.evaluation import evaluate_without_circuit
 from spdcli.measures.evaluation_totals import Evaluation
 from spdcli.measures.evidence import Evidence
+from spdcli.measures.feature_evaluation import FeatureEvaluation, PartsFound
 from spdcli.measures.toy_evaluation import ToyEvaluation
 from spdcli.progress import Progress, Report, silent
 from spdcli.recipe.overrides import parse_override
@@ -33,7 +34,8 @@ class SettingRun:
     matrices; `l0` the same on the sequences that are measured, `l0_above_tenth` of those whose importance is above 0.1;
     `total_active` slices that are active somewhere and `unique` those by matrix; `active_by_class` are a toy's active
     slices by matrix and position class (Table 1a). `metrics` are the losses of `spd eval` by name, and `evidence` what
-    they are worth, as there (none of a toy of sparse features).
+    they are worth, as there; of a toy of sparse features there is none, but `live` slices by matrix, and `parts`, what
+    is found of its known ones.
     """
 
     setting: str
@@ -49,6 +51,8 @@ class SettingRun:
     standard_error: Mapping[str, float | None]
     evidence: Evidence | Absent = ABSENT
     active_by_class: Mapping[str, Mapping[str, float]] | Absent = ABSENT
+    live: Mapping[str, int] | Absent = ABSENT
+    parts: Mapping[str, PartsFound] | Absent = ABSENT
 
 
 def compare_settings(
@@ -121,4 +125,6 @@ def setting_run(
         standard_error=evaluation.standard_error,
         evidence=evaluation.evidence if isinstance(evaluation, Evaluation) else ABSENT,
         active_by_class=evaluation.active if isinstance(evaluation, ToyEvaluation) else ABSENT,
+        live=evaluation.live if isinstance(evaluation, FeatureEvaluation) else ABSENT,
+        parts=evaluation.parts if isinstance(evaluation, FeatureEvaluation) else ABSENT,
     )

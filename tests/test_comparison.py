@@ -89,6 +89,26 @@ def test_settings_that_belong_together_and_equal_steps_alone(spd, recipe, tmp_pa
     assert first["l0"] > 0
 
 
+def test_of_a_toy_of_sparse_features_the_known_parts_are_told(spd, tmp_path):
+    out = tmp_path / "out"
+    short = [word for setting in ("decompose.steps=4", "train.steps=20") for word in ("--set", setting)]
+    given = ["tms-5-2-quick", *short, "--with", "slices.C=9", "--equal-steps", "--out", out, "--sequences", 64]
+    code, text, _ = spd("compare", *given, "--json")
+    assert code == 0
+    rows = json.loads(text)["rows"]
+    assert [set(row) & {"evidence", "active_by_class"} for row in rows] == [set(), set()]
+    assert [list(row["live"]) for row in rows] == [["W", "WT"]] * 2
+    code, text, _ = spd("eval", out / "1-equal-steps", "--json")
+    assert code == 0
+    evaluation = json.loads(text)
+    assert rows[1]["parts"] == evaluation["parts"]
+    assert rows[1]["live"] == evaluation["live"]
+    code, text, _ = spd("compare", *given)
+    assert code == 0
+    assert "Known parts" in text
+    assert f"{rows[1]['parts']['W']['mean_max_cosine']:.4f}" in text
+
+
 def test_a_setting_that_is_none_is_told_before_anything_runs(spd, recipe, tmp_path):
     code, _, err = spd("compare", recipe, "--with", "slices.D=3", "--out", tmp_path / "out")
     assert code == 2

@@ -91,7 +91,7 @@ def comparison(data: Data) -> str:
     times = "At equal steps, then at equal time:"
     if len({row["steps"] for row in data["rows"]}) == 1:
         times = "At equal steps:"
-    return joined([times, table(heads, rows), by_class(data["rows"])])
+    return joined([times, table(heads, rows), by_class(data["rows"]), of_parts(data["rows"])])
 
 
 def by_class(runs: Sequence[Data]) -> str:
@@ -108,6 +108,25 @@ def by_class(runs: Sequence[Data]) -> str:
         for run in runs
     ]
     return joined(["Active slices at the positions where the paper found them, and unique ones:", table(heads, rows)])
+
+
+def of_parts(runs: Sequence[Data]) -> str:
+    """What is found of the known parts of a toy of sparse features, and live slices; nothing of other targets."""
+    if "parts" not in runs[0]:
+        return ""
+    measures = {"max cosine": "mean_max_cosine", "L2 ratio": "l2_ratio"}
+    said = lambda value: "none" if value is None else f"{value:.4f}"  # noqa: E731
+    heads = [f"{name}, {matrix}" for matrix in runs[0]["parts"] for name in measures]
+    heads += [f"live in {matrix}" for matrix in runs[0]["live"]]
+    rows = [
+        [
+            run["with"] if run is runs[0] else code(run["with"]),
+            *(said(found[key]) for found in run["parts"].values() for key in measures.values()),
+            *run["live"].values(),
+        ]
+        for run in runs
+    ]
+    return joined(["The parts that are found, and slices that live on some feature:", table(["", *heads], rows)])
 
 
 def graded(loss: str) -> str:

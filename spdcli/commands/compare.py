@@ -76,7 +76,7 @@ def compare(
     rows = [{"with": run.setting, **plain(run)} for run in runs]
     data = {"schema": "spd.compare/1", "recipe": recipe, "settings": settings, "rows": rows}
     write_json(out / REPORT, data)
-    console.show(data, table(runs))
+    console.show(data, table(runs), *parts_tables(runs))
     console.result(out)
 
 
@@ -108,3 +108,22 @@ def table(runs: Sequence[SettingRun]) -> Table:
             f"{run.evidence.pgd_shared.kl:.1e}" if run.evidence and run.evidence.pgd_shared else "",
         )
     return rows
+
+
+def parts_tables(runs: Sequence[SettingRun]) -> list[Table]:
+    """One row a run and matrix of a toy of sparse features: what is found of its known parts; none of other targets."""
+    from rich.table import Table
+
+    if not runs[0].live:
+        return []
+    rows = Table(title="Known parts", caption="live: slices of some importance on a feature alone")
+    rows.add_column("", overflow="fold", ratio=1)
+    for heading in ("matrix", "max cosine", "L2 ratio", "live"):
+        rows.add_column(heading, justify="left" if heading == "matrix" else "right", no_wrap=True)
+    for run in runs:
+        for matrix, live in run.live.items():
+            found = run.parts.get(matrix) if run.parts else None
+            measures = (found.mean_max_cosine, found.l2_ratio) if found else (None, None)
+            shown = ("" if value is None else f"{value:.4f}" for value in measures)
+            rows.add_row(run.setting, matrix, *shown, str(live))
+    return [rows]
