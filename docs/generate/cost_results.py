@@ -121,8 +121,8 @@ def of_parts(runs: Sequence[Data]) -> str:
     rows = [
         [
             run["with"] if run is runs[0] else code(run["with"]),
-            *(said(found[key]) for found in run["parts"].values() for key in measures.values()),
-            *run["live"].values(),
+            *(said(run["parts"][matrix][key]) for matrix in runs[0]["parts"] for key in measures.values()),
+            *(run["live"][matrix] for matrix in runs[0]["live"]),
         ]
         for run in runs
     ]

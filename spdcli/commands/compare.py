@@ -114,9 +114,11 @@ def parts_tables(runs: Sequence[SettingRun]) -> list[Table]:
     """One row a run and matrix of a toy of sparse features: what is found of its known parts; none of other targets."""
     from rich.table import Table
 
+    from spdcli.measures.feature_evaluation import LIVE
+
     if not runs[0].live:
         return []
-    rows = Table(title="Known parts", caption="live: slices of some importance on a feature alone")
+    rows = Table(title="Known parts", caption=f"live: slices of importance above {LIVE:g} on some feature alone")
     rows.add_column("", overflow="fold", ratio=1)
     for heading in ("matrix", "max cosine", "L2 ratio", "live"):
         rows.add_column(heading, justify="left" if heading == "matrix" else "right", no_wrap=True)

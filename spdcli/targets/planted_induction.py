@@ -11,10 +11,9 @@ end. The slices, and where each is needed:
 
 Many decompositions must not be as good as the planted one. So attention looks both ways: were later keys hidden, what
 a query's slice does to them would not matter; likewise if a sequence held one trigger alone. And beside the keys there
-is a *sink*, which holds nothing: a query that finds no key attends to it. Without, it attends to all keys alike,
-flags end up where no slice is needed that reads them, and what a slice adds to the scores there is nobody's. Nor is the
-softmax over keys, or that over answers, near its end: nothing would show there of a slice that is too long, or of one
-that lowers another answer.
+is a *sink*, which holds nothing: a query that finds no key attends to it. Without, it attends to all keys alike, flags
+end up where no slice is needed that reads them, and it is open which slice of K1 reads them there. Nor is the softmax
+over keys, or that over answers, saturated: a slice that is too long, or lowers another answer, would not show.
 """
 
 from __future__ import annotations
@@ -29,9 +28,16 @@ from torch.nn import functional as F
 from spdcli.engine.target import Batch, Matrix, Target
 from spdcli.targets.planted import Planted, planted_slices, set_weights, skewed_frame, spread_strengths
 
-SINK = 4.0  # its score; a key at 5.5 beside it has four fifths of the attention
-SCORES = {True: (5.5, 5.5), False: (4.0, 6.0)}  # with a sink and without, by layer: of the one key looked for
-LOGIT = 3.0  # of the answer; all others are at 0, as are the scores of keys that are not looked for
+# Scores of the one key that a query looks for, by layer; all other keys are at 0. With a sink they are so much above
+# it, which gives the key four fifths of the attention. Without, 6 in the first layer too would let half a query do as
+# well as a whole one, and two slices could share what each of them does.
+ABOVE_SINK, WITHOUT_SINK = (1.5, 1.5), (4.0, 6.0)
+LOGIT = 3.0  # of the answer; all others are at 0
+
+
+def sink_score(length: int) -> float:
+    """The sink's score among `length` keys: it has nine tenths of the attention of a query that finds none."""
+    return 4.0 + math.log(length / 7)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def planted_induction(shape: PlantedInductionShape, seed: int) -> Planted:
     )
     s1 = torch.arange(shape.places)
     read = stream.duals
-    sink, scores = SINK if shape.sink else None, SCORES[shape.sink]
+    sink = sink_score(shape.length) if shape.sink else None
+    scores = WITHOUT_SINK if sink is None else [sink + above for above in ABOVE_SINK]
     flag_share, copied_share = (found_share(score, shape.length, sink) for score in scores)
     first, second = ((score * width**0.5) ** 0.5 for score in scores)  # attention divides by the root of its width
     slices = {

@@ -8,9 +8,10 @@ random. Each subject has a pair of neurons between Up and Down; it pushes one up
 
 What is looked up is taken out of the residual stream (`answer - link`): beside it, its reader would be as good.
 
-A neuron passes what is above a *floor* below 0, and so what pushes it down too: what a slice takes away where nothing
-is would not matter otherwise, and many decompositions would be as good as the planted one. It is at 0 where nothing
-pushes it: a level that all neurons idle at would be one more thing that a slice of Down can read.
+A neuron passes what is above a *floor* below 0. The target never pushes one that far, slices that overshoot do; at a
+floor of 0, what a slice takes away where nothing is would not matter, and many decompositions would be as good as the
+planted one. Neurons are at 0 where nothing pushes them: a level that all of them idle at would be one more thing that a
+slice of Down can read.
 
 A position needs the slices of the subjects that its token names, and no others. The first tokens name one subject
 each, and are the answers; the others name two, every pair as often as another, or once less: a subject that is named

@@ -8,14 +8,17 @@ import torch
 from spdcli.engine.forward import clean_pass, masked_logits
 from spdcli.engine.masks import importance_masks
 from spdcli.engine.subcomponents import SliceSet
+from spdcli.engine.target import Batch
 from spdcli.measures.slice_recovery import MATCHED
 from spdcli.targets.planted import skewed_frame, spread_strengths
 from spdcli.targets.planted_induction import (
+    LOGIT,
     PlantedInductionShape,
     attention,
     draw_sequences,
     needed_slices,
     planted_induction,
+    sink_score,
     spread_places,
 )
 from spdcli.targets.planted_lookup import PlantedLookupShape, planted_lookup, subjects_of_tokens
@@ -115,7 +118,22 @@ def test_a_sink_is_one_more_key_that_holds_nothing(shape):
     torch.testing.assert_close(attention(scores, None), scores.softmax(-1))
 
 
-def test_a_query_that_finds_no_key_attends_to_the_sink():
+@pytest.mark.parametrize("length", [7, 8, 30, 60])
+def test_a_query_that_finds_no_key_attends_to_the_sink(length):
+    kept = attention(torch.zeros(length), sink_score(length)).sum()
+    assert 0.1 < kept < 0.12
+
+
+@pytest.mark.parametrize(("sink", "off"), [(True, 0.04), (False, 0.15)])
+@pytest.mark.parametrize("length", [7, 12])
+def test_the_answer_has_the_logit_that_it_is_given(length, sink, off):
+    planted = planted_induction(PlantedInductionShape(length=length, d_model=36, sink=sink), 0)
+    batch = planted.draw(64, generator())
+    answers = planted.target.model(batch.tokens)[:, -1].gather(1, batch.answers[:, None])
+    assert (answers - LOGIT).abs().max() < off
+
+
+def test_flags_are_read_where_they_are_needed_and_nowhere_else():
     with_sink, without = (planted_induction(PlantedInductionShape(sink=sink), 0) for sink in (True, False))
     batch = with_sink.draw(64, generator())
     unneeded = ~(batch.classes["m"] | batch.classes["s2"])
@@ -177,6 +195,19 @@ def test_tokens_name_one_subject_each_and_then_every_pair_as_often(tokens, least
     together = named[4:].t() @ named[4:]
     pairs = together[torch.ones(4, 4).triu(1).bool()]
     assert (pairs.min(), pairs.max()) == (least, most)
+
+
+def test_neurons_of_the_lookup_pass_what_is_above_a_floor_that_the_target_never_reaches():
+    planted = planted_lookup(PlantedLookupShape(), 0)
+    batch = Batch.everywhere(torch.arange(30)[:, None])
+    inputs = clean_pass(planted.target, batch, ["Up0", "Up1"]).inputs
+    for name, block in zip(("Up0", "Up1"), planted.target.blocks, strict=True):
+        assert 0.5 * block.floor > block.up(inputs[name]).min() > block.floor
+    block.up.weight.mul_(2)
+    neurons = block.up(inputs["Up1"])
+    assert neurons.min() < block.floor
+    passed = block(inputs["Up1"]) - inputs["Up1"]
+    torch.testing.assert_close(passed, block.down(neurons.maximum(torch.tensor(block.floor))))
 
 
 def test_a_frame_has_unit_rows_that_are_independent_and_not_orthogonal():
