@@ -122,7 +122,7 @@ def _costs() -> dict[str, Keys]:
     measured = {f"{key.rstrip('?')}?": value for key, value in keys_of(Measurement).items()}
     case = {"way": str, "recipe": str, "settings": [str], "keep_freed": bool, "<label>?": int, "skipped?": str}
     bench = {"benchmark": str, "machine": Machine, "rows": [{"name": str} | measured | case], "ratios": Losses}
-    rows = [{"with": str} | keys_of(SettingRun)]
+    compared = {"recipe": str, "settings": [str], "rows": [{"with": str} | keys_of(SettingRun)]}
     return {
         "spd reproduce induction": _said("reproduce", keys_of(InductionExperiment)),
         "spd reproduce variants": _said("variants", keys_of(ToyVariants)),
@@ -134,7 +134,8 @@ def _costs() -> dict[str, Keys]:
         "spd plan": _said("plan", keys_of(Estimate)),
         "spd push": _said("push", RUN, {"place": str}),
         "spd doctor": _said("doctor", keys_of(Checkup)),
-        "spd compare": _said("compare", {"recipe": str, "settings": [str], "rows": rows}),
+        "spd compare": _said("compare", compared),
+        "spd compare, sparse features": _said("compare", compared),
         "spd bench": _said("bench", bench),
     }
 

@@ -59,6 +59,8 @@ def output_name(command: str, data: Mapping[str, Any]) -> str:
     option = next((f" {word}" for word in words if f"{verb} {word}" in outputs()), "")
     kinds = {"induction": ", toy", "huggingface": ", language model"}
     kind = (kinds | dict.fromkeys(("tms", "resid_mlp"), ", sparse features")).get(str(data.get("target", "")), "")
+    if verb == "spd compare" and "parts" in data["rows"][0]:
+        kind = ", sparse features"
     return f"{verb}{option}{kind}"
 
 
