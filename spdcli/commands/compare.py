@@ -123,7 +123,7 @@ def parts_tables(runs: Sequence[SettingRun]) -> list[Table]:
     for heading in ("matrix", "max cosine", "L2 ratio", "live"):
         rows.add_column(heading, justify="left" if heading == "matrix" else "right", no_wrap=True)
     for run in runs:
-        for matrix, live in run.live.items():
+        for matrix, live in (run.live or {}).items():
             found = run.parts.get(matrix) if run.parts else None
             measures = (found.mean_max_cosine, found.l2_ratio) if found else (None, None)
             shown = ("" if value is None else f"{value:.4f}" for value in measures)
