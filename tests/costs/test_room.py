@@ -74,7 +74,7 @@ def test_the_smallest_needs_are_below_the_estimate(name):
     assert max(need.bytes for need in least_needs(loaded.recipe)) < 4 * GIB
     if name.endswith("quick"):
         need = counted(loaded, CPU).need
-        assert step < need.total - need.process + 2**20
+        assert step < need.total - need.process + 2**21  # so much is free in the process itself
 
 
 @pytest.mark.parametrize("command", ["plan", "decompose"])

@@ -41,7 +41,7 @@ def slow_attributions(planted, slices, batch):
                 matrix, own = matrices[name], slices.of(name)
                 x = inner
                 inner = x @ (matrix.weight - own.U @ own.V) + ((x @ own.U) * masks[name]) @ own.V
-                inner = (inner + matrix.bias).relu() if name.startswith("Up") else inner
+                inner = inner.clamp(min=planted.target.blocks[block].floor) if name.startswith("Up") else inner
             hidden = hidden + inner
         outputs = planted.target.model.unembed(hidden).flatten()
         sums = {name: torch.zeros_like(mask) for name, mask in masks.items()}

@@ -226,7 +226,8 @@ def test_without_the_span_basis_it_says_what_is_needed(gpt2, tmp_path, monkeypat
     )
     assert time.process_time() - began < 20
     assert (code, printed) == (1, "")
-    one_line(err, "gpt2 does not fit", "GiB are free", "hint: --set importance.basis=span")
+    said = "\n".join(line for line in err.splitlines() if not line.startswith("preparing"))  # on a slow machine
+    one_line(said, "gpt2 does not fit", "GiB are free", "hint: --set importance.basis=span")
     needed = float(re.search(r"it needs ([0-9.]+) GiB", err)[1])
     trained = 16 * (slices + gates) / GIB  # values, gradients and Adam's two moments
     assert trained < needed < 1.2 * trained
