@@ -13,7 +13,7 @@ Many decompositions must not be as good as the planted one. So attention looks b
 a query's slice does to them would not matter; likewise if a sequence held one trigger alone. And beside the keys there
 is a *sink*, which holds nothing: a query that finds no key attends to it. Without, it attends to all keys alike, flags
 end up where no slice is needed that reads them, and it is open which slice of K1 reads them there. Nor is the softmax
-over keys, or that over answers, saturated: a slice that is too long, or lowers another answer, would not show.
+over keys, or that over answers, saturated, where a slice that is too long, or lowers another answer, would not show.
 """
 
 from __future__ import annotations
