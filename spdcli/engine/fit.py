@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -176,8 +176,9 @@ def fit(
             portion = Portion(batch, processes, by_rows)
             patterns, clean = settings.losses.coefficients.get("attention", 0) > 0, None
             clean = clean_pass(target, portion.batch, decomposition.names, patterns, settings.losses.compares_outputs)
-        annealed = settings.losses.annealed(state.step, settings.steps)
-        step = _backward(target, decomposition, clean, portion, settings, state, noise, annealed, stream)
+        now = replace(settings, losses=settings.losses.at(state.step, settings.steps))
+        annealed = now.losses.annealed(state.step, settings.steps)
+        step = _backward(target, decomposition, clean, portion, now, state, noise, annealed, stream)
         due = (state.step + 1) % settings.log_every == 0 or state.step + 1 in (1, settings.steps)
         _add_up(processes, state.groups, step, due)
         norms = _clipped(state.groups, settings)
@@ -192,7 +193,7 @@ def fit(
         if state.step == settings.prune_step:
             _prune(target, decomposition, batches, state, settings.prune_below)
         state.seconds = time.monotonic() - begun
-        yield _record(state, step, norms, settings, rate, annealed) if due else None
+        yield _record(state, step, norms, now, rate, annealed) if due else None
 
 
 def _backward(

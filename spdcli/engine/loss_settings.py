@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +18,8 @@ ASCENDED = losses_where(lambda loss: loss.ascended)
 class LossSettings:
     """Which losses a step has and how their masks are drawn: a recipe's [losses].
 
-    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
+    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated; that of minimality goes to
+    `minimality_final`, unless it is None. `samples` is S of Eq. 2; `penalty`,
     a key of `loss_choices.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to
     `p_final`, or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from
     `gamma_start` to `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of
@@ -29,6 +31,7 @@ class LossSettings:
     """
 
     coefficients: Mapping[str, float]
+    minimality_final: float | None = None
     samples: int = 1
     p_start: float = 0.9
     p_final: float = 0.1
@@ -69,6 +72,14 @@ class LossSettings:
         """
         own = ("minimality", "frequency", *(name for name in RECONSTRUCTION if name not in ASCENDED))
         return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
+
+    def at(self, step: int, steps: int) -> LossSettings:
+        """The losses with their coefficients at `step` (from 0): minimality's to the last step by one factor a step."""
+        start = self.coefficients.get("minimality", 0)
+        if self.minimality_final is None or start == 0:
+            return self
+        now = math.exp(annealed_value(step, steps, math.log(start), math.log(self.minimality_final)))
+        return replace(self, coefficients={**self.coefficients, "minimality": now})
 
     @property
     def anneals(self) -> str:

@@ -88,6 +88,7 @@ NEEDS = (
     Need(("losses.samples",), "losses", f"one of {', '.join(SAMPLED)}", _any_of(*SAMPLED)),
     Need(("losses.subset",), "losses", f"one of {', '.join(PARTIAL)}", _any_of(*PARTIAL)),
     Need(("losses.hidden_at", "losses.hidden_scale"), "losses", f"one of {', '.join(HIDDEN)}", _any_of(*HIDDEN)),
+    Need(("losses.minimality_final",), "losses.minimality", "minimality", _any_of("minimality")),
     Need(("losses.penalty",), "losses", "minimality or frequency", _any_of("minimality", "frequency")),
     Need(
         ("losses.p_start", "losses.anneal_p", "losses.epsilon"),

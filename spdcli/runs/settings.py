@@ -36,6 +36,7 @@ def loss_settings(recipe: Recipe) -> LossSettings:
     section = recipe.losses
     return LossSettings(
         coefficients=section.coefficients,
+        minimality_final=section.minimality_final,
         samples=section.samples,
         p_start=section.p_start,
         p_final=section.p_final,

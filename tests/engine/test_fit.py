@@ -147,6 +147,26 @@ def test_p_falls_over_the_run_and_is_recorded():
     assert [record.p for record in run.records()] == [0.4] * 5
 
 
+def test_minimality_goes_to_its_final_coefficient_by_one_factor_a_step():
+    run = Run(steps=3, coefficients={"faithfulness": 1.0, "minimality": 0.4})
+    run.settings = replace(run.settings, losses=replace(run.settings.losses, minimality_final=0.1))
+    totals = [
+        record.total - record.losses["faithfulness"] - coefficient * record.losses["minimality"]
+        for record, coefficient in zip(run.records(), (0.4, 0.2, 0.1), strict=True)
+    ]
+    assert totals == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_a_step_is_that_of_the_coefficient_that_minimality_has_there():
+    falling, changed = (Run(steps=2, coefficients={"faithfulness": 1.0, "minimality": 0.4}) for _ in range(2))
+    falling.settings = replace(falling.settings, losses=replace(falling.settings.losses, minimality_final=0.1))
+    falling.records()
+    next(changed.steps())
+    changed.settings = replace(changed.settings, losses=LossSettings({"faithfulness": 1.0, "minimality": 0.1}))
+    changed.records()
+    assert all(torch.equal(p, changed.parameters()[name]) for name, p in falling.parameters().items())
+
+
 def test_gamma_falls_over_the_run_and_is_recorded_in_place_of_p():
     run = Run(steps=5)
     run.settings = replace(run.settings, losses=replace(run.settings.losses, penalty="smooth_l0", gamma_final=0.2))

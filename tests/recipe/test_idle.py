@@ -26,6 +26,7 @@ OTHER = {  # a value that is not the usual one, and what meets its need
     "losses.subset": ("position", ["losses.recon_partial=1"]),
     "losses.hidden_at": ("block", ["losses.hidden_recon=1"]),
     "losses.hidden_scale": ("sequence", ["losses.hidden_recon=1"]),
+    "losses.minimality_final": (0.01, ["losses.minimality=1"]),
     "losses.penalty": ("smooth_l0", ["losses.frequency=1"]),
     "losses.p_start": (0.8, ["losses.minimality=1"]),
     "losses.anneal_p": (False, ["losses.minimality=1"]),
