@@ -111,6 +111,11 @@ class Start(Choice):
 
 STARTS: dict[str, Start] = {
     "random": Start("Gaussian directions, U V of the norm of W", "spdcli.engine.subcomponents:random_start"),
+    "inputs": Start(
+        "the directions of C of the data's inputs, drawn at random, and what W makes of each",
+        "spdcli.engine.subcomponents:inputs_start",
+        needs_inputs=True,
+    ),
     "svd": Start("the largest singular triples of W", "spdcli.engine.subcomponents:svd_start"),
     "svd_span": Start(
         "the largest singular triples of W on the span of the data",

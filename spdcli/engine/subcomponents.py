@@ -51,6 +51,30 @@ def random_start(
     return U, V * (weight.norm() / (U @ V).norm())
 
 
+def inputs_start(
+    weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A slice for each of C rows of `inputs` `[n, I]`, drawn at random: it reads the row's direction and writes what W
+    makes of it, as large on either side, and `U V` has the norm of W.
+
+    Rows of which W makes nothing are left out, and slices for which none is left write nothing.
+    """
+    if inputs is None:
+        raise ValueError("a start at inputs needs the matrix's inputs")
+    write = inputs @ weight
+    some = write.norm(dim=1) > 0
+    if not some.any():
+        return random_start(weight, slices, inputs, moment, generator)
+    drawn = torch.randperm(int(some.sum()), generator=generator)[:slices].to(weight.device)
+    read = inputs[some][drawn]
+    size = read.norm(dim=1, keepdim=True)
+    read, write = read / size, write[some][drawn] / size
+    root = write.norm(dim=1, keepdim=True).sqrt()
+    U, V = _filled((read * root).t(), write / root, slices, generator)
+    scale = (weight.norm() / (U @ V).norm()).sqrt()
+    return U * scale, V * scale
+
+
 def svd_start(
     weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from spdcli.runs.subject import Subject
 from spdcli.targets.broad_text import ridged, second_moments
 
 START_SEQUENCES = 64  # toy sequences whose inputs give the data's span
+START_POSITIONS = 4096  # sequences of one position, in place of those
 
 
 def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[str, Tensor]:
@@ -32,7 +33,8 @@ def _start_inputs(recipe: Recipe, subject: Subject, names: list[str]) -> dict[st
         text = subject.stream if subject.held_out_prompts is not None else None
         batch = subject.prompts.batch if text is None else text()
     else:
-        batch = subject.draw(START_SEQUENCES, torch.Generator().manual_seed(recipe.seed)).to(subject.target.device)
+        sequences = START_POSITIONS if subject.length == 1 else START_SEQUENCES
+        batch = subject.draw(sequences, torch.Generator().manual_seed(recipe.seed)).to(subject.target.device)
     clean = clean_pass(subject.target, batch, names)
     return {name: clean.inputs[name][batch.valid] for name in names}
 

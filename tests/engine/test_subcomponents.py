@@ -119,7 +119,33 @@ def test_svd_text_start_is_the_best_of_its_rank_on_the_text(slices):
         assert (text @ (weight - other_U @ other_V)).square().sum() > 1.5 * lost
 
 
-@pytest.mark.parametrize("start", ["svd_span", "dual", "dual_whitened"])
+@pytest.mark.parametrize("slices", [3, 5, 8])
+def test_a_start_at_inputs_reads_some_of_them_and_writes_what_the_matrix_makes_of_them(slices):
+    data = random(5, 6, seed=5) * torch.arange(1.0, 6.0)[:, None]
+    nothing = torch.zeros(2, 6, dtype=torch.float64)
+    weight, U, V = started("inputs", slices, inputs=torch.cat([nothing, data]))
+    close((U @ V).norm(), weight.norm())
+    some = min(slices, 5)
+    rows = torch.nn.functional.normalize(data, dim=1)
+    cosines = rows @ torch.nn.functional.normalize(U[:, :some], dim=0)
+    close(cosines.max(0).values, torch.ones(some).double())
+    assert len(set(cosines.argmax(0).tolist())) == some  # no input twice
+    close(U[:, :some].norm(dim=0), V[:some].norm(dim=1))
+    kept = U[:, :some] / U[:, :some].norm(dim=0)
+    scale = (U[:, :some].norm(dim=0) ** 2 / (kept.t() @ weight).norm(dim=1)).mean()
+    close(U[:, :some] @ V[:some], scale * kept @ kept.t() @ weight)
+    assert (V[some:] == 0).all()
+    assert (U[:, some:].norm(dim=0) > 0.1).all()
+
+
+def test_a_start_at_inputs_of_which_the_matrix_makes_nothing_is_random():
+    weight, U, V = started("inputs", 4, inputs=torch.zeros(3, 6, dtype=torch.float64))
+    _, other_U, other_V = started("random", 4)
+    assert torch.equal(U, other_U)
+    assert torch.equal(V, other_V)
+
+
+@pytest.mark.parametrize("start", ["inputs", "svd_span", "dual", "dual_whitened"])
 def test_a_start_that_needs_the_data_says_so(start):
     with pytest.raises(ValueError, match="inputs"):
         started(start, 3)
