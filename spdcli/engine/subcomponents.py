@@ -55,23 +55,23 @@ def inputs_start(
     weight: Tensor, slices: int, inputs: Tensor | None, moment: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A slice for each of C rows of `inputs` `[n, I]`, drawn at random: it reads the row's direction and writes what W
-    makes of it, as large on either side, and `U V` has the norm of W.
+    makes of it, as large on either side. Of `inputs` `U V` makes as much as W does, in norm.
 
     Rows of which W makes nothing are left out, and slices for which none is left write nothing.
     """
     if inputs is None:
         raise ValueError("a start at inputs needs the matrix's inputs")
-    write = inputs @ weight
-    some = write.norm(dim=1) > 0
+    made = inputs @ weight
+    some = made.norm(dim=1) > 0
     if not some.any():
         return random_start(weight, slices, inputs, moment, generator)
     drawn = torch.randperm(int(some.sum()), generator=generator)[:slices].to(weight.device)
     read = inputs[some][drawn]
     size = read.norm(dim=1, keepdim=True)
-    read, write = read / size, write[some][drawn] / size
+    read, write = read / size, made[some][drawn] / size
     root = write.norm(dim=1, keepdim=True).sqrt()
     U, V = _filled((read * root).t(), write / root, slices, generator)
-    scale = (weight.norm() / (U @ V).norm()).sqrt()
+    scale = (made.norm() / (inputs @ U @ V).norm()).sqrt()
     return U * scale, V * scale
 
 

@@ -124,7 +124,7 @@ def test_a_start_at_inputs_reads_some_of_them_and_writes_what_the_matrix_makes_o
     data = random(5, 6, seed=5) * torch.arange(1.0, 6.0)[:, None]
     nothing = torch.zeros(2, 6, dtype=torch.float64)
     weight, U, V = started("inputs", slices, inputs=torch.cat([nothing, data]))
-    close((U @ V).norm(), weight.norm())
+    close((data @ U @ V).norm(), (data @ weight).norm())
     some = min(slices, 5)
     rows = torch.nn.functional.normalize(data, dim=1)
     cosines = rows @ torch.nn.functional.normalize(U[:, :some], dim=0)
