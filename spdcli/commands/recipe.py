@@ -133,8 +133,7 @@ def _data(data: Data) -> str:
 def summary(file: str, recipe: Recipe) -> list[str]:
     """That a recipe is without mistakes, and what it comes to, one line a section."""
     losses = recipe.losses
-    falls = {"minimality": f" to {losses.minimality_final:g}"} if losses.minimality_final else {}
-    terms = [f"{name} {size:g}{falls.get(name, '')}" for name, size in losses.coefficients.items() if size]
+    terms = [f"{name} {size:g}" for name, size in losses.coefficients.items() if size]
     penalty = f"p {losses.p_start:g}" + (f" to {losses.p_final:g}" if losses.anneal_p else "")
     if losses.penalty == "smooth_l0":
         penalty = f"smooth L0, gamma {losses.gamma_start:g} to {losses.gamma_final:g}"

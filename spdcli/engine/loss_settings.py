@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from spdcli.engine.adversary import Attack
-from spdcli.engine.loss_choices import PENALTIES
+from spdcli.engine.loss_choices import PENALISING, PENALTIES
 from spdcli.engine.losses import RECONSTRUCTION, annealed_value
 from spdcli.engine.tables import LOSSES, losses_where
 
@@ -18,26 +17,26 @@ ASCENDED = losses_where(lambda loss: loss.ascended)
 class LossSettings:
     """Which losses a step has and how their masks are drawn: a recipe's [losses].
 
-    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated; that of minimality goes to
-    `minimality_final`, unless it is None. `samples` is S of Eq. 2; `penalty`,
+    `coefficients` are by name in `tables.LOSSES`; only those above 0 are evaluated. `samples` is S of Eq. 2; `penalty`,
     a key of `loss_choices.PENALTIES`, is what minimality and frequency add up: its power p goes from `p_start` to
     `p_final`, or stays where it is without `anneal_p`, and `epsilon` is added to g before it; its gamma goes from
-    `gamma_start` to `gamma_final`. `frequency_tokens` is n of `losses.frequency`; `subset` is a key of
-    `loss_choices.SUBSETS`; `reverse_kl` is KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every
-    step, stand for all in the layerwise losses, and `faithfulness_probes` random vectors for the exact faithfulness;
-    None is exact. With `half` the blocks of the plan pass multiply in bfloat16; importances and losses stay as they
-    are. `delta_mask` is that of every variant; None leaves it to the masks' source, whose masks of the delta are drawn
-    as `delta_masks`, a key of `loss_choices.DELTA_MASKS`, says. `attack` finds adversarial masks.
+    `gamma_start` to `gamma_final`; both losses count `penalty_final` times their coefficients at the last step.
+    `frequency_tokens` is n of `losses.frequency`; `subset` is a key of `loss_choices.SUBSETS`; `reverse_kl` is
+    KL(variant ‖ target). `layerwise_matrices` of the matrices, drawn every step, stand for all in the layerwise losses,
+    and `faithfulness_probes` random vectors for the exact faithfulness; None is exact. With `half` the blocks of the
+    plan pass multiply in bfloat16; importances and losses stay as they are. `delta_mask` is that of every variant; None
+    leaves it to the masks' source, whose masks of the delta are drawn as `delta_masks`, a key of
+    `loss_choices.DELTA_MASKS`, says. `attack` finds adversarial masks.
     """
 
     coefficients: Mapping[str, float]
-    minimality_final: float | None = None
     samples: int = 1
     p_start: float = 0.9
     p_final: float = 0.1
     anneal_p: bool = True
     epsilon: float = 1e-12
     penalty: str = "power"
+    penalty_final: float = 1.0
     gamma_start: float = 1.0
     gamma_final: float = 0.01
     frequency_tokens: float = 32768
@@ -70,16 +69,15 @@ class LossSettings:
         important there must not matter there, and has no way to bring in what the target does not do. Adversaries look
         for their masks on the prompts alone.
         """
-        own = ("minimality", "frequency", *(name for name in RECONSTRUCTION if name not in ASCENDED))
+        own = (*PENALISING, *(name for name in RECONSTRUCTION if name not in ASCENDED))
         return replace(self, coefficients={n: share * self.coefficients.get(n, 0) for n in own}, delta_mask=1.0)
 
     def at(self, step: int, steps: int) -> LossSettings:
-        """The losses with their coefficients at `step` (from 0): minimality's to the last step by one factor a step."""
-        start = self.coefficients.get("minimality", 0)
-        if self.minimality_final is None or start == 0:
-            return self
-        now = math.exp(annealed_value(step, steps, math.log(start), math.log(self.minimality_final)))
-        return replace(self, coefficients={**self.coefficients, "minimality": now})
+        """The losses as they count at `step` (from 0): minimality and frequency go to `penalty_final` times their
+        coefficients, by one factor a step."""
+        share = self.penalty_final ** annealed_value(step, steps, 0, 1)
+        falling = {name: share * size for name, size in self.coefficients.items() if name in PENALISING}
+        return replace(self, coefficients={**self.coefficients, **falling})
 
     @property
     def anneals(self) -> str:

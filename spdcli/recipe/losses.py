@@ -33,17 +33,17 @@ class Losses(Coefficients):
         "delta stays on. Not in the paper.",
     )
     samples: Few = Field(1, description="S, how often the masks of stochastic losses are drawn a step (Eq. 2).")
-    minimality_final: Rate | None = Field(
-        None,
-        description="Coefficient of minimality at the last step, to which it goes by one factor a step; stays if not "
-        "given. Not in the paper.",
-    )
     p_start: Rate = Field(0.9, description="The power p of minimality at the first step (Table 4 and Figure 6: 0.9).")
     p_final: Rate = Field(0.1, description="The power p at the last step (Table 4 and Figure 6: 0.1).")
     anneal_p: bool = Field(True, description="Whether p goes linearly from p_start to p_final, or stays p_start.")
     epsilon: Rate = Field(1e-12, description="Added to g before the power p, so that its gradient stays finite.")
     penalty: Annotated[str, OneOf(PENALTIES)] = Field(
         "power", description="What minimality and frequency add up of an importance g."
+    )
+    penalty_final: Rate = Field(
+        1.0,
+        description="What minimality and frequency count at the last step, times their coefficients; from 1 it goes "
+        "there by one factor a step. Not in the paper.",
     )
     gamma_start: Rate = Field(1.0, description="penalty = 'smooth_l0': gamma at the first step. Not in the paper.")
     gamma_final: Rate = Field(

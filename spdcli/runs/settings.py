@@ -36,13 +36,13 @@ def loss_settings(recipe: Recipe) -> LossSettings:
     section = recipe.losses
     return LossSettings(
         coefficients=section.coefficients,
-        minimality_final=section.minimality_final,
         samples=section.samples,
         p_start=section.p_start,
         p_final=section.p_final,
         anneal_p=section.anneal_p,
         epsilon=section.epsilon,
         penalty=section.penalty,
+        penalty_final=section.penalty_final,
         gamma_start=section.gamma_start,
         gamma_final=section.gamma_final,
         frequency_tokens=section.frequency_tokens,

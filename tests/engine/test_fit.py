@@ -147,19 +147,19 @@ def test_p_falls_over_the_run_and_is_recorded():
     assert [record.p for record in run.records()] == [0.4] * 5
 
 
-def test_minimality_goes_to_its_final_coefficient_by_one_factor_a_step():
-    run = Run(steps=3, coefficients={"faithfulness": 1.0, "minimality": 0.4})
-    run.settings = replace(run.settings, losses=replace(run.settings.losses, minimality_final=0.1))
-    totals = [
-        record.total - record.losses["faithfulness"] - coefficient * record.losses["minimality"]
-        for record, coefficient in zip(run.records(), (0.4, 0.2, 0.1), strict=True)
-    ]
-    assert totals == pytest.approx([0, 0, 0], abs=1e-6)
+def test_minimality_and_frequency_count_less_by_one_factor_a_step():
+    coefficients = {"faithfulness": 1.0, "minimality": 0.4, "frequency": 0.2}
+    run = Run(steps=3, coefficients=coefficients)
+    run.settings = replace(run.settings, losses=replace(run.settings.losses, penalty_final=0.25))
+    for record, share in zip(run.records(), (1, 0.5, 0.25), strict=True):
+        losses = record.losses
+        penalties = 0.4 * losses["minimality"] + 0.2 * losses["frequency"]
+        assert record.total == pytest.approx(losses["faithfulness"] + share * penalties)
 
 
 def test_a_step_is_that_of_the_coefficient_that_minimality_has_there():
     falling, changed = (Run(steps=2, coefficients={"faithfulness": 1.0, "minimality": 0.4}) for _ in range(2))
-    falling.settings = replace(falling.settings, losses=replace(falling.settings.losses, minimality_final=0.1))
+    falling.settings = replace(falling.settings, losses=replace(falling.settings.losses, penalty_final=0.25))
     falling.records()
     next(changed.steps())
     changed.settings = replace(changed.settings, losses=LossSettings({"faithfulness": 1.0, "minimality": 0.1}))

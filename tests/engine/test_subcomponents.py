@@ -139,7 +139,7 @@ def test_a_start_at_inputs_reads_some_of_them_and_writes_what_the_matrix_makes_o
 
 
 def test_a_start_at_inputs_of_which_the_matrix_makes_nothing_is_random():
-    weight, U, V = started("inputs", 4, inputs=torch.zeros(3, 6, dtype=torch.float64))
+    _, U, V = started("inputs", 4, inputs=torch.zeros(3, 6, dtype=torch.float64))
     _, other_U, other_V = started("random", 4)
     assert torch.equal(U, other_U)
     assert torch.equal(V, other_V)

@@ -305,8 +305,8 @@ def test_every_setting_reaches_the_engine(tmp_path):
     smooth = {"minimality": 1, "penalty": "smooth_l0", "gamma_start": 0.7, "gamma_final": 0.2}
     losses = loss_settings(toy_recipe(*(f"losses.{key}={value}" for key, value in smooth.items()), folder=tmp_path))
     assert (losses.penalty, losses.gamma_start, losses.gamma_final) == ("smooth_l0", 0.7, 0.2)
-    falling = loss_settings(toy_recipe("losses.minimality=1", "losses.minimality_final=0.1", folder=tmp_path))
-    assert falling.minimality_final == 0.1
+    falling = loss_settings(toy_recipe("losses.minimality=1", "losses.penalty_final=0.1", folder=tmp_path))
+    assert (falling.penalty_final, losses.penalty_final) == (0.1, 1.0)
     still = loss_settings(toy_recipe("losses.minimality=1", "losses.anneal_p=false", folder=tmp_path))
     assert not still.anneal_p
 
