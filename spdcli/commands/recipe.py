@@ -132,11 +132,13 @@ def _data(data: Data) -> str:
 
 def summary(file: str, recipe: Recipe) -> list[str]:
     """That a recipe is without mistakes, and what it comes to, one line a section."""
+    terms = [f"{name} {size:g}" for name, size in recipe.losses.coefficients.items() if size]
     losses = recipe.losses
-    terms = [f"{name} {size:g}" for name, size in losses.coefficients.items() if size]
     penalty = f"p {losses.p_start:g}" + (f" to {losses.p_final:g}" if losses.anneal_p else "")
     if losses.penalty == "smooth_l0":
         penalty = f"smooth L0, gamma {losses.gamma_start:g} to {losses.gamma_final:g}"
+    if losses.penalty_final != 1:
+        penalty += f", {losses.penalty_final:g} times as much in the end"
     rows = {
         "target": _target(recipe),
         "data": _data(recipe.data) if recipe.data else "",
