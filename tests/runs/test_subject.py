@@ -9,10 +9,20 @@ from small_runs import loud_toy, model_recipe, save_toy, toy_recipe
 from spdcli.engine.tables import LOSSES
 from spdcli.errors import SpdError
 from spdcli.files import save_tensors
+from spdcli.recipe.reading import load_recipe
 from spdcli.runs.decomposition import load_decomposition, parameter_counts, start_decomposition
 from spdcli.runs.directory import TOY_WEIGHTS
 from spdcli.runs.settings import fit_settings, loss_settings, optimiser_settings
-from spdcli.runs.subject import choose_device, language_subject, load_toy, open_subject, toy_shape, toy_subject
+from spdcli.runs.subject import (
+    choose_device,
+    feature_subject,
+    language_subject,
+    load_toy,
+    open_subject,
+    toy_shape,
+    toy_subject,
+)
+from spdcli.targets.feature_toys import TMS, TMSShape
 from spdcli.targets.induction import InductionToy
 
 CPU = torch.device("cpu")
@@ -183,7 +193,20 @@ def test_whitened_duals_of_a_recipe(tmp_path, tiny_llama_dir):
         torch.testing.assert_close(x @ U @ made.of(name).V[:12], x @ subject.target.matrices[name].weight)
 
 
-@pytest.mark.parametrize("init", ["random", "svd", "svd_span"])
+def test_slices_of_sparse_features_start_at_what_single_features_read_and_write():
+    recipe = load_recipe("tms-40-10-quick", ["slices.C=300"]).recipe
+    subject = feature_subject(recipe, TMS(TMSShape(features=40, hidden=10, identity=False)))
+    made = start_decomposition(recipe, subject, ["W"]).of("W")
+    assert (made.U.norm(dim=0) * made.V.norm(dim=1) > 0).all()  # as many inputs were drawn as there are slices
+    weight = subject.target.matrices["W"].weight
+    single = (made.U.abs() > 1e-6).sum(0) == 1
+    assert single.float().mean() > 0.2  # of inputs with a feature 31% have one alone
+    features = made.U.abs().argmax(0)[single]
+    written = torch.nn.functional.cosine_similarity(made.V[single], weight[features] * made.U.sum(0)[single, None])
+    torch.testing.assert_close(written, torch.ones_like(written))
+
+
+@pytest.mark.parametrize("init", ["random", "inputs", "svd", "svd_span"])
 def test_the_seed_decides_the_start(tmp_path, init):
     def start(seed: int):
         recipe = toy_recipe(f"slices.init={init}", f"seed={seed}", "slices.C=9", folder=tmp_path)
