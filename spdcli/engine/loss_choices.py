@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from spdcli.engine.tables import Choice
 
-PENALISING = ("minimality", "frequency")  # the losses that add up a penalty of importances
-
 
 @dataclass(frozen=True)
 class Penalty(Choice):

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from spdcli.engine.adversary import Attack
-from spdcli.engine.loss_choices import PENALISING, PENALTIES
+from spdcli.engine.loss_choices import PENALTIES
 from spdcli.engine.losses import RECONSTRUCTION, annealed_value
 from spdcli.engine.tables import LOSSES, losses_where
 
 ASCENDED = losses_where(lambda loss: loss.ascended)
+PENALISING = ("minimality", "frequency")
 
 
 @dataclass(frozen=True)

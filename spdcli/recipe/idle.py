@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spdcli.engine.loss_choices import PENALISING
 from spdcli.engine.part_tables import IMPORTANCE_FUNCTIONS, STARTS
 from spdcli.engine.tables import losses_where
 from spdcli.recipe.contradiction import Contradiction, Sections, shown
@@ -45,7 +44,7 @@ def _any_of(*losses: str) -> Callable[[Sections], bool]:
 
 
 def _penalised(penalty: str) -> Callable[[Sections], bool]:
-    return lambda recipe: recipe["losses"]["penalty"] == penalty and _any_of(*PENALISING)(recipe)
+    return lambda recipe: recipe["losses"]["penalty"] == penalty and _any_of("minimality", "frequency")(recipe)
 
 
 NEEDS = (
@@ -89,7 +88,12 @@ NEEDS = (
     Need(("losses.samples",), "losses", f"one of {', '.join(SAMPLED)}", _any_of(*SAMPLED)),
     Need(("losses.subset",), "losses", f"one of {', '.join(PARTIAL)}", _any_of(*PARTIAL)),
     Need(("losses.hidden_at", "losses.hidden_scale"), "losses", f"one of {', '.join(HIDDEN)}", _any_of(*HIDDEN)),
-    Need(("losses.penalty", "losses.penalty_final"), "losses", "minimality or frequency", _any_of(*PENALISING)),
+    Need(
+        ("losses.penalty", "losses.penalty_final"),
+        "losses",
+        "minimality or frequency",
+        _any_of("minimality", "frequency"),
+    ),
     Need(
         ("losses.p_start", "losses.anneal_p", "losses.epsilon"),
         "losses.penalty",
